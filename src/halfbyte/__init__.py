@@ -1,0 +1,3 @@
+"""halfbyte: mixed-precision post-training quantisation of large language models, half a byte per weight."""
+
+__version__ = "0.1.0"

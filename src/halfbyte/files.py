@@ -1,0 +1,80 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from halfbyte.errors import HalfbyteError
+
+
+def check_output(path: str | Path, *, force: bool = False) -> Path:
+    """Refuse, before any work, an output that exists (without ``force``) or a folder that cannot be written.
+
+    Missing parent folders are created.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise HalfbyteError("output is a folder", where=path, expected="a file name")
+    if path.exists() and not force:
+        raise HalfbyteError("output already exists", where=path, fix="choose another name or pass --force")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise HalfbyteError(
+            "folder cannot be written", where=path.parent, got=error.strerror or error, fix="choose another --output"
+        ) from error
+    return path
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success fsync it and rename it into place, else remove it.
+
+    Raises:
+        HalfbyteError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        with open(partial, "r+b") as handle:
+            os.fsync(handle.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        raise write_error(error, path) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_error(error: OSError, path: str | Path) -> HalfbyteError:
+    """What an operating-system error while writing ``path`` means for the user."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return HalfbyteError("disk is full", where=path, fix="free some space or write elsewhere; nothing was kept")
+    return HalfbyteError("cannot be written", where=path, got=error.strerror or error, fix="check the path and its permissions")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(handle)
+
+
+def _sha256(handle) -> str:  # Python 3.10 has no hashlib.file_digest
+    digest = hashlib.sha256()
+    while chunk := handle.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,186 @@
+"""Frozen values that every part of halfbyte speaks: formats, layers, units, plans, outcomes.
+
+Nothing here computes on tensors, so the search and the reports can import it without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from halfbyte.errors import HalfbyteError
+
+PLAN_VERSION = 1
+ACTIVATION_BITS = (4, 8)
+TARGETS = ("sim", "gguf")
+GRANULARITIES = ("fused", "layer")
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """An integer format.
+
+    Attributes:
+        bits: code width, 2 to 8.
+        symmetric: symmetric codes around zero, or a zero point per scale.
+        group_size: elements along the input that share one scale; None means one scale per row (token).
+    """
+
+    bits: int
+    symmetric: bool
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise HalfbyteError("unsupported code width", where="QuantSpec.bits", expected="2 to 8", got=self.bits)
+        if self.group_size is not None and self.group_size < 1:
+            raise HalfbyteError("group size must be positive", where="QuantSpec.group_size", got=self.group_size)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear module.
+
+    Attributes:
+        name: dotted module path, e.g. ``model.layers.3.mlp.down_proj``.
+        block: index of the transformer block it belongs to.
+        kind: the last part of the name, e.g. ``down_proj``.
+        in_features, out_features: weight shape is ``[out_features, in_features]``.
+    """
+
+    name: str
+    block: int
+    kind: str
+    in_features: int
+    out_features: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per token."""
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that share one choice, because they share one input tensor (``fused``) or by request (``layer``)."""
+
+    name: str
+    block: int
+    layers: tuple[Layer, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per token of all layers in the unit."""
+        return sum(layer.macs for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The choice for one layer, and what came of it.
+
+    Attributes:
+        w_bits: weight bits.
+        a_bits: activation bits.
+        group_size: weight group size that was really used.
+        a_symmetric: activations quantised symmetrically.
+        note: empty, or why something differs from what was asked ("group 64: 128 does not divide 576").
+    """
+
+    w_bits: int
+    a_bits: int
+    group_size: int
+    a_symmetric: bool = False
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the outcome table: what was asked for a layer and what was done."""
+
+    layer: str
+    asked: str
+    done: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The searched choice, one entry per layer, plus how it was made.
+
+    Attributes:
+        model_id: what the model was loaded from.
+        fingerprint: identity of the model's weights (see ``halfbyte.models.loading.fingerprint``).
+        target: where the plan will run: ``sim`` or ``gguf``.
+        granularity: ``fused`` or ``layer``.
+        layers: layer name -> LayerPlan, in model order.
+        budget_asked, budget_reached: mean activation bits / 8, weighted by multiply-accumulates.
+        transforms: names of the function-preserving rewrites, in order of application.
+        weights: weight quantiser, e.g. ``rtn``.
+        text: name, split and sha256 of the text the search saw.
+        search: algorithm, settings, score of the winner.
+        seed: the seed of everything random.
+        versions: package versions and device.
+        codes_sha256: digest of the codes file beside the plan.
+    """
+
+    model_id: str
+    fingerprint: str
+    target: str
+    granularity: str
+    layers: Mapping[str, LayerPlan]
+    budget_asked: float
+    budget_reached: float
+    transforms: tuple[str, ...] = ()
+    weights: str = "rtn"
+    text: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    codes_sha256: str = ""
+    version: int = PLAN_VERSION
+
+    @property
+    def hash(self) -> str:
+        """First 12 hex digits of the digest of the choice itself: the same plan has the same hash."""
+        choice = {name: asdict(entry) for name, entry in self.layers.items()}
+        text = json.dumps([self.fingerprint, self.codes_sha256, choice], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers only, so that JSON and ``weights_only=True`` can hold it."""
+        plain = asdict(self)
+        plain["layers"] = {name: asdict(entry) for name, entry in self.layers.items()}
+        plain["transforms"] = list(self.transforms)
+        plain["text"], plain["search"], plain["versions"] = dict(self.text), dict(self.search), dict(self.versions)
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: object = "plan") -> Plan:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            HalfbyteError: a key is missing or unknown, a value is of the wrong kind, or the version is newer.
+        """
+        if not isinstance(data, Mapping) or "layers" not in data:
+            raise HalfbyteError("not a halfbyte plan", where=where, fix="make one with mixed_precision_ptq.py")
+        if data.get("version") != PLAN_VERSION:
+            raise HalfbyteError("plan version is not readable", where=where, expected=PLAN_VERSION, got=data.get("version"))
+        try:
+            layers = {str(name): LayerPlan(**entry) for name, entry in data["layers"].items()}
+            rest = {key: value for key, value in data.items() if key not in ("layers", "transforms")}
+            plan = cls(layers=layers, transforms=tuple(data.get("transforms", ())), **rest)
+        except (TypeError, AttributeError) as error:
+            raise HalfbyteError("plan is damaged", where=where, got=error, fix="run the search again") from error
+        for name, entry in plan.layers.items():
+            if entry.a_bits not in ACTIVATION_BITS:
+                raise HalfbyteError("activation bits out of range", where=f"{where}, {name}", expected="4 or 8", got=entry.a_bits)
+        return plan
+
+
+def mean_bits_fraction(units: Sequence[Unit], bits: Sequence[int]) -> float:
+    """Mean activation bits / 8 over units, weighted by multiply-accumulates (the budget's measure)."""
+    total = sum(unit.macs for unit in units)
+    return sum(unit.macs * b for unit, b in zip(units, bits, strict=True)) / (8 * total)

@@ -1,0 +1,93 @@
+"""Integer weights in groups along the input: W4 symmetric, one fp16 scale per group.
+
+The scale is rounded to fp16 when it is chosen, so every export (ggml Q4_0, compressed-tensors) carries the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from halfbyte.errors import HalfbyteError
+
+
+@dataclass(frozen=True)
+class GroupedWeight:
+    """Encoded weights of one linear layer.
+
+    Attributes:
+        codes: int8 ``[out, in]``, values in [-2^(bits-1), 2^(bits-1) - 1].
+        scales: fp16 ``[out, in / group_size]``.
+        bits: code width.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    bits: int = 4
+
+    @property
+    def group_size(self) -> int:
+        """Elements along the input that share one scale."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Code bits plus the share of the scale."""
+        return self.bits + 16 / self.group_size
+
+    def decode(self) -> torch.Tensor:
+        """The weights that the codes stand for, fp32 ``[out, in]``."""
+        out_features, in_features = self.codes.shape
+        grouped = self.codes.view(out_features, -1, self.group_size).float()  # [out, groups, group]
+        return (grouped * self.scales.float().unsqueeze(-1)).view(out_features, in_features)
+
+
+def fitting_group_size(in_features: int, asked: int) -> int:
+    """``asked`` if it divides the row, else the largest power of two that does and is not larger."""
+    if in_features % asked == 0:
+        return asked
+    size = 1
+    while size * 2 <= asked and in_features % (size * 2) == 0:
+        size *= 2
+    return size
+
+
+def check_finite(tensor: torch.Tensor, where: object) -> None:
+    """Refuse NaN and Inf.
+
+    Raises:
+        HalfbyteError: naming ``where`` and how many values are not finite.
+    """
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise HalfbyteError(
+            "not finite", where=where, expected="no NaN or Inf", got=f"{bad} of {tensor.numel()} values",
+            fix="check the checkpoint; compute in bf16 or fp32, never fp16",
+        )  # fmt: skip
+
+
+def encode_with_scales(weight: torch.Tensor, scales: torch.Tensor, bits: int = 4) -> GroupedWeight:
+    """Round ``weight`` ``[out, in]`` to the grid of given fp16 ``scales`` ``[out, groups]``; a zero scale codes zero."""
+    out_features, in_features = weight.shape
+    top = 2 ** (bits - 1) - 1
+    step = scales.float().unsqueeze(-1)  # [out, groups, 1]
+    grouped = weight.float().view(out_features, scales.shape[1], -1)
+    codes = torch.where(step > 0, grouped / step.clamp_min(torch.finfo(torch.float32).tiny), torch.zeros_like(grouped))
+    codes = codes.round().clamp(-top - 1, top).to(torch.int8)
+    return GroupedWeight(codes.view(out_features, in_features), scales, bits)
+
+
+def absmax_scales(weight: torch.Tensor, group_size: int, bits: int = 4, *, where: object = "weight") -> torch.Tensor:
+    """Scales ``max|group| / (2^(bits-1) - 1)``, rounded to fp16, ``[out, in / group_size]``.
+
+    Raises:
+        HalfbyteError: NaN or Inf in ``weight``, or a group too large for an fp16 scale.
+    """
+    check_finite(weight, where)
+    out_features = weight.shape[0]
+    largest = weight.float().view(out_features, -1, group_size).abs().amax(dim=-1)
+    scales = (largest / (2 ** (bits - 1) - 1)).to(torch.float16)
+    if bool(torch.isinf(scales).any()):
+        raise HalfbyteError("weights too large for fp16 scales", where=where, got=f"max |w| = {float(largest.max()):.4g}")
+    return scales

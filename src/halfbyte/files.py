@@ -78,3 +78,8 @@ def _sha256(handle) -> str:  # Python 3.10 has no hashlib.file_digest
     while chunk := handle.read(1 << 20):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where converted tokenizers and text are kept: ``$HALFBYTE_CACHE``, else ``~/.cache/halfbyte``."""
+    return Path(os.environ.get("HALFBYTE_CACHE") or Path.home() / ".cache" / "halfbyte")

@@ -1,0 +1,81 @@
+"""Which device and number format to compute in, and how much memory there is."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.models.loading import DTYPES
+
+DEVICES = ("auto", "cuda", "mps", "cpu")
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` means cuda, then mps, then cpu.
+
+    Raises:
+        HalfbyteError: the device asked for is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available.get(name.partition(":")[0], False):
+        there = ", ".join(device for device, here in available.items() if here)
+        raise HalfbyteError("device is not available", where="--device", expected=there, got=name, fix="pass --device auto")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` means bf16 on an accelerator and fp32 on a CPU; fp16 is never used (Qwen2.5 overflows it)."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return DTYPES[name]
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has had allocated on ``device`` so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_process_memory()
+
+
+def peak_process_memory() -> int:
+    """Most resident bytes that this process has had so far, on Linux, macOS and Windows."""
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return info.peak_wset
+    import resource
+    import sys
+
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for reports."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple GPU (MPS)"
+    return f"{_cpu_name()} ({torch.get_num_threads()} threads)"
+
+
+def _cpu_name() -> str:
+    import platform
+
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as handle:
+            for line in handle:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,103 @@
+"""A GGUF file as a source of weights: its tensors dequantised under Hugging Face names.
+
+Source of the layout: the GGUF specification in the ggml repository (docs/gguf.md), read with the ``gguf`` package.
+"""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from gguf import GGUFReader, dequantize
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.files import cache_folder, sha256
+from halfbyte.models.archs import Family
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """Open and check a GGUF file.
+
+    Raises:
+        HalfbyteError: it is not GGUF, or shorter than its header says.
+    """
+    try:
+        with open(path, "rb") as handle:
+            if handle.read(4) != b"GGUF":
+                raise HalfbyteError("not a GGUF file", where=path, expected="a file that starts with GGUF")
+        reader = GGUFReader(path)
+    except (ValueError, KeyError, IndexError, EOFError, struct.error, UnicodeDecodeError) as error:
+        raise HalfbyteError(
+            "GGUF file is truncated or corrupt", where=path, got=str(error).splitlines()[0], fix="download it again"
+        ) from error
+    except OSError as error:
+        raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
+    return reader
+
+
+def config_and_tokenizer_folder(path: Path) -> Path:
+    """A folder with ``config.json`` and the tokenizer of a GGUF file, converted once and cached by the file's digest."""
+    folder = cache_folder() / "gguf" / sha256(path)[:16]
+    if (folder / "config.json").exists():
+        return folder
+    open_gguf(path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=folder.parent))
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer.save_pretrained(partial)
+        config.save_pretrained(partial)
+        partial.rename(folder)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise HalfbyteError("transformers cannot read this GGUF file", where=path, got=str(error).splitlines()[0]) from error
+    except OSError:
+        if not (folder / "config.json").exists():  # another process may have been first
+            raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def read_tensors(path: Path, family: Family, config: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (Hugging Face parameter name, fp32 tensor) for every weight in the file, one at a time."""
+    names = _hf_names(family, config.num_hidden_layers)
+    for tensor in open_gguf(path).tensors:
+        if tensor.name not in names:
+            if tensor.name == "rope_freqs.weight":  # derived from the config
+                continue
+            raise HalfbyteError("tensor is unknown to this family", where=f"{path}, {tensor.name}")
+        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
+        name = names[tensor.name]
+        if family.interleaved_rope and ".q_proj." in name:
+            values = halves_from_pairs(values, config.num_attention_heads)
+        elif family.interleaved_rope and ".k_proj." in name:
+            values = halves_from_pairs(values, config.num_key_value_heads)
+        yield name, values
+
+
+def pairs_from_halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Reorder the rows of q or k from rotary halves (Hugging Face) to neighbouring pairs (llama.cpp NORM rope).
+
+    ``rows`` is ``[heads * head_dim, ...]``; only the first axis is permuted, so codes and scales can be passed too.
+    """
+    split = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    return split.transpose(1, 2).reshape(rows.shape).contiguous()
+
+
+def halves_from_pairs(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of :func:`pairs_from_halves`."""
+    split = rows.reshape(heads, rows.shape[0] // heads // 2, 2, *rows.shape[1:])
+    return split.transpose(1, 2).reshape(rows.shape).contiguous()
+
+
+def _hf_names(family: Family, blocks: int) -> dict[str, str]:
+    modules = [f"{family.blocks}.{index}.{part}" for index in range(blocks) for part in family.gguf_block_names]
+    modules += list(family.gguf_top_names)
+    names = [f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")]
+    return {family.gguf_name(name): name for name in names}

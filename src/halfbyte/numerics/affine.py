@@ -1,0 +1,45 @@
+"""Activation quantisation: one scale per token, chosen at run time.
+
+Asymmetric: the range is the token's min and max, widened to hold zero, and zero is exactly representable
+(Jacob et al. 2018, arXiv:1712.05877). Symmetric: the rule of compressed-tensors, ``s = absmax / ((2^b - 1) / 2)``,
+codes in [-2^(b-1), 2^(b-1) - 1], so that engines which read that format compute the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def quantise_asymmetric(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scale and zero point of every row (last axis) of ``x`` ``[..., channels]``.
+
+    Returns:
+        codes fp32 integers in [0, 2^bits - 1], scale ``[..., 1]``, zero point ``[..., 1]``; a zero row gets scale 1.
+    """
+    top = 2**bits - 1
+    x = x.float()
+    low = x.amin(dim=-1, keepdim=True).clamp_max_(0.0)
+    high = x.amax(dim=-1, keepdim=True).clamp_min_(0.0)
+    scale = (high - low) / top
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    zero = torch.round(-low / scale)
+    codes = torch.round(x / scale).add_(zero).clamp_(0, top)
+    return codes, scale, zero
+
+
+def quantise_symmetric(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes in [-2^(bits-1), 2^(bits-1) - 1] as fp32 integers, and scale ``[..., 1]``, of every row of ``x``."""
+    half = 2 ** (bits - 1)
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True) / ((2**bits - 1) / 2)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.round(x / scale).clamp_(-half, half - 1), scale
+
+
+def fake_quantise(x: torch.Tensor, bits: int, *, symmetric: bool = False) -> torch.Tensor:
+    """``x`` as its ``bits``-bit codes stand for it, row by row, in ``x``'s dtype."""
+    if symmetric:
+        codes, scale = quantise_symmetric(x, bits)
+        return codes.mul_(scale).to(x.dtype)
+    codes, scale, zero = quantise_asymmetric(x, bits)
+    return codes.sub_(zero).mul_(scale).to(x.dtype)

@@ -44,6 +44,11 @@ class Problem:
     priority: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        # Plain numbers, also from NumPy: integers of any size, and values that JSON can hold.
+        object.__setattr__(self, "costs", tuple(int(cost) for cost in self.costs))
+        object.__setattr__(self, "choices", tuple(int(bits) for bits in self.choices))
+        if self.priority is not None:
+            object.__setattr__(self, "priority", tuple(float(value) for value in self.priority))
         if not self.costs or min(self.costs) < 1:
             raise HalfbyteError("costs must be positive, one per unit", where="Problem.costs", got=self.costs[:8])
         if not self.choices or self.choices[0] < 1 or list(self.choices) != sorted(set(self.choices)):

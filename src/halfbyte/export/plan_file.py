@@ -1,0 +1,122 @@
+"""A plan on disk: ``NAME.pt`` or ``NAME.json`` with the choice, and ``NAME.safetensors`` beside it with the W4 codes.
+
+The codes file holds, per layer, ``LAYER.codes`` (two int4 codes per byte) and ``LAYER.scales`` (fp16), and under their
+own names the parameters that transforms changed (norms, biases). Export and simulation read these numbers; nothing is
+quantised twice.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.files import sha256, whole_file, write_error
+from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.numerics.packing import pack_int4, unpack_int4
+from halfbyte.spec import Plan
+
+SUFFIXES = (".pt", ".json")
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a plan name that is neither ``.pt`` nor ``.json``."""
+    if path.suffix not in SUFFIXES:
+        raise HalfbyteError("unknown plan format", where=path, expected=" or ".join(SUFFIXES), got=path.suffix or "no suffix")
+
+
+def codes_path(path: str | Path) -> Path:
+    """Where the codes of the plan at ``path`` are."""
+    return Path(path).with_suffix(".safetensors")
+
+
+def save_codes(path: str | Path, weights: Mapping[str, GroupedWeight], overrides: Mapping[str, torch.Tensor]) -> str:
+    """Write codes, scales and changed parameters to ``path`` (a ``.safetensors`` name); returns the file's sha256."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in weights.items():
+        tensors[f"{name}.codes"] = pack_int4(weight.codes.cpu())
+        tensors[f"{name}.scales"] = weight.scales.cpu().contiguous()
+    for name, value in overrides.items():
+        tensors[name] = value.detach().cpu().contiguous()
+    with whole_file(path) as partial:
+        try:
+            save_file(tensors, partial, metadata={"format": "halfbyte.codes.v1"})
+        except SafetensorError as error:  # it wraps the operating system's error as text
+            full = "os error 28" in str(error) or "No space left" in str(error)
+            raise write_error(OSError(28 if full else 5, str(error)), path) from error
+    return sha256(path)
+
+
+def load_codes(path: str | Path) -> tuple[dict[str, GroupedWeight], dict[str, torch.Tensor]]:
+    """Codes and changed parameters from a codes file.
+
+    Raises:
+        HalfbyteError: the file is missing, truncated or corrupt.
+    """
+    weights: dict[str, GroupedWeight] = {}
+    overrides: dict[str, torch.Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                if name.endswith(".codes"):
+                    layer = name.removesuffix(".codes")
+                    scales = handle.get_tensor(f"{layer}.scales")
+                    weights[layer] = GroupedWeight(unpack_int4(handle.get_tensor(name)), scales)
+                elif not name.endswith(".scales"):
+                    overrides[name] = handle.get_tensor(name)
+    except FileNotFoundError as error:
+        raise HalfbyteError("codes file is missing", where=path, fix="keep it beside the plan, or search again") from error
+    except (SafetensorError, OSError) as error:
+        raise HalfbyteError("codes file is truncated or corrupt", where=path, got=error, fix="search again") from error
+    return weights, overrides
+
+
+def save_plan(path: str | Path, plan: Plan) -> None:
+    """Write the plan; the suffix says how (``.pt``: ``torch.save`` of plain values, ``.json``: text)."""
+    path = Path(path)
+    check_suffix(path)
+    with whole_file(path) as partial:
+        if path.suffix == ".json":
+            partial.write_text(json.dumps(plan.to_dict(), indent=1), encoding="utf-8")
+        else:
+            torch.save(plan.to_dict(), partial)
+
+
+def load_plan(path: str | Path, *, with_codes: bool = True) -> Plan:
+    """Read a plan; ``with_codes`` also checks that the codes file beside it is the one it was made with.
+
+    ``.pt`` files are loaded with ``weights_only=True``: they cannot run code.
+
+    Raises:
+        HalfbyteError: missing, damaged, malicious, of another version, or its codes belong to another plan.
+    """
+    path = Path(path)
+    check_suffix(path)
+    if not path.is_file():
+        raise HalfbyteError("no such plan", where=path, fix="make one with mixed_precision_ptq.py")
+    try:
+        if path.suffix == ".json":
+            data = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise HalfbyteError("refused: the file is damaged or holds code, not only data", where=path) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+        raise HalfbyteError("plan is damaged", where=path, got=str(error).splitlines()[0][:120], fix="search again") from error
+    except OSError as error:
+        raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
+    plan = Plan.from_dict(data, where=path)
+    if with_codes:
+        codes = codes_path(path)
+        if not codes.is_file():
+            raise HalfbyteError("codes file is missing", where=codes, fix="keep it beside the plan, or search again")
+        if sha256(codes) != plan.codes_sha256:
+            raise HalfbyteError("codes file belongs to another plan, or is damaged", where=codes, fix="search again")
+    return plan

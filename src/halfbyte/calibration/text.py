@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -119,8 +120,12 @@ def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -
     return _file(path)
 
 
-def windows(token_ids: list[int], length: int, count: int, *, where: str = "text") -> torch.Tensor:
-    """Cut ``token_ids`` into at most ``count`` windows of ``length``, evenly spread, int64 ``[windows, length]``.
+def windows(token_ids: list[int], length: int, count: int, *, spread: bool = False, where: str = "text") -> torch.Tensor:
+    """Cut ``token_ids`` into at most ``count`` windows of ``length``, int64 ``[windows, length]``.
+
+    Args:
+        spread: take windows evenly over the whole text, instead of the first ones in a row (as llama.cpp does).
+        where: what to name in an error.
 
     Raises:
         HalfbyteError: the text is shorter than one window.
@@ -132,5 +137,28 @@ def windows(token_ids: list[int], length: int, count: int, *, where: str = "text
             fix="use a longer text or a smaller context",
         )  # fmt: skip
     count = min(count, whole)
-    starts = [index * whole // count * length for index in range(count)]
+    starts = [(index * whole // count if spread else index) * length for index in range(count)]
     return torch.tensor([token_ids[start : start + length] for start in starts], dtype=torch.int64)
+
+
+def write_with(model: torch.nn.Module, tokenizer: Any, *, seed: int, samples: int = 24, length: int = 384) -> str:
+    """Text that the model writes itself, sampled at temperature 1 from one random first token per sample.
+
+    Cf. LLM-QAT (Liu et al. 2023, arXiv:2305.17888), which generates its training data so.
+    """
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(len(tokenizer), (samples, 1), generator=generator)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        ids = model.generate(  # pyright: ignore[reportCallIssue]
+            first.to(device),
+            attention_mask=torch.ones_like(first).to(device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            max_new_tokens=length,
+            min_new_tokens=length,
+            pad_token_id=tokenizer.pad_token_id or 0,
+        )
+    return "\n".join(tokenizer.batch_decode(ids, skip_special_tokens=True))

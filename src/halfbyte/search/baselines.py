@@ -6,15 +6,13 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.search.problem import Genome, Problem
 
 RULE_THRESHOLD = 2.5  # MSE(A4) / MSE(A8) above which a unit keeps the larger choice
 RULE_EDGE_THRESHOLD = 1.5  # the same for units of the first and the last block
-GAIN_SCALE = 1e4  # largest gain given to HiGHS, whose absolute gap of 1e-6 is then a relative 1e-10
-COVER_CUTS = 20  # how often the knapsack is solved again because the solver's tolerance broke the budget
+BOUND_SLACK = 1e-12  # relative: a bound that equals the best known sum but for its last bits must not cut anything off
 
 
 def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:
@@ -74,46 +72,66 @@ def rule_genome(
 def knapsack_genome(problem: Problem, gain: Sequence[float]) -> Genome:
     """The units whose raise from the smallest to the largest choice gains most in sum, under the budget, exactly.
 
-    A 0/1 knapsack as a mixed-integer linear program, solved by HiGHS (Huangfu and Hall, "Parallelizing the dual revised
-    simplex method", Mathematical Programming Computation 10, 2018). Units that gain nothing stay at the smallest
-    choice even where the budget has room; ``problem.fill`` would raise them.
+    Units that gain nothing stay at the smallest choice even where the budget has room; ``problem.fill`` would raise
+    them. Costs are integers and there is no solver tolerance: only the sums of gains are rounded, to float64.
 
     Args:
         problem: the units, their costs and the budget.
         gain: what each unit gains from the raise (KL saved), in any unit of measurement; may be negative.
 
     Raises:
-        HalfbyteError: not one gain per unit, a gain is not finite, or the solver found no optimum.
+        HalfbyteError: not one gain per unit, or a gain is not finite.
     """
     _one_per_unit(problem, gain, "gain")
-    gains = np.maximum(np.asarray(gain, dtype=float), 0)
-    if not np.isfinite(gains).all():
+    if not all(math.isfinite(value) for value in gain):
         raise HalfbyteError("gain is not finite", where="knapsack", fix="look at the sensitivities")
     low, high = problem.choices[0], problem.choices[-1]
     room = (problem.capacity - low * problem.total_cost) // (high - low)  # multiply-accumulates that may be raised
-    divisor = math.gcd(*problem.costs)
-    costs, room = [cost // divisor for cost in problem.costs], room // divisor
-    candidates = [bool(g > 0 and cost <= room) for g, cost in zip(gains, costs, strict=True)]
-    if not any(candidates):
-        return (low,) * problem.size
-    objective = -gains * (GAIN_SCALE / gains.max())
-    constraints = [LinearConstraint(np.array([costs], dtype=float), -np.inf, room)]
-    for _ in range(COVER_CUTS):
-        result = milp(
-            objective,
-            integrality=np.ones(problem.size),
-            bounds=Bounds(0, np.array(candidates, dtype=float)),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0},
-        )
-        if result.x is None or result.status != 0:
-            break
-        raised = np.asarray(result.x) > 0.5
-        if sum(cost for cost, up in zip(costs, raised.tolist(), strict=True) if up) <= room:
-            return tuple(high if up else low for up in raised.tolist())
-        # To the solver 1 - 1e-6 is an integer. These units together break the budget, so one of them stays low.
-        constraints.append(LinearConstraint(raised[None].astype(float), -np.inf, int(raised.sum()) - 1))
-    raise HalfbyteError("the knapsack solver found no optimum", where="knapsack", got=getattr(result, "message", "nothing"))
+    useful = [unit for unit in range(problem.size) if gain[unit] > 0 and problem.costs[unit] <= room]
+    useful.sort(key=lambda unit: (-gain[unit] / problem.costs[unit], unit))
+    raised = _knapsack([problem.costs[unit] for unit in useful], [float(gain[unit]) for unit in useful], room)
+    bits = [low] * problem.size
+    for item in raised:
+        bits[useful[item]] = high
+    return tuple(bits)
+
+
+def _knapsack(costs: Sequence[int], gains: Sequence[float], room: int) -> list[int]:
+    """Items with the largest sum of gains whose costs sum to ``room`` at most; items come by falling gain per cost.
+
+    Dynamic programming over the sums that no cheaper sum beats: Nemhauser and Ullmann, "Discrete dynamic programming
+    and capital allocation", Management Science 15, 1969. A sum is dropped when the items left, if the last one could be
+    had in part (Dantzig's bound), do not lift it to the best sum that taking them in order has reached so far.
+    """
+    cost_until = np.concatenate([[0], np.cumsum(np.array(costs, dtype=np.int64))])  # [items + 1]
+    gain_until = np.concatenate([[0.0], np.cumsum(np.array(gains, dtype=float))])
+    density = np.append(np.array(gains, dtype=float) / np.array(costs, dtype=float), 0.0)
+    cost_sums, gain_sums = np.zeros(1, dtype=np.int64), np.zeros(1)  # [sums], both rising
+    steps: list[tuple[np.ndarray, np.ndarray]] = []  # per item: [sums] index of the sum before, [sums] item is in
+    reached = 0.0
+    for item, (cost, gain) in enumerate(zip(costs, gains, strict=True)):
+        fits = np.flatnonzero(cost_sums + cost <= room)
+        before = np.concatenate([np.arange(cost_sums.size), fits])
+        taken = np.arange(before.size) >= cost_sums.size
+        cost_sums, gain_sums = cost_sums[before] + cost * taken, gain_sums[before] + gain * taken
+        order = np.lexsort((-gain_sums, cost_sums))
+        cost_sums, gain_sums = cost_sums[order], gain_sums[order]
+        beaten_by = np.maximum.accumulate(np.concatenate([[-np.inf], gain_sums[:-1]]))
+        end = np.searchsorted(cost_until, cost_until[item + 1] + room - cost_sums, side="right") - 1  # all before it fit
+        whole = gain_sums + gain_until[end] - gain_until[item + 1]
+        part = (cost_until[item + 1] + room - cost_sums - cost_until[end]) * density[end]
+        reached = max(reached, float(whole.max()))
+        kept = np.flatnonzero((gain_sums > beaten_by) & (whole + part >= reached * (1 - BOUND_SLACK)))
+        cost_sums, gain_sums = cost_sums[kept], gain_sums[kept]
+        steps.append((before[order][kept], taken[order][kept]))
+    chosen: list[int] = []
+    place = gain_sums.size - 1
+    for item in reversed(range(len(steps))):
+        before, taken = steps[item]
+        if taken[place]:
+            chosen.append(item)
+        place = int(before[place])
+    return chosen
 
 
 def _one_per_unit(problem: Problem, values: Sequence[object], name: str) -> None:

@@ -1,0 +1,294 @@
+"""The stages of a search as functions, each leaving a file that the next one, or ``--resume``, starts from.
+
+    load → reference → smooth → W4 codes and layer sensitivity → KL per unit → genetic search → plan
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import halfbyte
+from halfbyte.calibration.text import Text, load_text, windows, write_with
+from halfbyte.errors import HalfbyteError
+from halfbyte.export.plan_file import check_suffix, codes_path, save_plan
+from halfbyte.files import check_output, sha256, whole_file, write_text
+from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.models.device import device_name, resolve_device, resolve_dtype
+from halfbyte.models.estimate import check_memory, estimate_search
+from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
+from halfbyte.options import SearchOptions
+from halfbyte.preparation import parse_transforms, prepare_
+from halfbyte.progress import Progress, Reporter, silent
+from halfbyte.report.plots import convergence_plot, sensitivity_heatmap
+from halfbyte.report.tables import csv_text
+from halfbyte.search.baselines import all_choice, knapsack_genome, rule_genome
+from halfbyte.search.evaluator import KLEvaluator, reference_hidden
+from halfbyte.search.genetic import GeneticSettings
+from halfbyte.search.problem import Genome, Problem
+from halfbyte.search.runner import run_genetic
+from halfbyte.search.sensitivity import LayerSensitivity, unit_errors, unit_ratios
+from halfbyte.spec import LayerPlan, Outcome, Plan, Unit, mean_bits_fraction
+from halfbyte.stages import Stages
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search leaves.
+
+    Attributes:
+        plan: the winner.
+        outcomes: one row per layer, what was asked and what was done.
+        sensitivity: layer name -> measured errors.
+        scores: name of a fixed allocation ("all A8", "all A4", "rule", "knapsack", "plan") -> fitness.
+        history: one dict per generation.
+        files: everything written, in order.
+    """
+
+    plan: Plan
+    outcomes: list[Outcome]
+    sensitivity: dict[str, LayerSensitivity]
+    scores: dict[str, float]
+    history: list[dict[str, Any]]
+    files: list[Path]
+
+
+def check_search_options(options: SearchOptions) -> None:
+    """Refuse, before any work, values that cannot be right."""
+    if not 0.5 <= options.target_compression <= 1.0:
+        raise HalfbyteError(
+            "budget is out of range", where="--target_compression", expected="0.5 (all A4) to 1.0 (all A8)",
+            got=options.target_compression,
+        )  # fmt: skip
+    if not 0 <= options.alpha <= 1:
+        raise HalfbyteError("out of range", where="--alpha", expected="0 to 1", got=options.alpha)
+    for flag in ("ga_pop", "ga_gen", "group_size", "ctx", "calib_tokens", "search_tokens"):
+        if getattr(options, flag) < 1:
+            raise HalfbyteError("must be positive", where=f"--{flag}", got=getattr(options, flag))
+    check_suffix(Path(options.output))
+    parse_transforms(options.transforms)
+
+
+def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
+    """Run the whole search and write the plan, its codes and its reports' data.
+
+    Raises:
+        HalfbyteError: anything the user can put right.
+    """
+    check_search_options(options)
+    output = check_output(options.output, force=options.force)
+    check_output(codes_path(output), force=options.force)
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
+    tokens = max(options.calib_tokens, options.search_tokens)
+    check_memory(estimate_search(origin.config, origin.family, dtype, tokens, options.ctx), device)
+
+    report(Progress("load model", 0, 1, options.model_id))
+    source = load(origin, device=device, dtype=dtype)
+    layers = layers_of(source.model, source.family)
+    units = units_of(layers, source.family, options.granularity)
+    text, calib_tokens, search_tokens = _texts(source, options)
+    stages = Stages(output, _settings(options, source, text), resume=options.resume)
+    report(Progress("load model", 1, 1, f"{len(layers)} linear layers, {len(units)} units, text {text.name}"))
+
+    reference = reference_hidden(source.model, source.family, search_tokens) if options.fitness == "kl" else []
+    weights, sensitivity = prepare_(source, layers, calib_tokens, options, stages, report)
+    score, unit_gain = _fitness(source, units, search_tokens, reference, sensitivity, options, stages, report)
+
+    problem = Problem(
+        costs=tuple(unit.macs for unit in units), budget=options.target_compression, priority=tuple(unit_gain)
+    )
+    last = max(unit.block for unit in units)
+    seeds = {
+        "rule": problem.repair(rule_genome(problem, unit_ratios(units, sensitivity), [u.block in (0, last) for u in units])),
+        "knapsack": problem.repair(knapsack_genome(problem, unit_gain)),
+    }
+    fixed = {"all A8": all_choice(problem, 8), "all A4": all_choice(problem, 4), **seeds}
+    scores = stages.value("fixed_scores", lambda: {name: score(genome) for name, genome in fixed.items()})
+    algorithm = run_genetic(
+        problem,
+        GeneticSettings(population=options.ga_pop, generations=options.ga_gen),
+        seeds=list(seeds.values()),
+        seed=options.seed,
+        score=score,
+        state_file=stages.folder / "genetic.json",
+        resume=stages.resumed,
+        report=report,
+    )
+    best, best_score = algorithm.best
+    scores["plan"] = best_score
+    plan, outcomes = _plan(options, source, units, best, weights, text, scores, algorithm.history, stages)
+    files = _write(output, plan, outcomes, sensitivity, scores, algorithm.history, stages)
+    return SearchResult(plan, outcomes, sensitivity, scores, algorithm.history, files)
+
+
+def _texts(source: SourceModel, options: SearchOptions) -> tuple[Text, torch.Tensor, torch.Tensor]:
+    text = load_text(options.calib, written_by_model=lambda: write_with(source.model, source.tokenizer, seed=options.seed))
+    cut = {}
+    for part, tokens in (("calib", options.calib_tokens), ("search", options.search_tokens)):
+        ids = source.tokenizer(text.parts[part], add_special_tokens=False).input_ids
+        length = min(options.ctx, tokens)
+        cut[part] = windows(ids, length, max(1, tokens // length), spread=True, where=f"{text.name} ({part} part)")
+    return text, cut["calib"], cut["search"]
+
+
+def _settings(options: SearchOptions, source: SourceModel, text: Text) -> dict[str, Any]:
+    ignored = ("resume", "force", "json", "output", "device", "trust_remote_code")
+    settings = {key: value for key, value in asdict(options).items() if key not in ignored}
+    return {**settings, "device": str(source.device.type), "fingerprint": source.fingerprint, "text": text.record()}
+
+
+def _fitness(
+    source: SourceModel,
+    units: list[Unit],
+    tokens: torch.Tensor,
+    reference: list[torch.Tensor],
+    sensitivity: dict[str, LayerSensitivity],
+    options: SearchOptions,
+    stages: Stages,
+    report: Reporter,
+) -> tuple[Callable[[Genome], float], list[float]]:
+    """The score to minimise, and what each unit gains by A8 on its own."""
+    if options.fitness == "kl":
+        evaluator = KLEvaluator(
+            source.model, source.family, units, tokens, reference, symmetric=options.symmetric
+        )
+
+        def measure() -> dict[str, Any]:
+            base = evaluator.score([8] * len(units))
+            losses = []
+            for loss in evaluator.one_at_a_time(8, 4):
+                losses.append(loss)
+                report(Progress("KL of each unit at A4", len(losses), len(units), units[len(losses) - 1].name))
+            return {"base": base, "one_at_a_time": losses}
+
+        measured = stages.value("unit_kl", measure)
+        return evaluator.score, [loss - measured["base"] for loss in measured["one_at_a_time"]]
+    tables = unit_errors(units, sensitivity, options.fitness)
+
+    def score(genome: Genome) -> float:
+        return sum(table[bits] for table, bits in zip(tables, genome, strict=True))
+
+    return score, [table[4] - table[8] for table in tables]
+
+
+def _plan(
+    options: SearchOptions,
+    source: SourceModel,
+    units: list[Unit],
+    genome: Genome,
+    weights: dict[str, GroupedWeight],
+    text: Text,
+    scores: dict[str, float],
+    history: list[dict[str, Any]],
+    stages: Stages,
+) -> tuple[Plan, list[Outcome]]:
+    bits = {layer.name: width for unit, width in zip(units, genome, strict=True) for layer in unit.layers}
+    entries, outcomes = {}, []
+    for name, weight in weights.items():
+        note = ""
+        if weight.group_size != options.group_size:
+            note = f"group {weight.group_size}: {options.group_size} does not divide {weight.codes.shape[1]}"
+        entries[name] = LayerPlan(weight.bits, bits[name], weight.group_size, options.symmetric, note)
+        outcomes.append(
+            Outcome(name, f"W4 g{options.group_size}", f"W{weight.bits} g{weight.group_size} A{bits[name]}", note)
+        )
+    plan = Plan(
+        model_id=options.model_id,
+        fingerprint=source.fingerprint,
+        target=options.target,
+        granularity=options.granularity,
+        layers=entries,
+        budget_asked=options.target_compression,
+        budget_reached=mean_bits_fraction(units, genome),
+        transforms=parse_transforms(options.transforms),
+        weights=options.weights,
+        text=text.record(),
+        search={
+            "algorithm": "genetic",
+            "fitness": options.fitness,
+            "population": options.ga_pop,
+            "generations": len(history),
+            "search_tokens": options.search_tokens,
+            "calib_tokens": options.calib_tokens,
+            "ctx": options.ctx,
+            "alpha": options.alpha,
+            "scores": scores,
+        },
+        seed=options.seed,
+        versions={
+            "halfbyte": halfbyte.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+            "device": device_name(source.device),
+            "dtype": str(source.dtype).removeprefix("torch."),
+        },
+        codes_sha256=sha256(stages.folder / "codes.safetensors"),
+    )
+    return plan, outcomes
+
+
+def _write(
+    output: Path,
+    plan: Plan,
+    outcomes: list[Outcome],
+    sensitivity: dict[str, LayerSensitivity],
+    scores: dict[str, float],
+    history: list[dict[str, Any]],
+    stages: Stages,
+) -> list[Path]:
+    """Write the reports, then the codes, then the plan, so that a plan that exists is complete."""
+    rows = [
+        {**asdict(row), "ratio": row.ratio, "a_bits": plan.layers[row.layer].a_bits} for row in sensitivity.values()
+    ]
+    made_by = {"plan": plan.hash, "model": plan.model_id, "text": dict(plan.text), "seed": plan.seed, **plan.versions}
+    named = {kind: output.with_name(f"{output.stem}.{kind}") for kind in _REPORTS}
+    write_text(named["sensitivity.json"], json.dumps({"made_by": made_by, "layers": rows}, indent=1))
+    write_text(named["sensitivity.csv"], csv_text(list(rows[0]), [list(row.values()) for row in rows]))
+    write_text(named["outcome.csv"], csv_text(list(asdict(outcomes[0])), [list(asdict(row).values()) for row in outcomes]))
+    write_text(named["history.json"], json.dumps({"made_by": made_by, "scores": scores, "generations": history}, indent=1))
+    _draw(named["sensitivity.png"], named["convergence.png"], plan, rows, scores, history)
+    codes = codes_path(output)
+    with whole_file(codes) as partial:
+        (stages.folder / "codes.safetensors").replace(partial)
+    save_plan(output, plan)
+    stages.remove()
+    return [output, codes, *named.values()]
+
+
+_REPORTS = (
+    "sensitivity.json",
+    "sensitivity.csv",
+    "sensitivity.png",
+    "outcome.csv",
+    "history.json",
+    "convergence.png",
+)
+
+
+def _draw(
+    heatmap: Path,
+    convergence: Path,
+    plan: Plan,
+    rows: list[dict[str, Any]],
+    scores: dict[str, float],
+    history: list[dict[str, Any]],
+) -> None:
+    kinds = list(dict.fromkeys(row["layer"].rpartition(".")[2] for row in rows))
+    ratios = [[row["ratio"] for row in rows[at : at + len(kinds)]] for at in range(0, len(rows), len(kinds))]
+    bits = [[row["a_bits"] for row in rows[at : at + len(kinds)]] for at in range(0, len(rows), len(kinds))]
+    name = Path(plan.model_id).name
+    sensitivity_heatmap(
+        heatmap, kinds, list(range(len(ratios))), ratios, title=f"{name}: what 4-bit activations cost", chosen_bits=bits
+    )
+    baselines = {label: score for label, score in scores.items() if label != "plan"}
+    convergence_plot(convergence, history, baselines=baselines, title=f"{name}: genetic search, budget {plan.budget_asked:g}")

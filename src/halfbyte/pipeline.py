@@ -16,7 +16,9 @@ import torch
 import transformers
 
 import halfbyte
-from halfbyte.calibration.text import Text, load_text, windows, write_with
+from halfbyte.calibration.self_written import write_with
+from halfbyte.calibration.text import Text, load_text
+from halfbyte.calibration.windows import cut
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.plan_file import check_suffix, codes_path, save_plan
 from halfbyte.files import check_output, sha256, whole_file, write_text
@@ -84,7 +86,7 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
     """
     check_search_options(options)
     output = check_output(options.output, force=options.force)
-    check_output(codes_path(output), force=options.force)
+    check_output(codes_path(output), force=options.force or options.resume)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
@@ -132,12 +134,13 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
 
 def _texts(source: SourceModel, options: SearchOptions) -> tuple[Text, torch.Tensor, torch.Tensor]:
     text = load_text(options.calib, written_by_model=lambda: write_with(source.model, source.tokenizer, seed=options.seed))
-    cut = {}
+    found = {}
     for part, tokens in (("calib", options.calib_tokens), ("search", options.search_tokens)):
         ids = source.tokenizer(text.parts[part], add_special_tokens=False).input_ids
         length = min(options.ctx, tokens)
-        cut[part] = windows(ids, length, max(1, tokens // length), spread=True, where=f"{text.name} ({part} part)")
-    return text, cut["calib"], cut["search"]
+        windows = cut(ids, length, max(1, tokens // length), spread=True, where=f"{text.name} ({part} part)")
+        found[part] = torch.tensor(windows)
+    return text, found["calib"], found["search"]
 
 
 def _settings(options: SearchOptions, source: SourceModel, text: Text) -> dict[str, Any]:

@@ -8,13 +8,12 @@ statistics, ``search`` for fitness, ``eval`` for the final numbers. A single tex
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
+from halfbyte import hub
 from halfbyte.errors import HalfbyteError
 
 PARTS = ("calib", "search", "eval")
@@ -68,17 +67,24 @@ def _pydoc() -> Text:
 
 
 def _wikitext2() -> Text:
-    """WikiText-2 raw (Merity et al. 2016): calibration and search from train, evaluation from test."""
+    """WikiText-2 raw (Merity et al. 2016, arXiv:1609.07843), the archive that llama.cpp's scripts use.
+
+    Calibration and search text come from its training part, evaluation text is its test part.
+    """
+    from huggingface_hub import hf_hub_download
+
     try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise HalfbyteError("wikitext2 needs the datasets package", where="--calib", fix="pip install datasets") from error
-    try:
-        data = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1")
-    except (OSError, ValueError, RuntimeError) as error:
-        raise HalfbyteError("wikitext2 is neither cached nor downloadable", where="--calib", got=type(error).__name__) from error
-    train = split("".join(data["train"]["text"]))
-    return Text("wikitext2", {"calib": train["calib"], "search": train["search"], "eval": "".join(data["test"]["text"])})
+        path = hf_hub_download(
+            "ggml-org/ci", "wikitext-2-raw-v1.zip", repo_type="dataset", local_files_only=not hub.reachable()
+        )
+    except (OSError, ValueError) as error:
+        raise HalfbyteError(
+            "wikitext2 is neither cached nor downloadable", where="--calib/--text", fix="use pydoc or a file"
+        ) from error
+    with zipfile.ZipFile(path) as archive:
+        raw = {part: archive.read(f"wikitext-2-raw/wiki.{part}.raw").decode() for part in ("train", "test")}
+    train = split(raw["train"])
+    return Text("wikitext2", {"calib": train["calib"], "search": train["search"], "eval": raw["test"]})
 
 
 def _file(path: Path) -> Text:
@@ -118,47 +124,3 @@ def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -
     if not path.exists():
         raise HalfbyteError("no such text", where=name, expected="auto, self, " + ", ".join(SOURCES) + " or a file")
     return _file(path)
-
-
-def windows(token_ids: list[int], length: int, count: int, *, spread: bool = False, where: str = "text") -> torch.Tensor:
-    """Cut ``token_ids`` into at most ``count`` windows of ``length``, int64 ``[windows, length]``.
-
-    Args:
-        spread: take windows evenly over the whole text, instead of the first ones in a row (as llama.cpp does).
-        where: what to name in an error.
-
-    Raises:
-        HalfbyteError: the text is shorter than one window.
-    """
-    whole = len(token_ids) // length
-    if whole < 1:
-        raise HalfbyteError(
-            "text is shorter than one window", where=where, expected=f"{length} tokens", got=len(token_ids),
-            fix="use a longer text or a smaller context",
-        )  # fmt: skip
-    count = min(count, whole)
-    starts = [(index * whole // count if spread else index) * length for index in range(count)]
-    return torch.tensor([token_ids[start : start + length] for start in starts], dtype=torch.int64)
-
-
-def write_with(model: torch.nn.Module, tokenizer: Any, *, seed: int, samples: int = 24, length: int = 384) -> str:
-    """Text that the model writes itself, sampled at temperature 1 from one random first token per sample.
-
-    Cf. LLM-QAT (Liu et al. 2023, arXiv:2305.17888), which generates its training data so.
-    """
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    first = torch.randint(len(tokenizer), (samples, 1), generator=generator)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        ids = model.generate(  # pyright: ignore[reportCallIssue]
-            first.to(device),
-            attention_mask=torch.ones_like(first).to(device),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            max_new_tokens=length,
-            min_new_tokens=length,
-            pad_token_id=tokenizer.pad_token_id or 0,
-        )
-    return "\n".join(tokenizer.batch_decode(ids, skip_special_tokens=True))

@@ -6,6 +6,7 @@ import psutil
 import torch
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.host import cpu_name, peak_process_memory
 from halfbyte.models.loading import DTYPES
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
@@ -47,35 +48,10 @@ def peak_memory(device: torch.device) -> int:
     return peak_process_memory()
 
 
-def peak_process_memory() -> int:
-    """Most resident bytes that this process has had so far, on Linux, macOS and Windows."""
-    info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):  # Windows
-        return info.peak_wset
-    import resource
-    import sys
-
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
-
-
 def device_name(device: torch.device) -> str:
     """The device in words, for reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "mps":
         return "Apple GPU (MPS)"
-    return f"{_cpu_name()} ({torch.get_num_threads()} threads)"
-
-
-def _cpu_name() -> str:
-    import platform
-
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as handle:
-            for line in handle:
-                if line.startswith("model name"):
-                    return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    return f"{cpu_name()} ({torch.get_num_threads()} threads)"

@@ -64,10 +64,12 @@ def config_and_tokenizer_folder(path: Path) -> Path:
     return folder
 
 
-def read_tensors(path: Path, family: Family, config: PretrainedConfig) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(
+    reader: GGUFReader, path: Path, family: Family, config: PretrainedConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (Hugging Face parameter name, fp32 tensor) for every weight in the file, one at a time."""
     names = _hf_names(family, config.num_hidden_layers)
-    for tensor in open_gguf(path).tensors:
+    for tensor in reader.tensors:
         if tensor.name not in names:
             if tensor.name == "rope_freqs.weight":  # derived from the config
                 continue

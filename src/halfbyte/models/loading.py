@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
+from halfbyte import hub
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.archs import Family, family_of
 from halfbyte.models.gguf_source import config_and_tokenizer_folder, open_gguf, read_tensors
@@ -101,7 +103,9 @@ def find(model_id: str, *, trust_remote_code: bool = False) -> Origin:
     elif not path.is_dir() and (path.suffix == ".gguf" or len(path.parts) != 2 or path.is_absolute()):
         raise HalfbyteError("no such model", where=model_id, expected="a folder, a .gguf file, a Hugging Face id or demo")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, local_files_only=not Path(folder).is_dir() and not hub.reachable()
+        )
     except (OSError, ValueError, KeyError) as error:
         raise HalfbyteError("no readable model", where=model_id, got=_first_line(error), fix="check the name or path") from error
     family = family_of(config.model_type, where=model_id)
@@ -151,11 +155,14 @@ def _from_hub_or_folder(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
 
 def _from_gguf(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
     assert origin.gguf_file is not None
-    names = {tensor.name for tensor in open_gguf(origin.gguf_file).tensors}
+    reader = open_gguf(origin.gguf_file)
+    names = {tensor.name for tensor in reader.tensors}
     origin.config.tie_word_embeddings = origin.family.gguf_name(f"{origin.family.head}.weight") not in names
-    model = AutoModelForCausalLM.from_config(origin.config, dtype=dtype)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(origin.config, dtype=dtype)
+    model.tie_weights()
     parameters = dict(model.named_parameters())
-    for name, values in read_tensors(origin.gguf_file, origin.family, origin.config):
+    for name, values in read_tensors(reader, origin.gguf_file, origin.family, origin.config):
         target = parameters.pop(name, None)
         if target is None or target.shape != values.shape:
             raise HalfbyteError("tensor does not fit the model", where=f"{origin.gguf_file}, {name}", got=list(values.shape))

@@ -99,7 +99,7 @@ llama_context_params = _params_struct("llama_context_params", _CONTEXT_PARAMS)
 class llama_batch(c.Structure):
     """Tokens for one ``llama_decode``; a null ``pos`` or ``seq_id`` means "go on in sequence 0"."""
 
-    _fields_ = [  # noqa: RUF012 (ctypes reads this attribute once)
+    _fields_ = [
         ("n_tokens", c.c_int32),
         ("token", c.POINTER(c.c_int32)),
         ("embd", c.POINTER(c.c_float)),
@@ -113,7 +113,7 @@ class llama_batch(c.Structure):
 class llama_chat_message(c.Structure):
     """One turn of a conversation."""
 
-    _fields_ = [("role", c.c_char_p), ("content", c.c_char_p)]  # noqa: RUF012
+    _fields_ = [("role", c.c_char_p), ("content", c.c_char_p)]
 
 
 _TOKENS = c.POINTER(c.c_int32)
@@ -192,7 +192,9 @@ def bind(library: Any, *, where: str) -> SimpleNamespace:
             function = getattr(library, name)
         except AttributeError as error:
             raise HalfbyteError(
-                f"the library does not export {name} on {sys.platform}", where=where, fix=f"{INSTALL}, or {OTHER_ENGINE}"
+                f"the library does not export {name} on {sys.platform}",
+                where=where,
+                fix=f"{INSTALL}, or {OTHER_ENGINE}",
             ) from error
         function.restype, function.argtypes = result, arguments
         setattr(api, name, function)
@@ -209,12 +211,24 @@ def check_defaults(params: c.Structure, table: list[tuple[str, Any, Any]], *, wh
         if got != expected:
             name = f"{type(params).__name__}.{field}"
             raise HalfbyteError(
-                "another llama.cpp than this code was written for", where=f"{where}, {name}", expected=expected, got=got, fix=INSTALL
+                "another llama.cpp than this code was written for",
+                where=f"{where}, {name}",
+                expected=expected,
+                got=got,
+                fix=INSTALL,
             )
 
 
 def _check_batch(api: SimpleNamespace, *, where: str) -> None:
     tokens = (c.c_int32 * 3)(7, 8, 9)
     batch = api.llama_batch_get_one(tokens, 3)
-    if batch.n_tokens != 3 or [batch.token[i] for i in range(3)] != [7, 8, 9] or batch.embd or batch.pos or batch.logits:
-        raise HalfbyteError("another llama.cpp than this code was written for", where=f"{where}, llama_batch", fix=INSTALL)
+    if (
+        batch.n_tokens != 3
+        or [batch.token[i] for i in range(3)] != [7, 8, 9]
+        or batch.embd
+        or batch.pos
+        or batch.logits
+    ):
+        raise HalfbyteError(
+            "another llama.cpp than this code was written for", where=f"{where}, llama_batch", fix=INSTALL
+        )

@@ -12,12 +12,16 @@ from halfbyte.search.problem import Genome, Problem
 
 RULE_THRESHOLD = 2.5  # MSE(A4) / MSE(A8) above which a unit keeps the larger choice
 RULE_EDGE_THRESHOLD = 1.5  # the same for units of the first and the last block
-BOUND_SLACK = 1e-12  # relative: a bound that equals the best known sum but for its last bits must not cut anything off
+ROUNDING = 1e-12  # relative to all gains: sums of the same gains in another order differ by less
+SUMS_LIMIT = 2_000_000  # models stay far below: there are at most total cost / greatest common divisor, some thousands
 
 
 def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:
-    """A feasible genome that ignores the priority: one unit after the other, drawn evenly from those whose next choice
-    still fits the budget, is raised until nothing fits."""
+    """A full genome that ignores the priority.
+
+    One unit after the other, drawn evenly from those whose next choice still fits the budget, is raised until nothing
+    fits.
+    """
     bits = np.full(problem.size, problem.choices[0])
     costs = np.array(problem.costs)
     higher = dict(zip(problem.choices, (*problem.choices[1:], problem.choices[-1]), strict=True))
@@ -80,7 +84,8 @@ def knapsack_genome(problem: Problem, gain: Sequence[float]) -> Genome:
         gain: what each unit gains from the raise (KL saved), in any unit of measurement; may be negative.
 
     Raises:
-        HalfbyteError: not one gain per unit, or a gain is not finite.
+        HalfbyteError: not one gain per unit, a gain is not finite, or the costs are so odd (no common divisor, gains
+            almost in proportion) that more than ``SUMS_LIMIT`` sums would have to be kept.
     """
     _one_per_unit(problem, gain, "gain")
     if not all(math.isfinite(value) for value in gain):
@@ -108,7 +113,7 @@ def _knapsack(costs: Sequence[int], gains: Sequence[float], room: int) -> list[i
     density = np.append(np.array(gains, dtype=float) / np.array(costs, dtype=float), 0.0)
     cost_sums, gain_sums = np.zeros(1, dtype=np.int64), np.zeros(1)  # [sums], both rising
     steps: list[tuple[np.ndarray, np.ndarray]] = []  # per item: [sums] index of the sum before, [sums] item is in
-    reached = 0.0
+    reached, rounding = 0.0, ROUNDING * float(gain_until[-1])
     for item, (cost, gain) in enumerate(zip(costs, gains, strict=True)):
         fits = np.flatnonzero(cost_sums + cost <= room)
         before = np.concatenate([np.arange(cost_sums.size), fits])
@@ -117,11 +122,15 @@ def _knapsack(costs: Sequence[int], gains: Sequence[float], room: int) -> list[i
         order = np.lexsort((-gain_sums, cost_sums))
         cost_sums, gain_sums = cost_sums[order], gain_sums[order]
         beaten_by = np.maximum.accumulate(np.concatenate([[-np.inf], gain_sums[:-1]]))
-        end = np.searchsorted(cost_until, cost_until[item + 1] + room - cost_sums, side="right") - 1  # all before it fit
+        end = (
+            np.searchsorted(cost_until, cost_until[item + 1] + room - cost_sums, side="right") - 1
+        )  # all before it fit
         whole = gain_sums + gain_until[end] - gain_until[item + 1]
         part = (cost_until[item + 1] + room - cost_sums - cost_until[end]) * density[end]
         reached = max(reached, float(whole.max()))
-        kept = np.flatnonzero((gain_sums > beaten_by) & (whole + part >= reached * (1 - BOUND_SLACK)))
+        kept = np.flatnonzero((gain_sums > beaten_by) & (whole + part >= reached - rounding))
+        if kept.size > SUMS_LIMIT:
+            raise HalfbyteError("too many different sums of costs", where="knapsack", expected=f"{SUMS_LIMIT} at most")
         cost_sums, gain_sums = cost_sums[kept], gain_sums[kept]
         steps.append((before[order][kept], taken[order][kept]))
     chosen: list[int] = []

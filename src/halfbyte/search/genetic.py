@@ -76,8 +76,8 @@ class GeneticAlgorithm:
     """Elitist generations: tournament selection, two-point or uniform crossover, mutation, repair, fill.
 
     Sources: Goldberg and Deb, "A comparative analysis of selection schemes used in genetic algorithms", FOGA 1991
-    (tournaments); Syswerda, "Uniform crossover in genetic algorithms", ICGA 1989; Chu and Beasley, Journal of Heuristics
-    4, 1998 (drop and add instead of penalties under a budget).
+    (tournaments); Syswerda, "Uniform crossover in genetic algorithms", ICGA 1989; Chu and Beasley, "A genetic algorithm
+    for the multidimensional knapsack problem", Journal of Heuristics 4, 1998 (repair instead of penalties).
 
     Args:
         problem: units, costs, budget.
@@ -111,7 +111,7 @@ class GeneticAlgorithm:
 
     @property
     def stop_reason(self) -> str | None:
-        """None while the search goes on; ``exhausted`` (every full genome is scored), ``converged`` or ``generations``."""
+        """None while it goes on, else ``exhausted`` (every full genome is scored), ``converged`` or ``generations``."""
         if not self.history:
             return None
         if self._space is not None and len(self.scores) >= len(self._space):
@@ -210,17 +210,14 @@ class GeneticAlgorithm:
                 "search state is not readable", where="resume", expected=STATE_VERSION, got=state.get("version")
             )
         try:
-            for name, now, then in (
-                ("problem", _plain(asdict(problem)), state["problem"]),
-                ("settings", _without_stopping(asdict(settings)), _without_stopping(state["settings"])),
-            ):
-                changed = [key for key in now if now[key] != then.get(key)]
-                if changed:
-                    raise HalfbyteError(
-                        f"the search was started with other {', '.join(changed)}",
-                        where=f"resume, {name}",
-                        fix="use the same settings, or start afresh without --resume",
-                    )
+            now, then = cls._identity(problem, settings), {**state["problem"], **state["settings"]}
+            changed = [name for name in now if name not in STOPPING and now[name] != then[name]]
+            if changed:
+                raise HalfbyteError(
+                    f"the search was started with other {', '.join(changed)}",
+                    where="resume",
+                    fix="use the same settings, or start afresh without --resume",
+                )
             rng = np.random.Generator(BIT_GENERATORS[state["rng"]["bit_generator"]]())
             search = cls(problem, settings, rng)
             search.scores = {problem.check(genome): float(score) for genome, score in state["scores"]}
@@ -303,8 +300,8 @@ class GeneticAlgorithm:
     def _mutate(self, genome: Genome, strength: float = 1.0) -> Genome:
         """Move units to a neighbouring choice, then repair and fill.
 
-        A unit moves up with probability ``rate * (0.5 + rank)`` and down with ``rate * (1.5 - rank)``, so that sensitive
-        units tend to larger choices; a unit between two choices shares its chance between both directions.
+        A unit moves up with probability ``rate * (0.5 + rank)`` and down with ``rate * (1.5 - rank)``: sensitive units
+        tend to larger choices. A unit between two choices shares its chance between both directions.
         """
         problem = self.problem
         rate = self.settings.mutation_rate if self.settings.mutation_rate is not None else 1 / problem.size
@@ -322,7 +319,9 @@ class GeneticAlgorithm:
         """One row of the history. ``diversity``: share of units in which two genomes of the population differ, mean."""
         scores = np.array([self.scores[genome] for genome in self.population])
         genomes = np.array(self.population)  # [population, units]
-        alike = sum((np.mean(genomes == bits, axis=0) ** 2 for bits in self.problem.choices), np.zeros(self.problem.size))
+        alike = sum(
+            (np.mean(genomes == bits, axis=0) ** 2 for bits in self.problem.choices), np.zeros(self.problem.size)
+        )
         pairs = len(genomes) / (len(genomes) - 1) if len(genomes) > 1 else 0.0  # a genome is no pair with itself
         return {
             "generation": self.generation + 1,

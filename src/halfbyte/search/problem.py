@@ -64,7 +64,10 @@ class Problem:
         if self.priority is not None:
             if len(self.priority) != self.size:
                 raise HalfbyteError(
-                    "one priority per unit is needed", where="Problem.priority", expected=self.size, got=len(self.priority)
+                    "one priority per unit is needed",
+                    where="Problem.priority",
+                    expected=self.size,
+                    got=len(self.priority),
                 )
             if not all(math.isfinite(value) for value in self.priority):
                 raise HalfbyteError("priority is not finite", where="Problem.priority", fix="look at the sensitivities")

@@ -1,0 +1,47 @@
+"""Cut token sequences into windows. Imports no torch, so that small workers can use it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from halfbyte.errors import HalfbyteError
+
+
+def cut(token_ids: Sequence[int], length: int, count: int, *, spread: bool = False, where: str = "text") -> list[list[int]]:
+    """At most ``count`` windows of ``length`` tokens.
+
+    Args:
+        spread: take windows evenly over the whole text, instead of the first ones in a row (as llama.cpp does).
+        where: what to name in an error.
+
+    Raises:
+        HalfbyteError: the text is shorter than one window.
+    """
+    whole = len(token_ids) // length
+    if whole < 1:
+        raise HalfbyteError(
+            "text is shorter than one window", where=where, expected=f"{length} tokens", got=len(token_ids),
+            fix="use a longer text or a smaller --ctx",
+        )  # fmt: skip
+    count = min(count, whole)
+    starts = [(index * whole // count if spread else index) * length for index in range(count)]
+    return [list(token_ids[start : start + length]) for start in starts]
+
+
+def scored(token_ids: Sequence[int], ctx: int, chunks: int, *, bos: int | None, where: str) -> list[list[int]]:
+    """The first ``chunks`` windows of ``ctx`` tokens, for evaluation; BOS replaces the first token if ``bos`` is given.
+
+    Raises:
+        HalfbyteError: the text is shorter than one window, or ``ctx`` too small to score anything.
+    """
+    if ctx < 4:
+        raise HalfbyteError("context is too short", where="--ctx", expected="at least 4", got=ctx)
+    if chunks < 1:
+        raise HalfbyteError("must be positive", where="--chunks", got=chunks)
+    found = cut(token_ids, ctx, chunks, where=where)
+    return [[bos, *window[1:]] for window in found] if bos is not None else found
+
+
+def first_scored(ctx: int) -> int:
+    """Position of the first prediction that is scored in a window of ``ctx`` tokens; the last is ``ctx - 2``."""
+    return ctx // 2

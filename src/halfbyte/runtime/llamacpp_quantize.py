@@ -1,0 +1,222 @@
+"""Turn a GGUF file into another file type with llama.cpp's own quantisers.
+
+A library with ``llama_model_quantize`` does it whole. The one in the ``xllamacpp`` wheel was linked without it but has
+``ggml_quantize_chunk``, the function below it, so here the file is read, each tensor's type chosen (``file_types.py``)
+and its rows encoded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.files import whole_file
+from halfbyte.runtime.file_types import Shape, block_size, file_type_number, is_quantised, tensor_type
+from halfbyte.spec import Outcome
+
+CHUNK_ELEMENTS = 1 << 22  # float32 values in memory per thread: 16 MiB
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+# What gguf-py raises on a damaged file.
+_DAMAGED = (ValueError, IndexError, KeyError, OverflowError, TypeError, AttributeError)
+
+
+def check_gguf(path: Path) -> None:
+    """Raise HalfbyteError unless ``path`` is a file that starts like GGUF; llama.cpp itself checks the rest."""
+    try:
+        with open(path, "rb") as handle:
+            magic = handle.read(4)
+    except FileNotFoundError as error:
+        raise HalfbyteError("no such file", where=path, expected="a GGUF file") from error
+    except OSError as error:
+        raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
+    if magic != b"GGUF":
+        raise HalfbyteError(
+            "not a GGUF file", where=path, expected="it to start with GGUF", got=magic or "an empty file"
+        )
+
+
+def open_gguf(path: Path) -> gguf.GGUFReader:
+    """Read the header of a GGUF file and map its tensors.
+
+    Raises:
+        HalfbyteError: missing, not GGUF, or incomplete.
+    """
+    check_gguf(path)
+    try:
+        reader = gguf.GGUFReader(path)
+    except _DAMAGED as error:
+        raise HalfbyteError("GGUF file is damaged or incomplete", where=path, got=error) from error
+    short = [t.name for t in reader.tensors if t.data.nbytes != t.n_bytes]
+    if short:
+        raise HalfbyteError("GGUF file is incomplete", where=f"{path}, {short[0]}", fix="export or download it again")
+    return reader
+
+
+def read_importance(imatrix: str | Path | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Mean squared input of each matrix: tensor name -> float32 [in].
+
+    A file holds ``<name>.in_sum2`` [1, in] and ``<name>.counts`` [1, 1] (llama.cpp ``tools/imatrix``).
+
+    Raises:
+        HalfbyteError: not an importance-matrix file, or a value is not finite.
+    """
+    if isinstance(imatrix, Mapping):
+        values = {name: np.ascontiguousarray(value, np.float32).reshape(-1) for name, value in imatrix.items()}
+    else:
+        reader = open_gguf(Path(imatrix))
+        sums = {t.name: np.asarray(t.data, np.float32).reshape(-1) for t in reader.tensors}
+        names = [name.removesuffix(".in_sum2") for name in sums if name.endswith(".in_sum2")]
+        if not names or any(f"{name}.counts" not in sums for name in names):
+            raise HalfbyteError("not an importance matrix", where=imatrix, expected="tensors .in_sum2 and .counts")
+        values = {}
+        for name in names:
+            total, count = sums[f"{name}.in_sum2"], float(sums[f"{name}.counts"][0])
+            values[name] = total / np.float32(count) if count > 0 else np.ones_like(total)
+    strange = next((name for name, value in values.items() if not np.isfinite(value).all()), None)
+    if strange is not None:
+        raise HalfbyteError("importance is not finite", where=strange)
+    return values
+
+
+def quantize_native(
+    api: Any,
+    take_error: Callable[[], str | None],
+    source: Path,
+    target: Path,
+    file_type: str,
+    threads: int,
+    importance: Mapping[str, np.ndarray],
+) -> tuple[Outcome, ...]:
+    """Let ``llama_model_quantize`` write the whole file; it reports no outcomes."""
+    params = api.llama_model_quantize_default_params()
+    params.ftype, params.nthread, params.allow_requantize = file_type_number(file_type), threads, True
+    if importance:
+        entry = getattr(api, "llama_model_imatrix_data", None)
+        if entry is None:
+            raise HalfbyteError(
+                "this version takes no importance matrix", where="llama-cpp-python", fix="use xllamacpp"
+            )
+        entries = (entry * (len(importance) + 1))()  # ends with a null name
+        for slot, (name, values) in zip(entries, importance.items(), strict=False):
+            slot.name, slot.size = name.encode(), values.size
+            slot.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+        params.imatrix = ctypes.cast(entries, type(params.imatrix))
+    with whole_file(target) as partial:
+        status = api.llama_model_quantize(os.fsencode(source), os.fsencode(partial), ctypes.byref(params))
+        if status != 0:
+            raise HalfbyteError("llama.cpp cannot quantise this file", where=source, got=take_error() or status)
+    return ()
+
+
+def quantize_rows(
+    api: Any, source: Path, target: Path, file_type: str, threads: int, importance: Mapping[str, np.ndarray]
+) -> tuple[Outcome, ...]:
+    """Encode the matrices of ``source`` with ``ggml_quantize_chunk`` into ``target``, one tensor in memory at a time.
+
+    Returns:
+        One outcome per tensor that did not get the type of the recipe, or got it without its importance.
+    """
+    number = file_type_number(file_type)
+    reader = open_gguf(source)
+    shape = _shape(reader, bool(importance), source)
+    types, outcomes = {}, []
+    for tensor in reader.tensors:
+        name = tensor.name
+        types[name] = tensor.tensor_type
+        if not is_quantised(name, len(tensor.shape)):
+            continue
+        asked, types[name] = tensor_type(file_type, name, int(tensor.shape[0]), shape)
+        notes = []
+        if types[name] != asked:
+            notes.append(f"{asked.name} needs rows divisible by {block_size(asked.name)}, this has {tensor.shape[0]}")
+        if importance and name not in importance and name != "token_embd.weight":
+            notes.append("no importance values")
+        if notes:
+            outcomes.append(Outcome(name, asked.name, types[name].name, "; ".join(notes)))
+    with whole_file(target) as partial, ThreadPoolExecutor(threads) as pool:
+        writer = gguf.GGUFWriter(partial, shape.architecture)
+        try:
+            _copy_metadata(reader, writer, number)
+            for tensor in reader.tensors:
+                columns, rows = int(tensor.shape[0]), int(tensor.n_elements // tensor.shape[0])
+                size = rows * _row_bytes(types[tensor.name], columns)
+                dims = [int(n) for n in reversed(tensor.shape)]
+                writer.add_tensor_info(tensor.name, dims, np.dtype(np.float32), size, types[tensor.name])
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in reader.tensors:
+                data = _encode(api, pool, tensor, types[tensor.name], importance.get(tensor.name))
+                writer.write_tensor_data(data)
+        finally:
+            writer.close()
+    return tuple(outcomes)
+
+
+def _shape(reader: gguf.GGUFReader, has_imatrix: bool, path: Path) -> Shape:
+    def value(key: str, default: Any = None) -> Any:
+        field = reader.get_field(key)
+        found = field.contents() if field is not None else default
+        if found is None:
+            raise HalfbyteError("GGUF file has no such key", where=path, expected=key)
+        return max(found) if isinstance(found, list) else found
+
+    architecture = value("general.architecture")
+    if int(value("split.count", 1)) > 1:
+        raise HalfbyteError("split files are not read here", where=path, fix="merge the parts first")
+    heads = int(value(f"{architecture}.attention.head_count"))
+    kv_heads = int(value(f"{architecture}.attention.head_count_kv", heads))
+    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    return Shape(architecture, int(value(f"{architecture}.block_count")), heads, kv_heads, tied, has_imatrix)
+
+
+def _copy_metadata(reader: gguf.GGUFReader, writer: gguf.GGUFWriter, file_type_number: int) -> None:
+    own = {"general.architecture", "general.alignment", "general.file_type", "general.quantization_version"}
+    for name, field in reader.fields.items():
+        if name.startswith(("GGUF.", "split.")) or name in own:
+            continue
+        sub_type = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(name, field.contents(), field.types[0], sub_type)
+    writer.add_file_type(file_type_number)
+    writer.add_quantization_version(QUANTIZATION_VERSION)
+
+
+def _row_bytes(kind: gguf.GGMLQuantizationType, columns: int) -> int:
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    return columns // block * size
+
+
+def _encode(
+    api: Any, pool: ThreadPoolExecutor, tensor: gguf.ReaderTensor, kind: gguf.GGMLQuantizationType, importance: Any
+) -> np.ndarray:
+    """The bytes of one tensor in another type, uint8 [rows, row_bytes]; its own bytes when it has that type already."""
+    if kind == tensor.tensor_type:
+        return tensor.data
+    columns = int(tensor.shape[0])
+    if importance is not None and importance.size != columns:
+        raise HalfbyteError(
+            "importance does not fit", where=tensor.name, expected=f"{columns} values", got=importance.size
+        )
+    source = tensor.data.reshape(-1, tensor.data.shape[-1])  # [rows, row bytes or columns]
+    encoded = np.empty((len(source), _row_bytes(kind, columns)), np.uint8)
+    weights = importance.ctypes.data if importance is not None else None
+
+    def encode(start: int) -> None:
+        part = gguf.dequantize(source[start : start + step], tensor.tensor_type)
+        part = np.ascontiguousarray(part, np.float32)  # [rows of the chunk, columns]
+        if not np.isfinite(part).all():
+            raise HalfbyteError("weights are not finite", where=tensor.name)
+        rows = encoded[start : start + step]
+        api.ggml_quantize_chunk(int(kind), part.ctypes.data, rows.ctypes.data, 0, len(part), columns, weights)
+
+    step = max(1, CHUNK_ELEMENTS // columns)
+    list(pool.map(encode, range(0, len(source), step)))
+    return encoded

@@ -1,0 +1,163 @@
+"""The PyTorch simulation of a plan: the model with the searched W4 codes, and activations quantised as planned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.calibration.text import Text, load_text
+from halfbyte.calibration.windows import first_scored, scored
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits, scratch_folder
+from halfbyte.export.plan_file import codes_path, load_codes, load_plan
+from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.models.device import resolve_device, resolve_dtype
+from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.models.surgery import SharedInput, replace_linear_, set_activation_bits_, set_parameters_
+from halfbyte.numerics.metrics import Quality
+from halfbyte.options import SimulateOptions
+from halfbyte.progress import Progress, Reporter, silent
+from halfbyte.spec import Plan
+
+
+def load_for_plan(
+    plan: Plan, model_id: str | None, *, device: str, dtype: str, trust_remote_code: bool = False
+) -> SourceModel:
+    """The model a plan was made for, unquantised.
+
+    Raises:
+        HalfbyteError: the model at hand is another one.
+    """
+    name = model_id or plan.model_id
+    where = resolve_device(device)
+    source = load(find(name, trust_remote_code=trust_remote_code), device=where, dtype=resolve_dtype(dtype, where))
+    if source.fingerprint != plan.fingerprint:
+        raise HalfbyteError(
+            "the plan was made for another model", where=name, expected=f"{plan.model_id} ({plan.fingerprint})",
+            got=source.fingerprint, fix="pass the plan's model with --model_id",
+        )  # fmt: skip
+    return source
+
+
+def apply_codes_(
+    source: SourceModel, weights: Mapping[str, GroupedWeight], overrides: Mapping[str, torch.Tensor]
+) -> None:
+    """Make the model its W4A16 simulation, in place."""
+    set_parameters_(source.model, overrides)
+    shared = SharedInput()
+    for name, weight in weights.items():
+        replace_linear_(source.model, name, weight, shared)
+
+
+def plan_bits(plan: Plan) -> dict[str, int | None]:
+    """Layer name -> activation bits of the plan."""
+    return {name: entry.a_bits for name, entry in plan.layers.items()}
+
+
+def is_symmetric(plan: Plan) -> bool:
+    """Whether the plan's activations are symmetric."""
+    return any(entry.a_symmetric for entry in plan.layers.values())
+
+
+def evaluation_text(name: str, plan: Plan | None) -> tuple[str, str]:
+    """(name, text) to evaluate on: never text that the plan's search has seen.
+
+    A named source gives its ``eval`` part. A file is used whole, unless the plan was searched on that file.
+
+    Raises:
+        HalfbyteError: the text overlaps with what the plan was searched on.
+    """
+    text = load_text(name)
+    if text.name in ("pydoc", "wikitext2") or (plan is not None and plan.text.get("name") == text.name):
+        return f"{text.name} (eval part)", text.parts["eval"]
+    whole = _whole_file(text)
+    return text.name, whole
+
+
+def _whole_file(text: Text) -> str:
+    with open(text.name, encoding="utf-8") as handle:
+        return handle.read()
+
+
+@dataclass(frozen=True)
+class SimulationRow:
+    """One line of the simulation table."""
+
+    name: str
+    quality: Quality
+    mean_bits: float | None
+    sample: str
+
+
+@dataclass(frozen=True)
+class SimulationResult:
+    """What ``test_mixed_precision.py`` shows."""
+
+    rows: list[SimulationRow]
+    made_by: dict[str, Any]
+
+
+def simulate(options: SimulateOptions, report: Reporter = silent) -> SimulationResult:
+    """Original, all A8, all A4 and the plan, on text the search has not seen.
+
+    Raises:
+        HalfbyteError: anything the user can put right.
+    """
+    plan = load_plan(options.config)
+    weights, overrides = load_codes(codes_path(options.config))
+    text_name, text = evaluation_text(options.text, plan)
+    report(Progress("load model", 0, 1, options.model_id or plan.model_id))
+    source = load_for_plan(
+        plan, options.model_id, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+    )
+    token_windows = windows_for(source, text, options.ctx, options.chunks, where=text_name)
+    report(Progress("load model", 1, 1, f"text {text_name}, {len(token_windows)} windows of {options.ctx}"))
+    logits_of = model_logits(source.model)
+    rows = []
+    with scratch_folder() as folder:
+        vocab = source.model.get_submodule(source.family.head).weight.shape[0]
+        kept = LogitsFile(Path(folder) / "reference", vocab, options.ctx - first_scored(options.ctx) - 1)
+        kept.write(token_windows, logits_of, report, "original")
+        original = measure(token_windows, iter(kept))
+        rows.append(SimulationRow("original", original, None, sample_text(source, options.prompt, options.max_tokens)))
+        apply_codes_(source, weights, overrides)
+        choices: dict[str, dict[str, int | None]] = {
+            "all A8": dict.fromkeys(weights, 8),
+            "all A4": dict.fromkeys(weights, 4),
+            "plan": plan_bits(plan),
+        }
+        for name, bits in choices.items():
+            set_activation_bits_(source.model, bits, symmetric=is_symmetric(plan))
+            quality = measure(token_windows, live(token_windows, logits_of, report, name), iter(kept))
+            mean_bits = {"all A8": 8.0, "all A4": 4.0}.get(name, 8 * plan.budget_reached)
+            rows.append(SimulationRow(name, quality, mean_bits, sample_text(source, options.prompt, options.max_tokens)))
+    made_by = {"plan": plan.hash, "model": plan.model_id, "text": text_name, "seed": plan.seed, **plan.versions}
+    return SimulationResult(rows, made_by)
+
+
+def windows_for(source: SourceModel, text: str, ctx: int, chunks: int, *, where: str) -> list[list[int]]:
+    """Scored windows with the model's own tokenizer; BOS in front if the tokenizer adds one."""
+    with_special = source.tokenizer("a").input_ids
+    bos = source.tokenizer.bos_token_id if with_special[:1] == [source.tokenizer.bos_token_id] else None
+    ids = source.tokenizer(text, add_special_tokens=False).input_ids
+    return scored(ids, ctx, chunks, bos=bos, where=where)
+
+
+def sample_text(source: SourceModel, prompt: str, max_tokens: int) -> str:
+    """A greedy answer to ``prompt``, in the model's chat format where it has one."""
+    tokenizer = source.tokenizer
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        ids = tokenizer(prompt, return_tensors="pt")
+    ids = {key: value.to(source.device) for key, value in ids.items() if key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        answer = source.model.generate(  # pyright: ignore[reportCallIssue]
+            **ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id
+        )
+    return tokenizer.decode(answer[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()

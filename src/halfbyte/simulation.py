@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from halfbyte.calibration.text import Text, load_text
-from halfbyte.calibration.windows import first_scored, scored
+from halfbyte.calibration.windows import first_scored
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits, scratch_folder
+from halfbyte.evaluate.sampling import sample_text, windows_for
 from halfbyte.export.plan_file import codes_path, load_codes, load_plan
 from halfbyte.formats.int_group import GroupedWeight
 from halfbyte.models.device import resolve_device, resolve_dtype
@@ -137,27 +138,3 @@ def simulate(options: SimulateOptions, report: Reporter = silent) -> SimulationR
             rows.append(SimulationRow(name, quality, mean_bits, sample_text(source, options.prompt, options.max_tokens)))
     made_by = {"plan": plan.hash, "model": plan.model_id, "text": text_name, "seed": plan.seed, **plan.versions}
     return SimulationResult(rows, made_by)
-
-
-def windows_for(source: SourceModel, text: str, ctx: int, chunks: int, *, where: str) -> list[list[int]]:
-    """Scored windows with the model's own tokenizer; BOS in front if the tokenizer adds one."""
-    with_special = source.tokenizer("a").input_ids
-    bos = source.tokenizer.bos_token_id if with_special[:1] == [source.tokenizer.bos_token_id] else None
-    ids = source.tokenizer(text, add_special_tokens=False).input_ids
-    return scored(ids, ctx, chunks, bos=bos, where=where)
-
-
-def sample_text(source: SourceModel, prompt: str, max_tokens: int) -> str:
-    """A greedy answer to ``prompt``, in the model's chat format where it has one."""
-    tokenizer = source.tokenizer
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        ids = tokenizer(prompt, return_tensors="pt")
-    ids = {key: value.to(source.device) for key, value in ids.items() if key in ("input_ids", "attention_mask")}
-    with torch.no_grad():
-        answer = source.model.generate(  # pyright: ignore[reportCallIssue]
-            **ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id
-        )
-    return tokenizer.decode(answer[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()

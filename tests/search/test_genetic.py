@@ -209,7 +209,7 @@ def test_a_score_that_is_not_finite_is_refused_and_changes_nothing(bad):
     search, twin = start(problem), start(problem)
     genomes = search.ask()
     with pytest.raises(HalfbyteError, match="not finite"):
-        search.tell({genome: 1.0 for genome in genomes[:-1]} | {genomes[-1]: bad})
+        search.tell(dict.fromkeys(genomes[:-1], 1.0) | {genomes[-1]: bad})
     assert not search.scores
     assert run(search, additive(gain)) == run(twin, additive(gain))
 
@@ -220,7 +220,7 @@ def test_scores_for_other_genomes_are_refused():
     genomes = search.ask()
     for wrong in (genomes[:-1], [*genomes, (4,) * problem.size]):
         with pytest.raises(HalfbyteError, match="asked for"):
-            search.tell({genome: 1.0 for genome in wrong})
+            search.tell(dict.fromkeys(wrong, 1.0))
 
 
 def test_mutation_favours_sensitive_units():

@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from halfbyte.errors import HalfbyteError
 
 ROPE_FREQS = "rope_freqs.weight"
-# About the file that was read, not about the model; the writer says its own. `GGUF.` is how the reader shows the header.
+# About the file that was read, not about the model; the writer says its own. The reader shows the header as `GGUF.`.
 NOT_COPIED = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
 NOT_COPIED += ("split.", "quantize.", "halfbyte.")
 

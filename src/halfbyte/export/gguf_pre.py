@@ -75,7 +75,7 @@ def split_steps(pre_tokenizer: Mapping[str, Any] | None) -> tuple[Step, ...]:
     if kind == "Digits" and pre_tokenizer.get("individual_digits"):
         return (DIGIT,)
     if kind == "Split" and pre_tokenizer["behavior"] == "Isolated" and not pre_tokenizer.get("invert"):
-        regex = pre_tokenizer["pattern"].get("Regex", "")
-        if regex:
+        regex = pre_tokenizer["pattern"].get("Regex")
+        if isinstance(regex, str):
             return (_OTHER_SPELLINGS.get(regex, regex),)
     return ((kind, *(value for key, value in pre_tokenizer.items() if key != "type")),)

@@ -56,6 +56,15 @@ def estimate_search(config: PretrainedConfig, family: Family, dtype: torch.dtype
     )
 
 
+def estimate_load(config: PretrainedConfig, dtype: torch.dtype) -> MemoryEstimate:
+    """What it takes to load a model and generate with it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    width = 2 if dtype == torch.bfloat16 else 4
+    return MemoryEstimate(device=int(1.1 * width * parameters), host=width * parameters, parameters=parameters, linear_parameters=0)
+
+
 def check_memory(estimate: MemoryEstimate, device: torch.device) -> None:
     """Refuse, before the work, what cannot fit.
 

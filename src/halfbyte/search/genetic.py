@@ -56,17 +56,10 @@ class GeneticSettings:
     tolerance: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("population", 2, math.inf),
-            ("generations", 0, math.inf),
-            ("elite", 1, self.population - 1),
-            ("tournament", 1, math.inf),
-            ("crossover_rate", 0, 1),
-            ("mutation_rate", 0, 0.5),
-            ("patience", 1, math.inf),
-            ("tolerance", 0, math.inf),
-        ):
-            value = getattr(self, name)
+        lowest = {"population": 2, "generations": 0, "crossover_rate": 0, "mutation_rate": 0, "tolerance": 0}
+        highest = {"elite": self.population - 1, "crossover_rate": 1, "mutation_rate": 0.5}
+        for name, value in asdict(self).items():
+            least, most = lowest.get(name, 1), highest.get(name, math.inf)
             if value is not None and not least <= value <= most:
                 expected = f"at least {least}" if most == math.inf else f"{least} to {most}"
                 raise HalfbyteError("setting is out of range", where=f"genetic {name}", expected=expected, got=value)
@@ -163,17 +156,16 @@ class GeneticAlgorithm:
             raise HalfbyteError(
                 "scores are not for the genomes that were asked for", where="tell", expected=len(asked), got=len(scores)
             )
-        for genome in asked:
-            if not math.isfinite(scores[genome]):
-                raise HalfbyteError(
-                    "score is not finite",
-                    where=f"genome at {self.problem.fraction(genome):.3f} of 8 bits",
-                    got=scores[genome],
-                    fix="the quantised model overflows; load it in bfloat16 or float32",
-                )
-        assert self._candidates is not None
+        bad = [score for score in scores.values() if not math.isfinite(score)]
+        if bad:
+            raise HalfbyteError(
+                "score is not finite",
+                where=f"{len(bad)} of {len(asked)} genomes",
+                got=bad[0],
+                fix="the quantised model overflows; load it in bfloat16 or float32",
+            )
         self.scores.update((genome, float(scores[genome])) for genome in asked)
-        self.population, self._candidates = self._candidates, None
+        self.population, self._candidates = self._candidates or [], None
         score = self.best[1]
         if score < self._reference - self.settings.tolerance:
             self._reference, self._stalled = score, 0
@@ -185,8 +177,7 @@ class GeneticAlgorithm:
         """Everything the search is, as dicts, lists, strings and numbers that JSON can hold."""
         return {
             "version": STATE_VERSION,
-            "problem": _plain(asdict(self.problem)),
-            "settings": asdict(self.settings),
+            "identity": _identity(self.problem, self.settings),
             "scores": [[list(genome), score] for genome, score in self.scores.items()],
             "population": [list(genome) for genome in self.population],
             "candidates": None if self._candidates is None else [list(genome) for genome in self._candidates],
@@ -210,8 +201,8 @@ class GeneticAlgorithm:
                 "search state is not readable", where="resume", expected=STATE_VERSION, got=state.get("version")
             )
         try:
-            now, then = cls._identity(problem, settings), {**state["problem"], **state["settings"]}
-            changed = [name for name in now if name not in STOPPING and now[name] != then[name]]
+            now, then = _identity(problem, settings), state["identity"]
+            changed = [name for name in now if now[name] != then[name]]
             if changed:
                 raise HalfbyteError(
                     f"the search was started with other {', '.join(changed)}",
@@ -236,8 +227,10 @@ class GeneticAlgorithm:
         return self.scores[genome], genome
 
     def _start(self, seeds: list[Genome]) -> list[Genome]:
-        """Generation 0: the seeds, then random genomes, each once, as far as there are enough."""
+        """Generation 0: the seeds, then random genomes, each once; a space no larger than that enters whole."""
         genomes = dict.fromkeys(seeds)
+        if self._space is not None and len(self._space) <= self.settings.population:
+            return list(genomes | dict.fromkeys(self._space))
         for _ in range(ATTEMPTS * self.settings.population):
             if len(genomes) >= self.settings.population:
                 break
@@ -279,15 +272,15 @@ class GeneticAlgorithm:
             genomes[fresh] = None
 
     def _child(self, ranked: list[Genome]) -> Genome:
-        """One child of tournament winners."""
-        child = first = self._parent(ranked)
-        if self._rng.random() < self.settings.crossover_rate:
-            child = self._cross(first, self._parent(ranked))
-        return self._mutate(child)
+        """One child of one or two tournament winners; ``ranked`` is the population, best first."""
 
-    def _parent(self, ranked: list[Genome]) -> Genome:
-        """The best of ``tournament`` genomes drawn from the population, which is sorted, best first."""
-        return ranked[int(self._rng.integers(len(ranked), size=self.settings.tournament).min())]
+        def winner() -> Genome:
+            return ranked[int(self._rng.integers(len(ranked), size=self.settings.tournament).min())]
+
+        child = winner()
+        if self._rng.random() < self.settings.crossover_rate:
+            child = self._cross(child, winner())
+        return self._mutate(child)
 
     def _cross(self, first: Genome, second: Genome) -> Genome:
         """A child with units from both: a stretch of neighbours (two-point) or each by the toss of a coin (uniform)."""
@@ -319,24 +312,22 @@ class GeneticAlgorithm:
         """One row of the history. ``diversity``: share of units in which two genomes of the population differ, mean."""
         scores = np.array([self.scores[genome] for genome in self.population])
         genomes = np.array(self.population)  # [population, units]
-        alike = sum(
-            (np.mean(genomes == bits, axis=0) ** 2 for bits in self.problem.choices), np.zeros(self.problem.size)
-        )
-        pairs = len(genomes) / (len(genomes) - 1) if len(genomes) > 1 else 0.0  # a genome is no pair with itself
+        differences = np.count_nonzero(genomes[:, None] != genomes)
         return {
             "generation": self.generation + 1,
             "evaluations": len(self.scores),
             "best": self.best[1],
             "mean": float(scores.mean()),
             "std": float(scores.std()),
-            "diversity": float(np.mean(1 - alike) * pairs),
+            "diversity": float(differences / max(1, genomes.size * (len(genomes) - 1))),
         }
 
 
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    """Tuples as lists, as JSON gives them back."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-
-
-def _without_stopping(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in STOPPING}
+def _identity(problem: Problem, settings: GeneticSettings) -> dict[str, Any]:
+    """What two searches must have in common to be one; tuples as lists, as JSON gives them back."""
+    values = {**asdict(problem), **asdict(settings)}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in values.items()
+        if name not in STOPPING
+    }

@@ -1,0 +1,163 @@
+"""Original, Q4_K_M and mixed, measured one after the other, each in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.calibration.windows import first_scored
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.quality import LogitsFile, measure, scratch_folder
+from halfbyte.evaluate.worker import run_worker
+from halfbyte.models.gguf_source import open_gguf
+from halfbyte.naming import download_command, f16_gguf, mixed_gguf, q4km_gguf
+from halfbyte.numerics.metrics import Quality
+from halfbyte.options import CompareOptions
+from halfbyte.progress import Progress, Reporter
+from halfbyte.runtime.llamacpp import open_engine
+
+
+@dataclass(frozen=True)
+class CompareRow:
+    """One line of the comparison; ``missing`` says why there are no numbers.
+
+    Attributes:
+        engine: what ran it.
+        path: the file, or the model id.
+        measured: bytes, load_seconds, prompt_tokens_per_second, generation_tokens_per_second, peak_memory, sample.
+        speed_up: generation speed over the F16 original in llama.cpp.
+        quality: against the F16 original in llama.cpp, where that was run.
+    """
+
+    name: str
+    path: str
+    engine: str = ""
+    measured: dict[str, Any] | None = None
+    quality: Quality | None = None
+    speed_up: float | None = None
+    missing: str = ""
+
+
+class Comparison:
+    """Runs the rows; keeps the reference's logits in a scratch folder between them."""
+
+    def __init__(self, options: CompareOptions, model_id: str, text: tuple[str, str], folder: Path, report: Reporter) -> None:
+        self.options, self.model_id, self.folder, self.report = options, model_id, folder, report
+        self.text_name = text[0]
+        self.text_file = folder / "text.txt"
+        self.text_file.write_text(text[1], encoding="utf-8")
+        self.reference: dict[str, Any] | None = None
+
+    def rows(self) -> Iterator[CompareRow]:
+        """Measure and yield each row; one that fails is yielded as missing, and the others go on."""
+        original_at_hand = False
+        f16 = f16_gguf(self.model_id)
+        if not self.options.skip_original:
+            original, result = self._original(f16)
+            f16_row = self._gguf("original, F16 GGUF", f16, "the original could not be loaded")
+            original_at_hand = f16_row.measured is not None
+            if result and self.reference and self.reference["windows"] == result["windows"]:
+                original = self._with_quality(original, result)
+            yield self._with_speed_up(original)
+            yield self._with_speed_up(f16_row)
+        q4km = Path(self.options.q4km_path or q4km_gguf(self.model_id))
+        if not q4km.exists() and original_at_hand and self.options.q4km_path is None:
+            self.report(Progress("Q4_K_M", 0, 1, "quantise with llama.cpp's recipe"))
+            open_engine(self.options.engine).quantize(f16, q4km, "Q4_K_M")
+        yield self._gguf("Q4_K_M", q4km, f"get it with: {download_command(self.model_id)}")
+        mixed = Path(self.options.mixed_path or mixed_gguf(self.model_id))
+        yield self._gguf("mixed", mixed, f"make it with: python export_gguf_official.py --output {mixed}")
+
+    def _request(self, name: str, path: str) -> dict[str, Any]:
+        options = self.options
+        return {
+            "path": path, "engine": options.engine, "threads": options.threads, "ctx": options.ctx,
+            "chunks": options.chunks, "text_file": str(self.text_file), "text_name": self.text_name,
+            "logits_file": str(self.folder / f"{name.replace(' ', '-')}.logits"), "prompt": options.prompt,
+            "max_tokens": options.max_tokens, "stage": name,
+        }  # fmt: skip
+
+    def _original(self, f16: Path) -> tuple[CompareRow, dict[str, Any] | None]:
+        name = "original"
+        request = {
+            **self._request(name, self.model_id), "device": self.options.device, "dtype": self.options.dtype,
+            "trust_remote_code": self.options.trust_remote_code, "f16_path": str(f16),
+            "f16_fingerprint": _fingerprint_of(f16),
+        }  # fmt: skip
+        try:
+            result = run_worker("halfbyte.evaluate.measure_original", request, self.report)
+        except HalfbyteError as error:
+            return CompareRow(name, self.model_id, missing=str(error)), None
+        result["logits_file"] = request["logits_file"]
+        return CompareRow(name, self.model_id, result["engine"], result), result
+
+    def _gguf(self, name: str, path: Path, how_to_get: str) -> CompareRow:
+        if not path.exists():
+            return CompareRow(name, str(path), missing=f"no file {path}; {how_to_get}")
+        request = self._request(name, str(path))
+        try:
+            result = run_worker("halfbyte.evaluate.measure_gguf", request, self.report)
+        except HalfbyteError as error:
+            return CompareRow(name, str(path), missing=str(error))
+        result["logits_file"] = request["logits_file"]
+        row = self._with_quality(CompareRow(name, str(path), result["engine"], result), result)
+        if name.startswith("original"):
+            self.reference = result
+        else:
+            Path(request["logits_file"]).unlink()
+        return self._with_speed_up(row)
+
+    def _with_quality(self, row: CompareRow, result: dict[str, Any]) -> CompareRow:
+        reference = self.reference
+        if reference is not None and reference["windows"] != result["windows"]:
+            return CompareRow(row.name, row.path, row.engine, missing="its tokenizer splits the text in another way")
+        quality = measure(
+            result["windows"], iter(self._logits(result)), iter(self._logits(reference)) if reference else None
+        )
+        return CompareRow(row.name, row.path, row.engine, row.measured, quality)
+
+    def _logits(self, result: dict[str, Any]) -> LogitsFile:
+        ctx = self.options.ctx
+        return LogitsFile(Path(result["logits_file"]), result["vocab"], ctx - first_scored(ctx) - 1)
+
+    def _with_speed_up(self, row: CompareRow) -> CompareRow:
+        speed = (row.measured or {}).get("generation_tokens_per_second")
+        base = (self.reference or {}).get("generation_tokens_per_second")
+        if not speed or not base:
+            return row
+        return CompareRow(row.name, row.path, row.engine, row.measured, row.quality, speed / base)
+
+
+def _fingerprint_of(path: Path) -> str | None:
+    """The fingerprint of the model an F16 file was made from, if it is there and says so."""
+    if not path.exists():
+        return None
+    try:
+        field = open_gguf(path).fields.get("halfbyte.fingerprint")
+    except HalfbyteError:
+        return None
+    return None if field is None else str(field.contents())
+
+
+def compare(options: CompareOptions, model_id: str, text: tuple[str, str], report: Reporter) -> list[CompareRow]:
+    """All rows of the comparison.
+
+    Args:
+        model_id: the original.
+        text: (name, text) to evaluate on.
+
+    Raises:
+        HalfbyteError: nothing could be measured.
+    """
+    for flag in ("ctx", "chunks", "max_tokens"):
+        if getattr(options, flag) < 1:
+            raise HalfbyteError("must be positive", where=f"--{flag}", got=getattr(options, flag))
+    with scratch_folder() as folder, torch.no_grad():
+        rows = list(Comparison(options, model_id, text, Path(folder), report).rows())
+    if all(row.missing for row in rows):
+        raise HalfbyteError("nothing to compare: " + "; ".join(f"{row.name}: {row.missing}" for row in rows))
+    return rows

@@ -1,0 +1,101 @@
+"""Measure the original model in transformers, and write it as an F16 GGUF file for llama.cpp. Run as a worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.calibration.windows import first_scored
+from halfbyte.evaluate.quality import LogitsFile, model_logits
+from halfbyte.evaluate.sampling import sample_text, windows_for
+from halfbyte.evaluate.worker import serve
+from halfbyte.export.gguf import write_gguf
+from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
+from halfbyte.models.estimate import check_memory, estimate_load
+from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.progress import Progress, Reporter
+
+SPEED_TOKENS = 32
+
+
+def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
+    """Measure ``request["path"]`` (a model id).
+
+    Keys of the request: path, device, dtype, trust_remote_code, threads, ctx, chunks, text_file, text_name,
+    logits_file, prompt, max_tokens (0: no sample and no speed), f16_path, f16_fingerprint (of
+    the model that an existing F16 file was made from; the same one is not written again), stage.
+    """
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    stage, ctx, max_tokens = request["stage"], request["ctx"], request["max_tokens"]
+    device = resolve_device(request["device"])
+    dtype = resolve_dtype(request["dtype"], device)
+    origin = find(request["path"], trust_remote_code=request["trust_remote_code"])
+    check_memory(estimate_load(origin.config, dtype), device)
+    report(Progress(stage, 0, 1, "load"))
+    started = time.perf_counter()
+    source = load(origin, device=device, dtype=dtype)
+    result: dict[str, Any] = {
+        "engine": f"transformers ({str(dtype).removeprefix('torch.')}, {device.type})",
+        "load_seconds": time.perf_counter() - started,
+        "fingerprint": source.fingerprint,
+        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in source.model.parameters()),
+    }
+    if max_tokens:
+        report(Progress(stage, 0, 1, "speed"))
+        result.update(_speed(source, ctx, min(SPEED_TOKENS, max_tokens)))
+        report(Progress(stage, 0, 1, "sample text"))
+        result["sample"] = sample_text(source, request["prompt"], max_tokens)
+    result["peak_memory"] = peak_memory(device)
+    text = Path(request["text_file"]).read_text(encoding="utf-8")
+    windows = windows_for(source, text, ctx, request["chunks"], where=request["text_name"])
+    vocab = source.model.get_submodule(source.family.head).weight.shape[0]
+    kept = LogitsFile(Path(request["logits_file"]), vocab, ctx - first_scored(ctx) - 1)
+    kept.write(windows, model_logits(source.model), report, stage)
+    result["windows"], result["vocab"] = windows, vocab
+    if request["f16_fingerprint"] != source.fingerprint:
+        write_gguf(
+            request["f16_path"], source, embedding_type="F16", output_type="F16",
+            metadata={"halfbyte.fingerprint": source.fingerprint}, report=report,
+        )  # fmt: skip
+    return result
+
+
+def _speed(source: SourceModel, prompt_tokens: int, generate_tokens: int) -> dict[str, float]:
+    """Prompt and generation tokens per second; the best of two runs after a warm-up."""
+    ids = torch.randint(source.config.vocab_size, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(source.device)
+
+    def prompt() -> None:
+        with torch.no_grad():
+            source.model(input_ids=ids, use_cache=True, logits_to_keep=1)
+
+    def generate() -> None:
+        source.model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=ids[:, :1], attention_mask=torch.ones_like(ids[:, :1]), do_sample=False,
+            max_new_tokens=generate_tokens, min_new_tokens=generate_tokens, pad_token_id=0,
+        )  # fmt: skip
+
+    prompt()
+    return {
+        "prompt_tokens_per_second": prompt_tokens / min(_seconds(prompt, source.device) for _ in range(2)),
+        "generation_tokens_per_second": generate_tokens / min(_seconds(generate, source.device) for _ in range(2)),
+    }
+
+
+def _seconds(work: Callable[[], None], device: torch.device) -> float:
+    started = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    serve(measure)

@@ -1,0 +1,144 @@
+"""Export a plan as GGUF, then check the file: read back, run in llama.cpp, compare with the simulation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.calibration.text import pydoc_text
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.sampling import windows_for
+from halfbyte.export.gguf import check_gguf, write_gguf
+from halfbyte.export.gguf_tensors import TensorRow
+from halfbyte.export.plan_file import codes_path, load_codes, load_plan
+from halfbyte.files import check_output
+from halfbyte.formats.ggml import decode, encode
+from halfbyte.models.loading import SourceModel
+from halfbyte.models.surgery import set_activation_bits_
+from halfbyte.naming import mixed_gguf
+from halfbyte.numerics.metrics import kl_per_token, same_top
+from halfbyte.options import ExportOptions
+from halfbyte.progress import Progress, Reporter, silent
+from halfbyte.runtime.llamacpp import open_engine
+from halfbyte.simulation import apply_codes_, is_symmetric, load_for_plan
+from halfbyte.spec import Plan
+
+CHECK_TOKENS = 256
+LARGEST_KL = 0.05  # nats; llama.cpp rounds activations per block of 32, the simulation per token: see docs/numbers.md
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What an export leaves.
+
+    Attributes:
+        path: the file.
+        rows: its tensors.
+        checked: tensors compared after reopening; 0 if the check was skipped.
+        kl, top1: llama.cpp against the W4A8 simulation on a short text; None if the check was skipped.
+        plan: what was exported.
+    """
+
+    path: Path
+    rows: list[TensorRow]
+    checked: int
+    kl: float | None
+    top1: float | None
+    plan: Plan
+
+
+def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResult:
+    """Write the plan's codes as GGUF.
+
+    Raises:
+        HalfbyteError: anything the user can put right, or a check that failed (the file is then removed).
+    """
+    plan = load_plan(options.config)
+    path = check_output(options.output or mixed_gguf(options.model_id or plan.model_id), force=options.force)
+    if path.suffix != ".gguf":
+        raise HalfbyteError("unknown file format", where=path, expected="a name that ends in .gguf")
+    if plan.target != "gguf":
+        raise HalfbyteError(
+            "the plan was made for another target", where=options.config, expected="gguf", got=plan.target,
+            fix="search again with --target gguf",
+        )  # fmt: skip
+    if options.check:
+        engine = open_engine(options.engine)
+    weights, overrides = load_codes(codes_path(options.config))
+    report(Progress("load model", 0, 1, options.model_id or plan.model_id))
+    source = load_for_plan(
+        plan, options.model_id, device="cpu", dtype="fp32", trust_remote_code=options.trust_remote_code
+    )
+    types = {name: "Q8_0" for name, entry in plan.layers.items() if options.policy == "tiered" and entry.a_bits == 8}
+    rows = write_gguf(
+        path, source, weights=weights, overrides=overrides, layer_types=types, embedding_type=options.embedding_type,
+        output_type=options.output_type, metadata=summary(plan, options.policy), report=report,
+    )  # fmt: skip
+    if not options.check:
+        return ExportResult(path, rows, 0, None, None, plan)
+    try:
+        report(Progress("check", 0, 2, "read back"))
+        checked = check_gguf(path, source, weights, overrides, types)
+        report(Progress("check", 1, 2, "llama.cpp against the simulation"))
+        apply_codes_(source, weights, overrides)
+        set_activation_bits_(source.model, dict.fromkeys(weights, 8), symmetric=is_symmetric(plan))
+        as_in_file_(source, rows)
+        kl, top1 = compare_engines(source, engine, path)
+        report(Progress("check", 2, 2, f"KL {kl:.2g}"))
+        if not kl <= LARGEST_KL:
+            raise HalfbyteError(
+                "llama.cpp does not agree with the simulation", where=path, expected=f"KL below {LARGEST_KL}", got=f"{kl:.3g}",
+                fix="the file was removed; report this as a bug",
+            )  # fmt: skip
+    except HalfbyteError:
+        path.unlink(missing_ok=True)
+        raise
+    return ExportResult(path, rows, checked, kl, top1, plan)
+
+
+def summary(plan: Plan, policy: str) -> dict[str, str | int | float]:
+    """The plan as GGUF metadata: what was asked, what was reached, how to tell it again."""
+    a8 = sum(entry.a_bits == 8 for entry in plan.layers.values())
+    values: dict[str, Any] = {
+        "plan.hash": plan.hash,
+        "plan.model_id": plan.model_id,
+        "plan.fingerprint": plan.fingerprint,
+        "plan.policy": policy,
+        "plan.granularity": plan.granularity,
+        "plan.budget_asked": plan.budget_asked,
+        "plan.budget_reached": plan.budget_reached,
+        "plan.layers_a8": a8,
+        "plan.layers_a4": len(plan.layers) - a8,
+        "plan.transforms": ",".join(plan.transforms) or "none",
+        "plan.weights": plan.weights,
+        "plan.text": str(plan.text.get("name", "")),
+        "plan.seed": plan.seed,
+        "version": plan.versions.get("halfbyte", ""),
+    }
+    return values
+
+
+def as_in_file_(source: SourceModel, rows: list[TensorRow]) -> None:
+    """Give embedding and head the values that the file's types hold, in place."""
+    parameters = dict(source.model.named_parameters())
+    top = [f"{source.family.embedding}.weight", f"{source.family.head}.weight"]
+    for row in rows:
+        if row.parameter in top and row.parameter in parameters:
+            target = parameters[row.parameter]
+            with torch.no_grad():
+                target.copy_(torch.from_numpy(decode(encode(target.float(), row.type), row.type)).view(target.shape))
+
+
+def compare_engines(source: SourceModel, engine: Any, path: Path) -> tuple[float, float]:
+    """(mean KL, top-1 agreement) of llama.cpp on ``path`` against the simulation in ``source``, on a short text."""
+    window = windows_for(source, pydoc_text(), CHECK_TOKENS, 1, where="check text")[0]
+    with torch.no_grad():
+        ours = source.model(input_ids=torch.tensor([window]), use_cache=False).logits[0]
+    with engine.load(path, n_ctx=CHECK_TOKENS) as model:
+        theirs = torch.from_numpy(model.logits(window))
+    if theirs.shape != ours.shape:
+        raise HalfbyteError("llama.cpp reads another vocabulary", where=path, expected=ours.shape[-1], got=theirs.shape[-1])
+    return float(kl_per_token(ours, theirs).mean()), float(same_top(ours, theirs).float().mean())

@@ -1,0 +1,36 @@
+"""Default file names, so that one command finds what another wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from halfbyte.options import DEFAULT_MODEL
+
+FOLDER = Path("models")
+
+
+def short_name(model_id: str) -> str:
+    """``Qwen/Qwen2.5-7B-Instruct`` -> ``Qwen2.5-7B-Instruct``; of a file, its name without suffix."""
+    path = Path(model_id)
+    return path.stem if path.suffix == ".gguf" else path.name
+
+
+def mixed_gguf(model_id: str) -> Path:
+    """Where the mixed GGUF file of a model goes: ``models/qwen2.5-7b-mixed.gguf``."""
+    return FOLDER / f"{short_name(model_id).lower().removesuffix('-instruct')}-mixed.gguf"
+
+
+def q4km_gguf(model_id: str) -> Path:
+    """Where its Q4_K_M file is looked for: the name that download repositories use."""
+    return FOLDER / f"{short_name(model_id)}-Q4_K_M.gguf"
+
+
+def f16_gguf(model_id: str) -> Path:
+    """Where the original as F16 GGUF goes."""
+    return FOLDER / f"{short_name(model_id)}-F16.gguf"
+
+
+def download_command(model_id: str) -> str:
+    """How to get a ready Q4_K_M file of a hub model."""
+    name = short_name(model_id if "/" in model_id else DEFAULT_MODEL)
+    return f"hf download bartowski/{name}-GGUF {name}-Q4_K_M.gguf --local-dir {FOLDER}"

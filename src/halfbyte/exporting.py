@@ -70,7 +70,7 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
     weights, overrides = load_codes(codes_path(options.config))
     report(Progress("load model", 0, 1, options.model_id or plan.model_id))
     source = load_for_plan(
-        plan, options.model_id, device="cpu", dtype="fp32", trust_remote_code=options.trust_remote_code
+        plan, options.model_id, device="cpu", dtype="stored", trust_remote_code=options.trust_remote_code
     )
     types = {name: "Q8_0" for name, entry in plan.layers.items() if options.policy == "tiered" and entry.a_bits == 8}
     rows = write_gguf(
@@ -136,9 +136,11 @@ def compare_engines(source: SourceModel, engine: Any, path: Path) -> tuple[float
     """(mean KL, top-1 agreement) of llama.cpp on ``path`` against the simulation in ``source``, on a short text."""
     window = windows_for(source, pydoc_text(), CHECK_TOKENS, 1, where="check text")[0]
     with torch.no_grad():
-        ours = source.model(input_ids=torch.tensor([window]), use_cache=False).logits[0]
+        ours = source.model(input_ids=torch.tensor([window]), use_cache=False).logits[0].float()
     with engine.load(path, n_ctx=CHECK_TOKENS) as model:
         theirs = torch.from_numpy(model.logits(window))
     if theirs.shape != ours.shape:
-        raise HalfbyteError("llama.cpp reads another vocabulary", where=path, expected=ours.shape[-1], got=theirs.shape[-1])
+        raise HalfbyteError(
+            "llama.cpp reads another vocabulary", where=path, expected=ours.shape[-1], got=theirs.shape[-1]
+        )
     return float(kl_per_token(ours, theirs).mean()), float(same_top(ours, theirs).float().mean())

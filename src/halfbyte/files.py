@@ -58,7 +58,9 @@ def write_error(error: OSError, path: str | Path) -> HalfbyteError:
     """What an operating-system error while writing ``path`` means for the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return HalfbyteError("disk is full", where=path, fix="free some space or write elsewhere; nothing was kept")
-    return HalfbyteError("cannot be written", where=path, got=error.strerror or error, fix="check the path and its permissions")
+    return HalfbyteError(
+        "cannot be written", where=path, got=error.strerror or error, fix="check the path and its permissions"
+    )
 
 
 def write_text(path: str | Path, text: str) -> None:

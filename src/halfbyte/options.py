@@ -18,9 +18,13 @@ def option(default: Any, text: str, *, choices: tuple[str, ...] | None = None, m
 class ModelOptions:
     """What every command that loads a model asks for."""
 
-    device: str = option("auto", "where to compute: auto is cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu"))
+    device: str = option(
+        "auto", "where to compute: auto is cuda, then mps, then cpu", choices=("auto", "cuda", "mps", "cpu")
+    )
     dtype: str = option(
-        "auto", "compute in bf16 or fp32; auto is bf16 on an accelerator, fp32 on a CPU", choices=("auto", "bf16", "fp32")
+        "auto",
+        "compute in bf16 or fp32; auto is bf16 on an accelerator, fp32 on a CPU",
+        choices=("auto", "bf16", "fp32"),
     )
     trust_remote_code: bool = option(False, "run code that a model repository brings along")
 
@@ -30,14 +34,18 @@ class SearchOptions(ModelOptions):
     """``mixed_precision_ptq.py`` and ``halfbyte search``."""
 
     model_id: str = option(DEFAULT_MODEL, "Hugging Face id, local folder, .gguf file, or demo", metavar="M")
-    output: str = option(DEFAULT_PLAN, "plan to write (.pt or .json); its codes and reports go beside it", metavar="FILE")
+    output: str = option(
+        DEFAULT_PLAN, "plan to write (.pt or .json); its codes and reports go beside it", metavar="FILE"
+    )
     target_compression: float = option(0.75, "budget: mean activation bits / 8; 0.5 is all A4, 1.0 all A8", metavar="X")
     ga_pop: int = option(30, "genomes per generation", metavar="N")
     ga_gen: int = option(25, "generations", metavar="N")
     fitness: str = option("kl", "what the search minimises", choices=("kl", "fisher", "mse"))
     granularity: str = option("fused", "one choice per input tensor, or per layer", choices=("fused", "layer"))
     target: str = option("gguf", "where the plan will run", choices=("sim", "gguf"))
-    transforms: str = option("smooth", "function-preserving rewrites before quantisation: smooth or none", metavar="LIST")
+    transforms: str = option(
+        "smooth", "function-preserving rewrites before quantisation: smooth or none", metavar="LIST"
+    )
     alpha: float = option(0.5, "SmoothQuant strength, 0 to 1", metavar="X")
     weights: str = option("rtn", "how weight codes are chosen", choices=("rtn",))
     group_size: int = option(128, "weights that share one scale, along the input", metavar="N")
@@ -76,7 +84,9 @@ class CompareOptions(ModelOptions):
     config: str = option(DEFAULT_PLAN, "the plan, for the model and the text it has not seen", metavar="FILE")
     model_id: str | None = option(None, f"the original; default: the plan's model, else {DEFAULT_MODEL}", metavar="M")
     max_tokens: int = option(200, "tokens to generate", metavar="N")
-    prompt: str = option("Explain in a few sentences what a binary search does.", "prompt of the sample text", metavar="TEXT")
+    prompt: str = option(
+        "Explain in a few sentences what a binary search does.", "prompt of the sample text", metavar="TEXT"
+    )
     skip_original: bool = option(False, "leave the original out: no download, no KLD, no speed-up")
     q4km_path: str | None = option(None, "Q4_K_M file; default models/<model>-q4_k_m.gguf", metavar="P")
     mixed_path: str | None = option(None, "our file; default models/<model>-mixed.gguf", metavar="P")
@@ -98,7 +108,9 @@ class SimulateOptions(ModelOptions):
     ctx: int = option(512, "tokens per window; the second half is scored", metavar="N")
     chunks: int = option(16, "windows to score", metavar="N")
     max_tokens: int = option(60, "tokens of sample text", metavar="N")
-    prompt: str = option("Explain in a few sentences what a binary search does.", "prompt of the sample text", metavar="TEXT")
+    prompt: str = option(
+        "Explain in a few sentences what a binary search does.", "prompt of the sample text", metavar="TEXT"
+    )
     json: str | None = option(None, "also write the table as JSON", metavar="FILE")
 
 
@@ -106,7 +118,9 @@ class SimulateOptions(ModelOptions):
 class EvalOptions(ModelOptions):
     """``halfbyte eval``."""
 
-    model_id: str = option(DEFAULT_MODEL, "the reference: Hugging Face id, local folder, .gguf file, or demo", metavar="M")
+    model_id: str = option(
+        DEFAULT_MODEL, "the reference: Hugging Face id, local folder, .gguf file, or demo", metavar="M"
+    )
     config: str | None = option(None, "evaluate this plan (simulation)", metavar="C")
     gguf: str | None = option(None, "evaluate this file in llama.cpp", metavar="G")
     text: str = option("auto", "auto, wikitext2, pydoc, or a file", metavar="FILE")

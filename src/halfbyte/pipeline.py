@@ -1,6 +1,6 @@
 """The stages of a search as functions, each leaving a file that the next one, or ``--resume``, starts from.
 
-    load → reference → smooth → W4 codes and layer sensitivity → KL per unit → genetic search → plan
+load → reference → smooth → W4 codes and layer sensitivity → KL per unit → genetic search → plan
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
     )
     last = max(unit.block for unit in units)
     seeds = {
-        "rule": problem.repair(rule_genome(problem, unit_ratios(units, sensitivity), [u.block in (0, last) for u in units])),
+        "rule": problem.repair(
+            rule_genome(problem, unit_ratios(units, sensitivity), [u.block in (0, last) for u in units])
+        ),
         "knapsack": problem.repair(knapsack_genome(problem, unit_gain)),
     }
     fixed = {"all A8": all_choice(problem, 8), "all A4": all_choice(problem, 4), **seeds}
@@ -133,7 +135,9 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
 
 
 def _texts(source: SourceModel, options: SearchOptions) -> tuple[Text, torch.Tensor, torch.Tensor]:
-    text = load_text(options.calib, written_by_model=lambda: write_with(source.model, source.tokenizer, seed=options.seed))
+    text = load_text(
+        options.calib, written_by_model=lambda: write_with(source.model, source.tokenizer, seed=options.seed)
+    )
     found = {}
     for part, tokens in (("calib", options.calib_tokens), ("search", options.search_tokens)):
         ids = source.tokenizer(text.parts[part], add_special_tokens=False).input_ids
@@ -161,9 +165,7 @@ def _fitness(
 ) -> tuple[Callable[[Genome], float], list[float]]:
     """The score to minimise, and what each unit gains by A8 on its own."""
     if options.fitness == "kl":
-        evaluator = KLEvaluator(
-            source.model, source.family, units, tokens, reference, symmetric=options.symmetric
-        )
+        evaluator = KLEvaluator(source.model, source.family, units, tokens, reference, symmetric=options.symmetric)
 
         def measure() -> dict[str, Any]:
             base = evaluator.score([8] * len(units))
@@ -257,8 +259,12 @@ def _write(
     named = {kind: output.with_name(f"{output.stem}.{kind}") for kind in _REPORTS}
     write_text(named["sensitivity.json"], json.dumps({"made_by": made_by, "layers": rows}, indent=1))
     write_text(named["sensitivity.csv"], csv_text(list(rows[0]), [list(row.values()) for row in rows]))
-    write_text(named["outcome.csv"], csv_text(list(asdict(outcomes[0])), [list(asdict(row).values()) for row in outcomes]))
-    write_text(named["history.json"], json.dumps({"made_by": made_by, "scores": scores, "generations": history}, indent=1))
+    write_text(
+        named["outcome.csv"], csv_text(list(asdict(outcomes[0])), [list(asdict(row).values()) for row in outcomes])
+    )
+    write_text(
+        named["history.json"], json.dumps({"made_by": made_by, "scores": scores, "generations": history}, indent=1)
+    )
     _draw(named["sensitivity.png"], named["convergence.png"], plan, rows, scores, history)
     codes = codes_path(output)
     with whole_file(codes) as partial:
@@ -294,4 +300,6 @@ def _draw(
         heatmap, kinds, list(range(len(ratios))), ratios, title=f"{name}: what 4-bit activations cost", chosen_bits=bits
     )
     baselines = {label: score for label, score in scores.items() if label != "plan"}
-    convergence_plot(convergence, history, baselines=baselines, title=f"{name}: genetic search, budget {plan.budget_asked:g}")
+    convergence_plot(
+        convergence, history, baselines=baselines, title=f"{name}: genetic search, budget {plan.budget_asked:g}"
+    )

@@ -32,7 +32,9 @@ def parse_transforms(names: str) -> tuple[str, ...]:
     chosen = tuple(name.strip() for name in names.split(","))
     for name in chosen:
         if name not in TRANSFORMS:
-            raise HalfbyteError("unknown transform", where="--transforms", expected=", ".join((*TRANSFORMS, "none")), got=name)
+            raise HalfbyteError(
+                "unknown transform", where="--transforms", expected=", ".join((*TRANSFORMS, "none")), got=name
+            )
     return chosen
 
 

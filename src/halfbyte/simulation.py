@@ -17,7 +17,8 @@ from halfbyte.evaluate.sampling import sample_text, windows_for
 from halfbyte.export.plan_file import codes_path, load_codes, load_plan
 from halfbyte.formats.int_group import GroupedWeight
 from halfbyte.models.device import resolve_device, resolve_dtype
-from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.models.estimate import check_memory, estimate_load
+from halfbyte.models.loading import SourceModel, find, load, stored_dtype
 from halfbyte.models.surgery import SharedInput, replace_linear_, set_activation_bits_, set_parameters_
 from halfbyte.numerics.metrics import Quality
 from halfbyte.options import SimulateOptions
@@ -30,18 +31,34 @@ def load_for_plan(
 ) -> SourceModel:
     """The model a plan was made for, unquantised.
 
+    Args:
+        dtype: ``auto``, ``bf16``, ``fp32``, or ``stored``: bf16 if the checkpoint is, else fp32.
+
     Raises:
         HalfbyteError: the model at hand is another one.
     """
     name = model_id or plan.model_id
     where = resolve_device(device)
-    source = load(find(name, trust_remote_code=trust_remote_code), device=where, dtype=resolve_dtype(dtype, where))
+    origin = find(name, trust_remote_code=trust_remote_code)
+    chosen = stored_dtype(origin) if dtype == "stored" else resolve_dtype(dtype, where)
+    check_memory(estimate_load(origin.config, chosen), where)
+    source = load(origin, device=where, dtype=chosen)
+    check_same_model(source, plan)
+    return source
+
+
+def check_same_model(source: SourceModel, plan: Plan) -> None:
+    """Refuse a plan that was made for another model.
+
+    Raises:
+        HalfbyteError: naming both.
+    """
     if source.fingerprint != plan.fingerprint:
         raise HalfbyteError(
-            "the plan was made for another model", where=name, expected=f"{plan.model_id} ({plan.fingerprint})",
-            got=source.fingerprint, fix="pass the plan's model with --model_id",
+            "the plan was made for another model", where=source.origin.model_id,
+            expected=f"{plan.model_id} ({plan.fingerprint})", got=source.fingerprint,
+            fix="pass the plan's model with --model_id",
         )  # fmt: skip
-    return source
 
 
 def apply_codes_(
@@ -135,6 +152,8 @@ def simulate(options: SimulateOptions, report: Reporter = silent) -> SimulationR
             set_activation_bits_(source.model, bits, symmetric=is_symmetric(plan))
             quality = measure(token_windows, live(token_windows, logits_of, report, name), iter(kept))
             mean_bits = {"all A8": 8.0, "all A4": 4.0}.get(name, 8 * plan.budget_reached)
-            rows.append(SimulationRow(name, quality, mean_bits, sample_text(source, options.prompt, options.max_tokens)))
+            rows.append(
+                SimulationRow(name, quality, mean_bits, sample_text(source, options.prompt, options.max_tokens))
+            )
     made_by = {"plan": plan.hash, "model": plan.model_id, "text": text_name, "seed": plan.seed, **plan.versions}
     return SimulationResult(rows, made_by)

@@ -167,7 +167,9 @@ class Plan:
         if not isinstance(data, Mapping) or "layers" not in data:
             raise HalfbyteError("not a halfbyte plan", where=where, fix="make one with mixed_precision_ptq.py")
         if data.get("version") != PLAN_VERSION:
-            raise HalfbyteError("plan version is not readable", where=where, expected=PLAN_VERSION, got=data.get("version"))
+            raise HalfbyteError(
+                "plan version is not readable", where=where, expected=PLAN_VERSION, got=data.get("version")
+            )
         try:
             layers = {str(name): LayerPlan(**entry) for name, entry in data["layers"].items()}
             rest = {key: value for key, value in data.items() if key not in ("layers", "transforms")}
@@ -176,7 +178,9 @@ class Plan:
             raise HalfbyteError("plan is damaged", where=where, got=error, fix="run the search again") from error
         for name, entry in plan.layers.items():
             if entry.a_bits not in ACTIVATION_BITS:
-                raise HalfbyteError("activation bits out of range", where=f"{where}, {name}", expected="4 or 8", got=entry.a_bits)
+                raise HalfbyteError(
+                    "activation bits out of range", where=f"{where}, {name}", expected="4 or 8", got=entry.a_bits
+                )
         return plan
 
 

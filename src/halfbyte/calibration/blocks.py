@@ -30,7 +30,9 @@ class BlockInputs:
     kwargs: dict[str, Any]
 
 
-def capture(model: nn.Module, family: Family, tokens: torch.Tensor, *, device: torch.device, batch: int = 1) -> BlockInputs:
+def capture(
+    model: nn.Module, family: Family, tokens: torch.Tensor, *, device: torch.device, batch: int = 1
+) -> BlockInputs:
     """Run embeddings only, on ``tokens`` ``[windows, length]``, ``batch`` windows at a time."""
     first = model.get_submodule(family.blocks)[0]  # pyright: ignore[reportIndexIssue]
     hidden: list[torch.Tensor] = []

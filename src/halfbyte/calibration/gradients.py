@@ -10,7 +10,9 @@ from torch import nn
 from halfbyte.spec import Layer
 
 
-def output_gradient_power(model: nn.Module, layers: Sequence[Layer], tokens: torch.Tensor) -> Iterator[dict[str, float]]:
+def output_gradient_power(
+    model: nn.Module, layers: Sequence[Layer], tokens: torch.Tensor
+) -> Iterator[dict[str, float]]:
     """After each window of ``tokens`` ``[windows, length]``, yield layer name -> mean squared gradient so far.
 
     The loss is the mean next-token cross-entropy of the window, scaled by its length: the gradient of one token's loss.

@@ -50,7 +50,9 @@ def split(text: str) -> dict[str, str]:
     parts = {}
     for part, (first, last) in CUTS.items():
         parts[part] = "".join(
-            line for line, end in zip(lines, ends, strict=True) if first * total < end <= last * total or (first == 0 and end == 0)
+            line
+            for line, end in zip(lines, ends, strict=True)
+            if first * total < end <= last * total or (first == 0 and end == 0)
         )
     return parts
 

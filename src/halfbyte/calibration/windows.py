@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from halfbyte.errors import HalfbyteError
 
 
-def cut(token_ids: Sequence[int], length: int, count: int, *, spread: bool = False, where: str = "text") -> list[list[int]]:
+def cut(
+    token_ids: Sequence[int], length: int, count: int, *, spread: bool = False, where: str = "text"
+) -> list[list[int]]:
     """At most ``count`` windows of ``length`` tokens.
 
     Args:

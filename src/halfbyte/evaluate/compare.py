@@ -45,7 +45,9 @@ class CompareRow:
 class Comparison:
     """Runs the rows; keeps the reference's logits in a scratch folder between them."""
 
-    def __init__(self, options: CompareOptions, model_id: str, text: tuple[str, str], folder: Path, report: Reporter) -> None:
+    def __init__(
+        self, options: CompareOptions, model_id: str, text: tuple[str, str], folder: Path, report: Reporter
+    ) -> None:
         self.options, self.model_id, self.folder, self.report = options, model_id, folder, report
         self.text_name = text[0]
         self.text_file = folder / "text.txt"

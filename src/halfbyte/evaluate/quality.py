@@ -48,7 +48,9 @@ class LogitsFile:
     def __init__(self, path: Path, vocab: int, tokens_per_window: int) -> None:
         self.path, self.vocab, self.tokens_per_window = path, vocab, tokens_per_window
 
-    def write(self, windows_of_tokens: Sequence[Sequence[int]], logits_of: LogitsOf, report: Reporter, stage: str) -> None:
+    def write(
+        self, windows_of_tokens: Sequence[Sequence[int]], logits_of: LogitsOf, report: Reporter, stage: str
+    ) -> None:
         """Compute and keep the logits of every window.
 
         Raises:
@@ -94,7 +96,9 @@ def measure(
     return meter.result()
 
 
-def live(token_windows: Sequence[Sequence[int]], logits_of: LogitsOf, report: Reporter = silent, stage: str = "") -> Iterator[torch.Tensor]:
+def live(
+    token_windows: Sequence[Sequence[int]], logits_of: LogitsOf, report: Reporter = silent, stage: str = ""
+) -> Iterator[torch.Tensor]:
     """Logits of each window, computed when asked for."""
     for done, window in enumerate(token_windows, start=1):
         yield logits_of(window)

@@ -27,6 +27,9 @@ def sample_text(source: SourceModel, prompt: str, max_tokens: int) -> str:
     ids = {key: value.to(source.device) for key, value in ids.items() if key in ("input_ids", "attention_mask")}
     with torch.no_grad():
         answer = source.model.generate(  # pyright: ignore[reportCallIssue]
-            **ids, max_new_tokens=max_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id
+            **ids,
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
         )
     return tokenizer.decode(answer[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -20,6 +20,7 @@ ROPE_FREQS = "rope_freqs.weight"
 # About the file that was read, not about the model; the writer says its own. The reader shows the header as `GGUF.`.
 NOT_COPIED = ("GGUF.", "general.architecture", "general.file_type", "general.quantization_version", "general.alignment")
 NOT_COPIED += ("split.", "quantize.", "halfbyte.")
+YARN_FIXED = {"beta_fast": 32, "beta_slow": 1, "truncate": True}  # these graphs do not read the keys for them
 
 
 def copy_keys_(writer: GGUFWriter, reader: GGUFReader) -> None:
@@ -47,6 +48,9 @@ def head_dim(config: PretrainedConfig) -> int:
 
 def add_hparams_(writer: GGUFWriter, config: PretrainedConfig, *, where: object) -> None:
     """Add the architecture keys of ``config`` to ``writer``, under the writer's ``general.architecture``.
+
+    A sliding window is written, but llama.cpp's llama and qwen graphs attend to the whole context: they agree with
+    the model up to that many tokens.
 
     Raises:
         HalfbyteError: an activation function or a rotary scaling that llama.cpp does not compute for these families.
@@ -85,15 +89,19 @@ def _add_rope_(writer: GGUFWriter, config: PretrainedConfig, where: object) -> N
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     elif kind == "yarn":
-        _add_yarn_(writer, config, rope)
-    elif kind not in ("default", "llama3"):  # llama3 becomes a tensor, see rope_frequency_factors
+        _add_yarn_(writer, config, rope, where)
+    elif kind != "default" and not (kind == "llama3" and writer.arch == "llama"):  # a tensor, rope_frequency_factors
+        known = "default, linear, yarn" + (" or llama3" if writer.arch == "llama" else "")
         raise HalfbyteError(
-            "rotary scaling is not llama.cpp's", where=where, expected="default, linear, yarn or llama3", got=kind
+            f"llama.cpp's {writer.arch} has no such rotary scaling", where=where, expected=known, got=kind
         )
 
 
-def _add_yarn_(writer: GGUFWriter, config: PretrainedConfig, rope: dict[str, Any]) -> None:
+def _add_yarn_(writer: GGUFWriter, config: PretrainedConfig, rope: dict[str, Any], where: object) -> None:
     """YaRN (https://arxiv.org/abs/2309.00071). llama.cpp multiplies its own 0.1 ln s + 1 by ``attn_factor``."""
+    unread = {key: rope.get(key) for key, usual in YARN_FIXED.items() if rope.get(key) not in (None, usual)}
+    if unread:
+        raise HalfbyteError("llama.cpp has its own YaRN constants", where=where, expected=YARN_FIXED, got=unread)
     original = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or config.max_position_embeddings / original
     writer.add_rope_scaling_type(RopeScalingType.YARN)
@@ -103,10 +111,6 @@ def _add_yarn_(writer: GGUFWriter, config: PretrainedConfig, rope: dict[str, Any
     usual = 0.1 * math.log(factor) + 1.0
     if not math.isclose(attention, usual, rel_tol=1e-6):
         writer.add_rope_scaling_attn_factors(attention / usual)
-    if rope.get("beta_fast"):
-        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
-    if rope.get("beta_slow"):
-        writer.add_rope_scaling_yarn_beta_slow(rope["beta_slow"])
 
 
 def rope_frequency_factors(config: PretrainedConfig) -> torch.Tensor | None:

@@ -29,7 +29,9 @@ SUFFIXES = (".pt", ".json")
 def check_suffix(path: Path) -> None:
     """Refuse a plan name that is neither ``.pt`` nor ``.json``."""
     if path.suffix not in SUFFIXES:
-        raise HalfbyteError("unknown plan format", where=path, expected=" or ".join(SUFFIXES), got=path.suffix or "no suffix")
+        raise HalfbyteError(
+            "unknown plan format", where=path, expected=" or ".join(SUFFIXES), got=path.suffix or "no suffix"
+        )
 
 
 def codes_path(path: str | Path) -> Path:
@@ -72,7 +74,9 @@ def load_codes(path: str | Path) -> tuple[dict[str, GroupedWeight], dict[str, to
                 elif not name.endswith(".scales"):
                     overrides[name] = handle.get_tensor(name)
     except FileNotFoundError as error:
-        raise HalfbyteError("codes file is missing", where=path, fix="keep it beside the plan, or search again") from error
+        raise HalfbyteError(
+            "codes file is missing", where=path, fix="keep it beside the plan, or search again"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise HalfbyteError("codes file is truncated or corrupt", where=path, got=error, fix="search again") from error
     return weights, overrides
@@ -109,7 +113,9 @@ def load_plan(path: str | Path, *, with_codes: bool = True) -> Plan:
     except pickle.UnpicklingError as error:
         raise HalfbyteError("refused: the file is damaged or holds code, not only data", where=path) from error
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise HalfbyteError("plan is damaged", where=path, got=str(error).splitlines()[0][:120], fix="search again") from error
+        raise HalfbyteError(
+            "plan is damaged", where=path, got=str(error).splitlines()[0][:120], fix="search again"
+        ) from error
     except OSError as error:
         raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
     plan = Plan.from_dict(data, where=path)

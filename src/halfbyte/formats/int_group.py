@@ -89,5 +89,7 @@ def absmax_scales(weight: torch.Tensor, group_size: int, bits: int = 4, *, where
     largest = weight.float().view(out_features, -1, group_size).abs().amax(dim=-1)
     scales = (largest / (2 ** (bits - 1) - 1)).to(torch.float16)
     if bool(torch.isinf(scales).any()):
-        raise HalfbyteError("weights too large for fp16 scales", where=where, got=f"max |w| = {float(largest.max()):.4g}")
+        raise HalfbyteError(
+            "weights too large for fp16 scales", where=where, got=f"max |w| = {float(largest.max()):.4g}"
+        )
     return scales

@@ -32,7 +32,9 @@ class MemoryEstimate:
     linear_parameters: int
 
 
-def estimate_search(config: PretrainedConfig, family: Family, dtype: torch.dtype, tokens: int, ctx: int) -> MemoryEstimate:
+def estimate_search(
+    config: PretrainedConfig, family: Family, dtype: torch.dtype, tokens: int, ctx: int
+) -> MemoryEstimate:
     """Estimate from the configuration alone; no weights are read.
 
     Args:
@@ -62,7 +64,9 @@ def estimate_load(config: PretrainedConfig, dtype: torch.dtype) -> MemoryEstimat
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     width = 2 if dtype == torch.bfloat16 else 4
-    return MemoryEstimate(device=int(1.1 * width * parameters), host=width * parameters, parameters=parameters, linear_parameters=0)
+    return MemoryEstimate(
+        device=int(1.1 * width * parameters), host=width * parameters, parameters=parameters, linear_parameters=0
+    )
 
 
 def check_memory(estimate: MemoryEstimate, device: torch.device) -> None:

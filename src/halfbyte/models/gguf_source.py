@@ -55,7 +55,9 @@ def config_and_tokenizer_folder(path: Path) -> Path:
         config.save_pretrained(partial)
         partial.rename(folder)
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise HalfbyteError("transformers cannot read this GGUF file", where=path, got=str(error).splitlines()[0]) from error
+        raise HalfbyteError(
+            "transformers cannot read this GGUF file", where=path, got=str(error).splitlines()[0]
+        ) from error
     except OSError:
         if not (folder / "config.json").exists():  # another process may have been first
             raise

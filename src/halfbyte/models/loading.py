@@ -101,15 +101,26 @@ def find(model_id: str, *, trust_remote_code: bool = False) -> Origin:
             raise HalfbyteError("not a model", where=model_id, expected="a folder, a .gguf file or a Hugging Face id")
         folder = str(config_and_tokenizer_folder(path))
     elif not path.is_dir() and (path.suffix == ".gguf" or len(path.parts) != 2 or path.is_absolute()):
-        raise HalfbyteError("no such model", where=model_id, expected="a folder, a .gguf file, a Hugging Face id or demo")
+        raise HalfbyteError(
+            "no such model", where=model_id, expected="a folder, a .gguf file, a Hugging Face id or demo"
+        )
     try:
         config = AutoConfig.from_pretrained(
-            folder, trust_remote_code=trust_remote_code, local_files_only=not Path(folder).is_dir() and not hub.reachable()
+            folder,
+            trust_remote_code=trust_remote_code,
+            local_files_only=not Path(folder).is_dir() and not hub.reachable(),
         )
     except (OSError, ValueError, KeyError) as error:
-        raise HalfbyteError("no readable model", where=model_id, got=_first_line(error), fix="check the name or path") from error
+        raise HalfbyteError(
+            "no readable model", where=model_id, got=_first_line(error), fix="check the name or path"
+        ) from error
     family = family_of(config.model_type, where=model_id)
     return Origin(model_id, folder, gguf_file, config, family, trust_remote_code)
+
+
+def stored_dtype(origin: Origin) -> torch.dtype:
+    """What loses nothing of the checkpoint: bf16 if that is how it is stored, else fp32."""
+    return torch.bfloat16 if not origin.gguf_file and origin.config.dtype == torch.bfloat16 else torch.float32
 
 
 def load(origin: Origin, *, device: torch.device, dtype: torch.dtype) -> SourceModel:
@@ -149,7 +160,9 @@ def _from_hub_or_folder(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
         ) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
-        raise HalfbyteError("weights are missing or of another shape", where=origin.model_id, got=", ".join(missing[:3]))
+        raise HalfbyteError(
+            "weights are missing or of another shape", where=origin.model_id, got=", ".join(missing[:3])
+        )
     return model
 
 
@@ -165,7 +178,9 @@ def _from_gguf(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
     for name, values in read_tensors(reader, origin.gguf_file, origin.family, origin.config):
         target = parameters.pop(name, None)
         if target is None or target.shape != values.shape:
-            raise HalfbyteError("tensor does not fit the model", where=f"{origin.gguf_file}, {name}", got=list(values.shape))
+            raise HalfbyteError(
+                "tensor does not fit the model", where=f"{origin.gguf_file}, {name}", got=list(values.shape)
+            )
         with torch.no_grad():
             target.copy_(values)
     if parameters:

@@ -103,6 +103,8 @@ def set_parameters_(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Non
     for name, value in values.items():
         target = parameters.get(name)
         if target is None or target.shape != value.shape:
-            raise HalfbyteError("parameter does not fit the model", where=name, fix="this plan was made for another model")
+            raise HalfbyteError(
+                "parameter does not fit the model", where=name, fix="this plan was made for another model"
+            )
         with torch.no_grad():
             target.copy_(value)

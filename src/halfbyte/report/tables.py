@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 
 from halfbyte.errors import HalfbyteError
 
 MISSING = "—"
+NUMBER = re.compile(r"[-+±]?(\d[\d.,]*(e[-+]?\d+)?|nan|inf) ?(×|%|[kMGT]?i?B|ms|s|min( \d\d s)?|h( \d\d min)?)?")
 
 Cell = str | int | float | bool | None
 
@@ -26,17 +28,15 @@ def significant(value: float | None, digits: int = 3) -> str:
         return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
     if value == 0:
         return "0"
-    rounded = float(f"{value:.{digits - 1}e}")
-    exponent = math.floor(math.log10(abs(rounded)))
-    if not -5 < exponent < 9:
-        return f"{value:.{digits - 1}e}"
-    return f"{rounded:.{max(digits - 1 - exponent, 0)}f}"
+    text = f"{value:.{digits - 1}e}"
+    exponent = int(text.partition("e")[2])
+    return f"{float(text):.{max(digits - 1 - exponent, 0)}f}" if -5 < exponent < 9 else text
 
 
 def format_bytes(count: float | None) -> str:
     """A size in bytes as file managers show it, in powers of 1000: 512 B, 93.5 kB, 105.5 MB, 4.68 GB."""
-    if count is None:
-        return MISSING
+    if count is None or not math.isfinite(count):
+        return significant(count)
     for unit, size, decimals in (("B", 1, 0), ("kB", 1e3, 1), ("MB", 1e6, 1), ("GB", 1e9, 2)):
         text = f"{count / size:.{decimals}f}"
         if abs(float(text)) < 1000:
@@ -46,9 +46,7 @@ def format_bytes(count: float | None) -> str:
 
 def format_seconds(seconds: float | None) -> str:
     """A duration with the parts that matter: 435 ms, 12.3 s, 4 min 05 s, 2 h 05 min."""
-    if seconds is None:
-        return MISSING
-    if not math.isfinite(seconds):
+    if seconds is None or not math.isfinite(seconds):
         return significant(seconds)
     if seconds < 0:
         return "-" + format_seconds(-seconds)
@@ -80,7 +78,7 @@ def format_cell(value: Cell) -> str:
 def display_width(text: str) -> int:
     """Columns that ``text`` takes in a terminal: wide East Asian characters two, combining marks none (UAX #11)."""
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in text)
-    return len(text) + wide - sum(unicodedata.combining(character) > 0 for character in text)
+    return len(text) + wide - sum(unicodedata.category(character) in ("Mn", "Me", "Cf") for character in text)
 
 
 def text_table(headers: Sequence[str], rows: Sequence[Sequence[Cell]], align: str | None = None) -> str:
@@ -153,7 +151,7 @@ def _alignment(headers: Sequence[str], rows: Sequence[Sequence[Cell]], align: st
 def _numeric(cells: Sequence[Cell]) -> bool:
     """Whether a column holds numbers, with or without a unit ("4.68 GB", "2.76×"), and nothing else but gaps."""
     present = [format_cell(cell) for cell in cells if cell is not None and cell != MISSING]
-    return bool(present) and all(text.lstrip("-+")[:1].isdigit() or text in ("nan", "inf", "-inf") for text in present)
+    return bool(present) and all(NUMBER.fullmatch(text) for text in present)
 
 
 def _formatted(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> list[list[str]]:

@@ -129,11 +129,11 @@ class GGUFModel:
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Text of ``tokens``, without control tokens; bytes that are no UTF-8 become U+FFFD."""
-        ids = self._check_tokens(tokens, most=None)
+        ids = self._check_tokens(tokens)
         size = 64 + 16 * len(ids)
         while True:
-            buffer = ctypes.create_string_buffer(size)
-            count = self._api.llama_detokenize(self._vocab, ids, len(ids), buffer, size, False, False)
+            array, buffer = (ctypes.c_int32 * len(ids))(*ids), ctypes.create_string_buffer(size)
+            count = self._api.llama_detokenize(self._vocab, array, len(ids), buffer, size, False, False)
             if count >= 0:
                 return buffer.raw[:count].decode("utf-8", "replace")
             size = -count
@@ -147,7 +147,12 @@ class GGUFModel:
         Raises:
             HalfbyteError: no tokens, more than ``n_ctx``, a token outside the vocabulary, or ``first`` out of range.
         """
-        ids = self._check_tokens(tokens, most=self.n_ctx)
+        ids = self._check_tokens(tokens)
+        if not 1 <= len(ids) <= self.n_ctx:
+            expected, fix = f"1 to {self.n_ctx} tokens", "load with a larger n_ctx or cut the text"
+            raise HalfbyteError(
+                "does not fit in the context", where=self.path, expected=expected, got=len(ids), fix=fix
+            )
         if not 0 <= first < len(ids):
             raise HalfbyteError("first row is out of range", where="first", expected=f"0 to {len(ids) - 1}", got=first)
         rows = np.empty((len(ids) - first, self.n_vocab), np.float32)
@@ -163,7 +168,8 @@ class GGUFModel:
         """Continue ``prompt`` greedily, up to an end-of-generation token, ``max_tokens`` or the end of the context.
 
         Args:
-            chat: wrap the prompt as a user's turn in the file's chat template, where llama.cpp knows the template.
+            chat: wrap the prompt as a user's turn in the file's chat template. llama.cpp recognises the common templates
+                and writes the turn itself, without the default system turn that some files' templates add.
             seed: for engines that sample; greedy decoding has nothing to seed.
 
         Raises:
@@ -173,14 +179,16 @@ class GGUFModel:
         ids = self.tokenize(prompt if wrapped is None else wrapped, special=wrapped is not None)
         if self.adds_bos and ids[:1] != [self.bos]:
             ids.insert(0, self.bos)
-        limit = min(max_tokens, self.n_ctx - len(ids))
-        if not ids or limit < 1:
+        if not ids or max_tokens < 1:
             raise HalfbyteError(
-                "no room to generate" if ids else "prompt is empty",
-                where=self.path,
-                expected=f"1 to {self.n_ctx - 1} prompt tokens and max_tokens of at least 1",
-                got=f"{len(ids)} and {max_tokens}",
-                fix="shorten the prompt or load with a larger n_ctx" if ids else None,
+                "nothing to generate", where=self.path, expected="a prompt and max_tokens of at least 1"
+            )
+        limit = min(max_tokens, self.n_ctx - len(ids))
+        if limit < 1:
+            most = f"at most {self.n_ctx - 1} prompt tokens"
+            fix = "shorten the prompt or load with a larger n_ctx"
+            raise HalfbyteError(
+                "prompt does not fit in the context", where=self.path, expected=most, got=len(ids), fix=fix
             )
         chosen: list[int] = []
         self._clear()
@@ -234,41 +242,34 @@ class GGUFModel:
 
     def _read(self, ids: Sequence[int]) -> np.ndarray:
         """Append tokens to the cache; the logits after the last one, [n_vocab], valid until the next call."""
-        last = np.empty(0, np.float32)
+        last = np.empty((0, self.n_vocab), np.float32)
         for start in range(0, len(ids), MAX_BATCH):
-            part = self._check_tokens(ids[start : start + MAX_BATCH], most=self.n_ctx)
-            last = self._decode(part, len(part) - 1)[0]
-        return last
+            part = ids[start : start + MAX_BATCH]
+            last = self._decode(part, len(part) - 1)
+        return last[0]
 
-    def _decode(self, ids: Any, skip: int) -> np.ndarray:
+    def _decode(self, ids: Sequence[int], skip: int) -> np.ndarray:
         """Append up to MAX_BATCH tokens to the cache; logits [len(ids) - skip, n_vocab], valid until the next call."""
         tokens = (ctypes.c_int32 * len(ids))(*ids)
         wanted = (ctypes.c_int8 * len(ids))(*(index >= skip for index in range(len(ids))))
         batch = self._api.llama_batch_get_one(tokens, len(ids))
         batch.logits = ctypes.cast(wanted, ctypes.POINTER(ctypes.c_int8))
         status = self._api.llama_decode(self._context, batch)
-        rows = self._api.llama_get_logits(self._context)  # waits for the computation
-        if status != 0 or (not rows and skip < len(ids)):
-            raise HalfbyteError("llama.cpp cannot run these tokens", where=self.path, got=self._take_error() or status)
-        if skip == len(ids):
+        if status == 0 and skip == len(ids):
             return np.empty((0, self.n_vocab), np.float32)
+        rows = self._api.llama_get_logits(self._context) if status == 0 else None  # waits for the computation
+        if not rows:
+            got = self._take_error() or f"status {status}"
+            raise HalfbyteError("llama.cpp cannot run these tokens", where=self.path, got=got)
         return np.ctypeslib.as_array(rows, (len(ids) - skip, self.n_vocab))
 
-    def _check_tokens(self, tokens: Sequence[int], *, most: int | None) -> Any:
+    def _check_tokens(self, tokens: Sequence[int]) -> list[int]:
         self._check_open()
         ids = [int(token) for token in tokens]
-        if most is not None and not 1 <= len(ids) <= most:
-            raise HalfbyteError(
-                "does not fit in the context",
-                where=self.path,
-                expected=f"1 to {most} tokens",
-                got=len(ids),
-                fix="load with a larger n_ctx",
-            )
         strange = next((token for token in ids if not 0 <= token < self.n_vocab), None)
         if strange is not None:
             raise HalfbyteError("no such token", where=self.path, expected=f"0 to {self.n_vocab - 1}", got=strange)
-        return (ctypes.c_int32 * len(ids))(*ids)
+        return ids
 
     def _clear(self) -> None:
         self._check_open()

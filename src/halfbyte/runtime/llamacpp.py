@@ -38,6 +38,12 @@ def default_threads() -> int:
     return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
 
 
+def _threads(wanted: int | None) -> int:
+    if wanted is not None and wanted < 1:
+        raise HalfbyteError("too few threads", where="n_threads", expected="at least 1", got=wanted)
+    return wanted or default_threads()
+
+
 def open_engine(name: str = "xllamacpp") -> Engine:
     """The engine ``name``, opened once per process.
 
@@ -145,7 +151,7 @@ class Engine:
         params = api.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = min(n_ctx, MAX_BATCH)
-        params.n_threads = params.n_threads_batch = n_threads or default_threads()
+        params.n_threads = params.n_threads_batch = _threads(n_threads)
         for field in ("n_outputs_max", "n_outputs_max_per_seq"):  # newer llama.cpp: rows of logits per batch
             if hasattr(params, field):
                 setattr(params, field, params.n_batch)
@@ -169,20 +175,25 @@ class Engine:
         """Write ``source`` (GGUF, any types) as ``target`` in a standard mixture of types such as ``Q4_K_M``.
 
         Args:
+            file_type: one of ``file_types.FILE_TYPES``; quantised sources are dequantised first, which costs quality.
             imatrix: importance of each input channel: a GGUF importance-matrix file, or tensor name -> float32 [in].
 
         Returns:
-            One outcome per tensor that did not get the type of the recipe, with the reason.
+            One outcome per tensor that did not get the type of the recipe, with the reason; none from
+            llama-cpp-python, which does not say.
 
         Raises:
             HalfbyteError: the file type is unknown, the source cannot be read, or the target cannot be written.
         """
-        llamacpp_quantize.check_gguf(Path(source))
-        threads = n_threads or default_threads()
+        source, target = Path(source), Path(target)
+        llamacpp_quantize.check_gguf(source)
+        if target.exists() and target.samefile(source):
+            raise HalfbyteError("source and target are the same file", where=target, fix="name another target")
+        threads = _threads(n_threads)
         importance = llamacpp_quantize.read_importance(imatrix) if imatrix is not None else {}
         self._errors.take()
         if hasattr(self._api, "llama_model_quantize"):
             return llamacpp_quantize.quantize_native(
-                self._api, self._errors.take, Path(source), Path(target), file_type, threads, importance
+                self._api, self._errors.take, source, target, file_type, threads, importance
             )
-        return llamacpp_quantize.quantize_rows(self._api, Path(source), Path(target), file_type, threads, importance)
+        return llamacpp_quantize.quantize_rows(self._api, source, target, file_type, threads, importance)

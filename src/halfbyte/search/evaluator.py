@@ -29,7 +29,9 @@ def reference_hidden(model: nn.Module, family: Family, tokens: torch.Tensor, *, 
     return [_run_blocks(model, family, hidden, inputs, start=0) for hidden in inputs.hidden]
 
 
-def _run_blocks(model: nn.Module, family: Family, hidden: torch.Tensor, inputs: BlockInputs, *, start: int) -> torch.Tensor:
+def _run_blocks(
+    model: nn.Module, family: Family, hidden: torch.Tensor, inputs: BlockInputs, *, start: int
+) -> torch.Tensor:
     for block in list(model.get_submodule(family.blocks).children())[start:]:
         hidden = call_block(block, hidden, inputs.kwargs)
     with torch.no_grad():
@@ -110,5 +112,7 @@ class KLEvaluator:
         self.evaluations += 1
         score = total / sum(part.shape[0] * part.shape[1] for part in self.inputs.hidden)
         if not score < float("inf"):
-            raise HalfbyteError("the quantised model answers NaN or Inf", where="search", fix="compute in fp32 (--dtype fp32)")
+            raise HalfbyteError(
+                "the quantised model answers NaN or Inf", where="search", fix="compute in fp32 (--dtype fp32)"
+            )
         return score

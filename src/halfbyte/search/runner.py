@@ -40,7 +40,9 @@ def run_genetic(
         try:
             state = json.loads(state_file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise HalfbyteError("search state is damaged", where=state_file, fix="start again without --resume") from error
+            raise HalfbyteError(
+                "search state is damaged", where=state_file, fix="start again without --resume"
+            ) from error
         algorithm = GeneticAlgorithm.from_state(problem, settings, state)
     else:
         algorithm = GeneticAlgorithm(problem, settings, seed=seed, seeds=seeds)

@@ -15,16 +15,16 @@ from torch import nn
 from halfbyte.models.archs import Family
 
 
-def smoothing_scales(
-    x_absmax: torch.Tensor, w_absmax: torch.Tensor, alpha: float, floor: float = 1e-5
-) -> torch.Tensor:
+def smoothing_scales(x_absmax: torch.Tensor, w_absmax: torch.Tensor, alpha: float, floor: float = 1e-5) -> torch.Tensor:
     """Scales ``[channels]`` from the largest |activation| and |weight| of every channel; dead channels get 1."""
     x, w = x_absmax.float(), w_absmax.float()
     scales = x.clamp_min(floor).pow(alpha) / w.clamp_min(floor).pow(1 - alpha)
     return torch.where((x > 0) & (w > 0), scales.clamp_min(floor), torch.ones_like(scales))
 
 
-def smooth_block_(block: nn.Module, family: Family, x_absmax: dict[str, torch.Tensor], *, alpha: float, head_dim: int) -> None:
+def smooth_block_(
+    block: nn.Module, family: Family, x_absmax: dict[str, torch.Tensor], *, alpha: float, head_dim: int
+) -> None:
     """Fold smoothing scales into one block, in place.
 
     Args:

@@ -7,7 +7,9 @@ import torch
 from halfbyte.formats.int_group import GroupedWeight, absmax_scales, encode_with_scales
 
 
-def round_to_nearest(weight: torch.Tensor, group_size: int, bits: int = 4, *, where: object = "weight") -> GroupedWeight:
+def round_to_nearest(
+    weight: torch.Tensor, group_size: int, bits: int = 4, *, where: object = "weight"
+) -> GroupedWeight:
     """Encode ``weight`` ``[out, in]`` in symmetric groups of ``group_size``, which must divide ``in``.
 
     Raises:

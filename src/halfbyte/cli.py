@@ -1,0 +1,300 @@
+"""The command line: parse, draw progress, print tables, exit codes.
+
+    halfbyte search | export | compare | simulate | eval | doctor
+
+Exit codes: 0 done, 2 something the user can put right (one line on standard error, Ctrl-C included).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from halfbyte import __version__
+from halfbyte.drawing import Drawing
+from halfbyte.errors import HalfbyteError
+from halfbyte.files import check_output, write_text
+from halfbyte.options import (
+    DEFAULT_MODEL,
+    CompareOptions,
+    DoctorOptions,
+    EvalOptions,
+    ExportOptions,
+    SearchOptions,
+    SimulateOptions,
+)
+
+Options = TypeVar("Options")
+
+
+def add_arguments(parser: argparse.ArgumentParser, options: type) -> None:
+    """One flag per field of an options dataclass."""
+    for item in fields(options):
+        about = item.metadata
+        text = about["help"] + ("" if item.default in (None, False, True) else f" (default: {item.default})")
+        text = text.replace("%", "%%")
+        if isinstance(item.default, bool):
+            action = argparse.BooleanOptionalAction if item.default else "store_true"
+            parser.add_argument(f"--{item.name}", action=action, default=item.default, help=text)
+            continue
+        kind = type(item.default) if item.default is not None else str
+        parser.add_argument(
+            f"--{item.name}",
+            type=kind,
+            default=item.default,
+            choices=about["choices"],
+            metavar=about["metavar"],
+            help=text,
+        )
+
+
+def parse(options: type[Options], arguments: Sequence[str], *, prog: str | None, about: str) -> Options:
+    """Parse ``arguments`` into an options dataclass; wrong flags end the program with exit code 2."""
+    parser = argparse.ArgumentParser(prog=prog, description=about)
+    add_arguments(parser, options)
+    return options(**vars(parser.parse_args(arguments)))
+
+
+def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
+    """Search an allocation and write the plan."""
+    from halfbyte.pipeline import search as run
+    from halfbyte.report.tables import text_table
+
+    _check_json(options.json, options.force)
+    result = run(options, draw.report)
+    draw.finish()
+    plan = result.plan
+    unit = "KL, nats per token" if options.fitness == "kl" else f"{options.fitness} score"
+    rows = [[name, result.scores[name]] for name in ("all A8", "all A4", "rule", "knapsack", "plan")]
+    draw.say(text_table(["allocation", f"{unit} (search text)"], rows))
+    a8 = [name for name, entry in plan.layers.items() if entry.a_bits == 8]
+    draw.say(
+        f"plan {plan.hash}: {len(a8)} of {len(plan.layers)} layers A8, mean activation bits "
+        f"{8 * plan.budget_reached:.2f} (budget {8 * plan.budget_asked:.2f}), text {plan.text['name']}"
+        + (f" ({plan.text['note']})" if plan.text["note"] else "")
+    )
+    notes: dict[str, int] = {}
+    for outcome in result.outcomes:
+        if outcome.note:
+            notes[outcome.note] = notes.get(outcome.note, 0) + 1
+    for note, count in notes.items():
+        draw.say(f"{count} layers: {note}")
+    draw.files(result.files)
+    return {"plan": plan.to_dict(), "hash": plan.hash, "scores": result.scores, "files": [str(p) for p in result.files]}
+
+
+def export(options: ExportOptions, draw: Drawing) -> dict[str, Any]:
+    """Write a plan as a GGUF file and check it."""
+    from halfbyte.exporting import export_gguf
+    from halfbyte.report.tables import format_bytes, text_table
+
+    _check_json(options.json, options.force)
+    result = export_gguf(options, draw.report)
+    draw.finish()
+    kinds: dict[str, list[int]] = {}
+    for row in result.rows:
+        entry = kinds.setdefault(row.type, [0, 0])
+        entry[0] += 1
+        entry[1] += row.nbytes
+    draw.say(
+        text_table(["type", "tensors", "size"], [[kind, n, format_bytes(size)] for kind, (n, size) in kinds.items()])
+    )
+    if result.kl is not None and result.top1 is not None:
+        draw.say(
+            f"checked: {result.checked} tensors equal the plan's codes; llama.cpp against the W4A8 simulation: "
+            f"KL {result.kl:.2g} nats per token, same top token {100 * result.top1:.1f}%"
+        )
+    draw.say(
+        "llama.cpp computes with 8-bit activations: in this file the plan's A4/A8 choice shows only in weight types."
+    )
+    draw.files([result.path])
+    size = result.path.stat().st_size
+    return {"path": str(result.path), "bytes": size, "kl": result.kl, "top1": result.top1, "plan": result.plan.hash}
+
+
+def compare(options: CompareOptions, draw: Drawing) -> dict[str, Any]:
+    """Original, Q4_K_M and mixed: speed, quality, memory."""
+    from halfbyte.evaluate.compare import compare as run
+    from halfbyte.export.plan_file import load_plan
+    from halfbyte.report.comparison import comparison_table, comparison_texts
+    from halfbyte.simulation import evaluation_text
+
+    _check_json(options.json, True)
+    plan = None
+    if Path(options.config).exists():
+        plan = load_plan(options.config, with_codes=False)
+    elif options.config != CompareOptions().config:
+        raise HalfbyteError("no such plan", where=options.config)
+    if options.model_id and plan and options.model_id != plan.model_id:
+        plan = None
+    model_id = options.model_id or (plan.model_id if plan else DEFAULT_MODEL)
+    text = evaluation_text(options.text, plan)
+    rows = run(options, model_id, text, draw.report)
+    draw.finish()
+    draw.say(comparison_table(rows))
+    draw.say(
+        f"text {text[0]}, {options.chunks} windows of {options.ctx}, second half scored; KLD and top-1 against the F16 "
+        "original in llama.cpp; speed-up: generation speed over the same"
+    )
+    draw.say(comparison_texts(rows, options.prompt))
+    return {
+        "model": model_id,
+        "plan": plan.hash if plan else None,
+        "text": text[0],
+        "ctx": options.ctx,
+        "machine": _machine(),
+        "rows": [asdict(row) for row in rows],
+    }
+
+
+def simulate(options: SimulateOptions, draw: Drawing) -> dict[str, Any]:
+    """The plan in PyTorch, beside the original, all A8 and all A4."""
+    from halfbyte.report.tables import text_table
+    from halfbyte.simulation import simulate as run
+
+    _check_json(options.json, True)
+    result = run(options, draw.report)
+    draw.finish()
+    headers = ["simulation", "mean A bits", "ppl", "KLD", "KLD 99%", "same top"]
+    table = [
+        [
+            row.name,
+            row.mean_bits,
+            row.quality.ppl,
+            row.quality.kld_mean,
+            row.quality.kld_p99,
+            _percent(row.quality.top1_agreement),
+        ]
+        for row in result.rows
+    ]
+    draw.say(text_table(headers, table))
+    made = result.made_by
+    draw.say(
+        f"plan {made['plan']}, text {made['text']}, {result.rows[0].quality.tokens} tokens, seed {made['seed']}, {made['device']}"
+    )
+    for row in result.rows:
+        draw.say(f"\n[{row.name}] {row.sample}")
+    return {"made_by": made, "rows": [asdict(row) for row in result.rows]}
+
+
+def evaluate(options: EvalOptions, draw: Drawing) -> dict[str, Any]:
+    """Perplexity, KL and top-1 of a model, plan or GGUF file on any text."""
+    from halfbyte.evaluating import evaluate as run
+    from halfbyte.report.tables import text_table
+
+    _check_json(options.json, True)
+    result = run(options, draw.report)
+    draw.finish()
+    keys = ("ppl", "ppl_reference", "kld_mean", "kld_p99", "top1_agreement", "tokens")
+    draw.say(text_table(list(keys), [[result[key] for key in keys]]))
+    draw.say(f"{result['evaluated']} in {result['engine']}, text {result['text']}")
+    return result
+
+
+def doctor(options: DoctorOptions, draw: Drawing) -> dict[str, Any]:
+    """What this machine can do."""
+    from halfbyte.doctor import as_dict, examine
+
+    _check_json(options.json, True)
+    findings = examine(options)
+    width = max(len(finding.topic) for finding in findings)
+    for finding in findings:
+        draw.say(f"{finding.topic:<{width}}  {finding.text}")
+    return as_dict(findings)
+
+
+COMMANDS: dict[str, tuple[type, Callable[[Any, Drawing], dict[str, Any]]]] = {
+    "search": (SearchOptions, search),
+    "export": (ExportOptions, export),
+    "compare": (CompareOptions, compare),
+    "simulate": (SimulateOptions, simulate),
+    "eval": (EvalOptions, evaluate),
+    "doctor": (DoctorOptions, doctor),
+}
+
+
+def run(command: str, arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
+    """Run one command; returns the exit code. This is what the four scripts call."""
+    options_type, work = COMMANDS[command]
+    options = parse(options_type, sys.argv[1:] if arguments is None else arguments, prog=prog, about=str(work.__doc__))
+    _quiet_libraries()
+    draw = Drawing()
+    started = time.monotonic()
+    try:
+        result = work(options, draw)
+        if options.json:
+            write_text(options.json, json.dumps(result, indent=1, default=str))
+            draw.files([Path(options.json)])
+    except HalfbyteError as error:
+        draw.finish()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        draw.finish()
+        again = "; go on with --resume" if command == "search" else ""
+        print(
+            f"interrupted after {time.monotonic() - started:.0f} s, no partial output is left{again}", file=sys.stderr
+        )
+        return 2
+    except MemoryError:
+        draw.finish()
+        print("error: out of memory; use --dtype bf16, fewer tokens or a smaller model", file=sys.stderr)
+        return 2
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``halfbyte COMMAND …``."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    lines = "\n".join(f"  {name:<9} {work.__doc__}" for name, (_, work) in COMMANDS.items())
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: halfbyte COMMAND [options]\n\n{lines}\n\nhalfbyte COMMAND --help shows a command's options.")
+        return 0
+    if arguments[0] == "--version":
+        print(__version__)
+        return 0
+    command, *rest = arguments
+    if command not in COMMANDS:
+        print(f"error: unknown command {command!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
+        return 2
+    return run(command, rest, prog=f"halfbyte {command}")
+
+
+def _check_json(path: str | None, force: bool) -> None:
+    if path is not None:
+        check_output(path, force=force)
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f}%"
+
+
+def _machine() -> str:
+    from halfbyte.host import cores, cpu_name
+
+    return f"{cpu_name()}, {cores()} cores"
+
+
+def _quiet_libraries() -> None:
+    """Libraries report through us; their own progress bars and warnings would break the drawing."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,126 @@
+"""``halfbyte eval``: one ruler for any model, plan, GGUF file and text."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import halfbyte
+from halfbyte.calibration.windows import first_scored
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits, scratch_folder
+from halfbyte.evaluate.sampling import windows_for
+from halfbyte.evaluate.worker import run_worker
+from halfbyte.export.plan_file import codes_path, load_codes, load_plan
+from halfbyte.files import sha256
+from halfbyte.models.device import device_name, resolve_device, resolve_dtype
+from halfbyte.models.estimate import check_memory, estimate_load
+from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.models.surgery import set_activation_bits_
+from halfbyte.options import EvalOptions
+from halfbyte.progress import Progress, Reporter, silent
+from halfbyte.simulation import apply_codes_, check_same_model, evaluation_text, is_symmetric, plan_bits
+from halfbyte.spec import Plan
+
+
+def evaluate(options: EvalOptions, report: Reporter = silent) -> dict[str, Any]:
+    """Perplexity of a plan, a GGUF file or the model itself, and its KL and top-1 against the model.
+
+    Returns:
+        ``ppl, ppl_reference, kld_mean, kld_p99, kld_error, top1_agreement, tokens`` (None where there is nothing to
+        compare with), and what made them.
+
+    Raises:
+        HalfbyteError: anything the user can put right.
+    """
+    if options.config and options.gguf:
+        raise HalfbyteError("one at a time", where="--config, --gguf", expected="a plan or a GGUF file, not both")
+    if options.gguf and not Path(options.gguf).is_file():
+        raise HalfbyteError("no such file", where=options.gguf, expected="a GGUF file")
+    plan = load_plan(options.config) if options.config else None
+    text_name, text = evaluation_text(options.text, plan)
+    with scratch_folder() as name:
+        folder = Path(name)
+        result = _in_llamacpp(options, folder, text_name, text, report) if options.gguf else None
+        report(Progress("load model", 0, 1, options.model_id))
+        source = _load(options)
+        report(Progress("load model", 1, 1, options.model_id))
+        logits_of = model_logits(source.model)
+        size = options.ctx - first_scored(options.ctx) - 1
+        if result is not None:
+            windows = result["windows"]
+            ours = iter(LogitsFile(Path(result["logits_file"]), result["vocab"], size))
+            quality = measure(windows, ours, live(windows, logits_of, report, "reference"))
+        else:
+            windows = windows_for(source, text, options.ctx, options.chunks, where=text_name)
+            if plan is None:
+                quality = measure(windows, live(windows, logits_of, report, "reference"))
+            else:
+                kept = LogitsFile(
+                    folder / "reference", source.model.get_submodule(source.family.head).weight.shape[0], size
+                )
+                kept.write(windows, logits_of, report, "reference")
+                _become_(source, plan, options)
+                quality = measure(windows, live(windows, logits_of, report, "plan"), iter(kept))
+    return {**asdict(quality), **_made_by(options, source, plan, text_name, len(windows), result)}
+
+
+def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, text: str, report: Reporter) -> dict[str, Any]:
+    text_file = folder / "text.txt"
+    text_file.write_text(text, encoding="utf-8")
+    request = {
+        "path": options.gguf, "engine": options.engine, "threads": options.threads, "ctx": options.ctx,
+        "chunks": options.chunks, "text_file": str(text_file), "text_name": text_name,
+        "logits_file": str(folder / "gguf.logits"), "prompt": "", "max_tokens": 0, "stage": "llama.cpp",
+    }  # fmt: skip
+    return {**run_worker("halfbyte.evaluate.measure_gguf", request, report), "logits_file": request["logits_file"]}
+
+
+def _load(options: EvalOptions) -> SourceModel:
+    device = resolve_device(options.device)
+    dtype = resolve_dtype(options.dtype, device)
+    origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
+    check_memory(estimate_load(origin.config, dtype), device)
+    return load(origin, device=device, dtype=dtype)
+
+
+def _become_(source: SourceModel, plan: Plan, options: EvalOptions) -> None:
+    assert options.config is not None
+    check_same_model(source, plan)
+    weights, overrides = load_codes(codes_path(options.config))
+    apply_codes_(source, weights, overrides)
+    set_activation_bits_(source.model, plan_bits(plan), symmetric=is_symmetric(plan))
+
+
+def _made_by(
+    options: EvalOptions,
+    source: SourceModel,
+    plan: Plan | None,
+    text_name: str,
+    windows: int,
+    result: dict[str, Any] | None,
+) -> dict[str, Any]:
+    return {
+        "model": options.model_id,
+        "fingerprint": source.fingerprint,
+        "evaluated": options.config or options.gguf or options.model_id,
+        "engine": result["engine"] if result else "transformers (simulation)" if plan else "transformers",
+        "plan": plan.hash if plan else None,
+        "gguf_sha256": sha256(options.gguf) if options.gguf else None,
+        "text": text_name,
+        "ctx": options.ctx,
+        "windows": windows,
+        "device": device_name(source.device),
+        "dtype": str(source.dtype).removeprefix("torch."),
+        "versions": {
+            "halfbyte": halfbyte.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "cores": os.cpu_count(),
+    }

@@ -47,11 +47,18 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield partial
         with open(partial, "r+b") as handle:
             os.fsync(handle.fileno())
+        partial.chmod(0o666 & ~_umask())
         os.replace(partial, path)
     except OSError as error:
         raise write_error(error, path) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_error(error: OSError, path: str | Path) -> HalfbyteError:

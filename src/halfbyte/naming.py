@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from halfbyte.options import DEFAULT_MODEL
-
 FOLDER = Path("models")
+DEMO_NAME = "SmolLM2-135M-Instruct"  # what ``--model_id demo`` is
 
 
 def short_name(model_id: str) -> str:
     """``Qwen/Qwen2.5-7B-Instruct`` -> ``Qwen2.5-7B-Instruct``; of a file, its name without suffix."""
+    if model_id == "demo":
+        return DEMO_NAME
     path = Path(model_id)
     return path.stem if path.suffix == ".gguf" else path.name
 
@@ -31,6 +32,6 @@ def f16_gguf(model_id: str) -> Path:
 
 
 def download_command(model_id: str) -> str:
-    """How to get a ready Q4_K_M file of a hub model."""
-    name = short_name(model_id if "/" in model_id else DEFAULT_MODEL)
+    """How to get a ready Q4_K_M file of a model from the hub."""
+    name = short_name(model_id)
     return f"hf download bartowski/{name}-GGUF {name}-Q4_K_M.gguf --local-dir {FOLDER}"

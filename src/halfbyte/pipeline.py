@@ -26,6 +26,7 @@ from halfbyte.formats.int_group import GroupedWeight
 from halfbyte.models.device import device_name, resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_search
 from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
+from halfbyte.naming import short_name
 from halfbyte.options import SearchOptions
 from halfbyte.preparation import parse_transforms, prepare_
 from halfbyte.progress import Progress, Reporter, silent
@@ -109,12 +110,12 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
         costs=tuple(unit.macs for unit in units), budget=options.target_compression, priority=tuple(unit_gain)
     )
     last = max(unit.block for unit in units)
-    seeds = {
-        "rule": problem.repair(
-            rule_genome(problem, unit_ratios(units, sensitivity), [u.block in (0, last) for u in units])
-        ),
-        "knapsack": problem.repair(knapsack_genome(problem, unit_gain)),
+    at_edge = [unit.block in (0, last) for unit in units]
+    raw = {
+        "rule": rule_genome(problem, unit_ratios(units, sensitivity), at_edge),
+        "knapsack": knapsack_genome(problem, unit_gain),
     }
+    seeds = {name: problem.fill(problem.repair(genome)) for name, genome in raw.items()}
     fixed = {"all A8": all_choice(problem, 8), "all A4": all_choice(problem, 4), **seeds}
     scores = stages.value("fixed_scores", lambda: {name: score(genome) for name, genome in fixed.items()})
     algorithm = run_genetic(
@@ -295,7 +296,7 @@ def _draw(
     kinds = list(dict.fromkeys(row["layer"].rpartition(".")[2] for row in rows))
     ratios = [[row["ratio"] for row in rows[at : at + len(kinds)]] for at in range(0, len(rows), len(kinds))]
     bits = [[row["a_bits"] for row in rows[at : at + len(kinds)]] for at in range(0, len(rows), len(kinds))]
-    name = Path(plan.model_id).name
+    name = short_name(plan.model_id)
     sensitivity_heatmap(
         heatmap, kinds, list(range(len(ratios))), ratios, title=f"{name}: what 4-bit activations cost", chosen_bits=bits
     )

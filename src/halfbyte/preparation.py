@@ -55,7 +55,7 @@ def prepare_(
         rows = [LayerSensitivity(**row) for row in json.loads(rows_file.read_text(encoding="utf-8"))]
     else:
         if "smooth" in parse_transforms(options.transforms):
-            _smooth_(source, tokens, options.alpha, report)
+            smooth_(source, tokens, options.alpha, report)
         gradients = _gradients(source, layers, tokens, report) if options.fitness == "fisher" else {}
         weights, rows = _quantise_and_measure(source, layers, tokens, options, gradients, report)
         save_codes(codes_file, weights, _changed_parameters(source, options))
@@ -66,7 +66,8 @@ def prepare_(
     return weights, {row.layer: row for row in rows}
 
 
-def _smooth_(source: SourceModel, tokens: torch.Tensor, alpha: float, report: Reporter) -> None:
+def smooth_(source: SourceModel, tokens: torch.Tensor, alpha: float, report: Reporter) -> None:
+    """Fold SmoothQuant scales into every block, in place; ``tokens`` is ``[windows, length]``."""
     config, family = source.config, source.family
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for step in walk_blocks(source.model, family, tokens, device=source.device):

@@ -1,142 +1,17 @@
-"""Tiny random models of every family, with tokenizers trained on the spot, saved as Hugging Face folders."""
+"""Tiny models as fixtures: saved as Hugging Face folders, and loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from tiny_models import MODELS, SIZE, hf_byte_level, hf_sentencepiece, randomise_
+from transformers import PreTrainedTokenizerFast
 
-from halfbyte.export.gguf_pre import LLAMA3, QWEN2, TEKKEN
 from halfbyte.models.loading import SourceModel, find, load
-
-UNICODE = "Größe, naïve café, Привет мир, 你好世界, こんにちは, 🦙 emoji 🚀🚀, ½ ³ Ⅳ, e\u0301, \u200d, ﷽, ไทย, ١٢٣"
-TEXTS = [
-    "Hello world",
-    " leading space",
-    "I'll say it's WE'RE they'VE don't",
-    "3 33 333 3333 12345.678,90 x1y22z333",
-    "a  1   22    333\n\n\n  4 \t\t5 \r\n 6",
-    "def f(x: int) -> list[int]:\n    return [i**2 for i in range(x)]  # squares\n",
-    "{'key': \"value\", '@dec': [1, 2, 3]}; x += y >>= z != w /* comment */ //path/to/file",
-    "trailing spaces   ",
-    "\n\n",
-    "   ",
-    UNICODE,
-    "MixedCase camelCaseWords ALLCAPS snake_case kebab-case ÄÖÜ äöü Éa aÉ",
-    "...!!!??? ---=== ``` ''' \"\"\"",
-    *[text[:400] for text in list(topics.values())[:6]],
-]
-CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
-SIZE = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-}
-
-
-def _corpus() -> list[str]:
-    return [*topics.values(), *[UNICODE] * 20]
-
-
-def byte_level(style: str) -> Tokenizer:
-    """A byte-level BPE whose text is split as the tokenizers of that family split it."""
-    splits: dict[str, list[Any]] = {
-        "qwen2": [pre_tokenizers.Split(Regex(QWEN2), "isolated")],
-        "llama-bpe": [pre_tokenizers.Split(Regex(LLAMA3), "isolated")],
-        "tekken": [pre_tokenizers.Split(Regex(TEKKEN), "isolated")],
-        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-        "gpt-2": [],
-    }
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=style in ("smollm", "gpt-2"))
-    tokenizer = Tokenizer(models.BPE(ignore_merges=style in ("llama-bpe", "tekken")))
-    tokenizer.normalizer = normalizers.NFC() if style == "qwen2" else None
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits[style], last]) if splits[style] else last
-    tokenizer.decoder = decoders.ByteLevel()
-    first = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"] if style == "smollm" else []
-    trainer = trainers.BpeTrainer(
-        vocab_size=800, special_tokens=first, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator(_corpus(), trainer)
-    return tokenizer
-
-
-def hf_byte_level(style: str) -> PreTrainedTokenizerFast:
-    """The same with special tokens, as transformers wraps it."""
-    tokenizer = byte_level(style)
-    if style == "llama-bpe":
-        names = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}
-        tokenizer.add_special_tokens([*names.values(), "<|eot_id|>"])
-        bos = ("<|begin_of_text|>", tokenizer.token_to_id("<|begin_of_text|>"))
-        tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos[0]} $A", special_tokens=[bos])
-    else:
-        names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-        tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-        tokenizer.add_tokens(["<tool_call>", "<|fim_prefix|>"])
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-    wrapped.chat_template = CHAT_TEMPLATE
-    return wrapped
-
-
-def hf_sentencepiece() -> PreTrainedTokenizerFast:
-    """A SentencePiece-like BPE with byte tokens, as Llama-2's and Mistral's tokenizer.json describe it."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-    specials = ["<unk>", "<s>", "</s>", *[f"<0x{byte:02X}>" for byte in range(256)]]
-    trainer = trainers.BpeTrainer(vocab_size=1000, special_tokens=specials, show_progress=False)
-    tokenizer.train_from_iterator([text.replace("\n", " ") for text in topics.values()], trainer)
-    model = tokenizer.model
-    plain = Tokenizer(model)
-    plain.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    plain.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    plain.add_special_tokens(["<unk>", "<s>", "</s>"])
-    plain.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-
-
-def _randomise_(model: torch.nn.Module) -> None:
-    """Weights, norms and biases large enough that a wrong row order, bias or rope shows in the logits."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
-        noise = torch.randn(parameter.shape, generator=generator)
-        with torch.no_grad():
-            parameter.copy_(noise * 0.08 if parameter.ndim == 2 else 0.3 * noise)
-    for name, module in model.named_modules():
-        if name.endswith("norm"):
-            with torch.no_grad():
-                module.weight.add_(1.0)
-
-
-MODELS: dict[str, tuple[Any, Any, str, dict[str, Any]]] = {
-    "qwen2-tied": (Qwen2Config, Qwen2ForCausalLM, "qwen2", {"tie_word_embeddings": True}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, "qwen2", {"tie_word_embeddings": False}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, "qwen2", {"tie_word_embeddings": False, "head_dim": 64}),
-    "llama": (LlamaConfig, LlamaForCausalLM, "llama-bpe", {"tie_word_embeddings": False}),
-    "llama-tied": (LlamaConfig, LlamaForCausalLM, "smollm", {"tie_word_embeddings": True}),
-    "mistral": (MistralConfig, MistralForCausalLM, "sentencepiece", {"sliding_window": None}),
-}
-FAMILIES = list(MODELS)
 
 
 @pytest.fixture(scope="session")
@@ -161,7 +36,7 @@ def tiny_folder(tmp_path_factory, tokenizers_by_style) -> Callable[..., Path]:
         ids = {f"{kind}_token_id": getattr(wrapped, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         vocab_size = len(wrapped) + 24  # some ids without a token, as in Qwen2
         model = model_class(config_class(**{**SIZE, **settings, **ids, "vocab_size": vocab_size, **changes}))
-        _randomise_(model)
+        randomise_(model)
         folder = tmp_path_factory.mktemp(family)
         model.save_pretrained(folder)
         wrapped.save_pretrained(folder)
@@ -186,10 +61,7 @@ def tiny(tiny_folder) -> Callable[..., SourceModel]:
     return get
 
 
-@pytest.fixture(autouse=True, scope="session")
-def own_cache(tmp_path_factory):
+@pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch):
     """Converted tokenizers of throw-away files do not belong in the user's cache."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.mktemp("cache")))
-    yield
-    patch.undo()
+    monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -138,8 +138,9 @@ def test_from_state_refuses_another_search():
         GeneticAlgorithm.from_state(other, settings, state)
     with pytest.raises(HalfbyteError, match="other population"):
         GeneticAlgorithm.from_state(problem, GeneticSettings(population=10), state)
-    with pytest.raises(HalfbyteError, match="not readable"):
-        GeneticAlgorithm.from_state(problem, settings, {})
+    for wrong in ({}, [], {"version": 0}):
+        with pytest.raises(HalfbyteError, match="not readable"):
+            GeneticAlgorithm.from_state(problem, settings, wrong)  # type: ignore[arg-type]
     for damage in ({"rng": {"bit_generator": "seed"}}, {"scores": [[[4], 1.0]]}, {"population": 3}):
         with pytest.raises(HalfbyteError, match=r"damaged|wrong length"):
             GeneticAlgorithm.from_state(problem, settings, state | damage)
@@ -233,6 +234,13 @@ def test_mutation_favours_sensitive_units():
     assert share[-10:].mean() > share[:10].mean() + 0.05
 
 
+def test_a_population_of_two_still_has_children():
+    problem, gain = small(0)
+    search = start(problem, GeneticSettings(population=2, generations=5))
+    run(search, additive(gain))
+    assert search.history[-1]["evaluations"] > 2
+
+
 def test_history_tells_the_story():
     problem, gain = small(5, size=30)
     search = start(problem)
@@ -250,7 +258,6 @@ def test_history_tells_the_story():
     [
         {"population": 1},
         {"generations": -1},
-        {"elite": 30},
         {"elite": 0},
         {"tournament": 0},
         {"crossover_rate": 1.5},

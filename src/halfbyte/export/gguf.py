@@ -27,7 +27,7 @@ from halfbyte.models.loading import SourceModel
 from halfbyte.progress import Progress, Reporter, silent
 
 PREFIX = "halfbyte."
-METADATA_TYPES = {
+METADATA_TYPES = {  # the first that fits; a bool is an int too
     str: GGUFValueType.STRING,
     bool: GGUFValueType.BOOL,
     int: GGUFValueType.INT64,
@@ -161,7 +161,8 @@ def _add_keys_(
     writer.add_file_type(_file_type(source, plans))
     writer.add_quantization_version(GGML_QUANT_VERSION)
     for key, value in metadata.items():
-        writer.add_key_value(PREFIX + key.removeprefix(PREFIX), value, METADATA_TYPES[type(value)])
+        kind = next(kind for base, kind in METADATA_TYPES.items() if isinstance(value, base))
+        writer.add_key_value(PREFIX + key.removeprefix(PREFIX), value, kind)
 
 
 def _rope_factors(source: SourceModel, reader: GGUFReader | None) -> torch.Tensor | None:

@@ -121,7 +121,11 @@ def _scores(state: dict[str, Any], tokens: list[str], types: list[int]) -> list[
 
 
 def _adds_space_prefix(state: dict[str, Any], where: object) -> bool:
-    """Whether a space is put before the text, from the normalizer or the pre-tokenizer of a SentencePiece BPE."""
+    """Whether a space is put before the text, from the normalizer or the pre-tokenizer of a SentencePiece BPE.
+
+    llama.cpp also puts one after each special token: so does the Prepend normalizer, but not a Metaspace that says
+    "first". GGUF has no key for the difference.
+    """
     normalizer = state["normalizer"]
     steps = [] if normalizer is None else normalizer.get("normalizers", [normalizer])
     if state["pre_tokenizer"] is not None:

@@ -1,16 +1,18 @@
 """Pictures of a search: where the model is sensitive, and how the score fell.
 
-Figures are objects of their own; nothing of matplotlib's global state is read for layout or changed.
+Figures are objects of their own (no pyplot), so nothing global is changed and no display is needed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, patheffects
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -18,6 +20,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from halfbyte.errors import HalfbyteError
@@ -26,10 +29,11 @@ from halfbyte.report.tables import significant
 from halfbyte.search.baselines import RULE_EDGE_THRESHOLD, RULE_THRESHOLD
 
 DOTS_PER_INCH = 150
-THRESHOLDS = {"rule": RULE_THRESHOLD, "rule, first and last block": RULE_EDGE_THRESHOLD}
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8c6d1f", "#56b4e9", "#555555")  # Okabe and Ito, 2008, darkened
+THRESHOLDS = {"rule threshold": RULE_THRESHOLD, "rule threshold, first and last block": RULE_EDGE_THRESHOLD}
+COLOUR_MAP = "viridis"  # perceptually uniform, and readable without telling red from green
 MISSING_COLOUR = "#d9d9d9"
-OUTLINE = [patheffects.withStroke(linewidth=3.6, foreground="black")]
+SEARCH_COLOUR = "#0072b2"
+LINE_COLOURS = ("#d55e00", "#00805c", "#b5558a", "#8c6d1f", "#6a3d9a", "#555555")  # after Okabe and Ito, 2008, darker
 
 
 def sensitivity_heatmap(
@@ -44,7 +48,7 @@ def sensitivity_heatmap(
 ) -> None:
     """Write a PNG of how much more error 4-bit activations make than 8-bit ones, layer by layer.
 
-    Blocks run from left to right, kinds of layers from top to bottom; the colour scale is logarithmic. Values are
+    Blocks run from top to bottom, kinds of layers from left to right; the colour scale is logarithmic. Values are
     written into the cells when there is room.
 
     Args:
@@ -53,72 +57,44 @@ def sensitivity_heatmap(
         blocks: indices of the transformer blocks.
         ratios: ``[blocks][kinds]`` MSE(A4) / MSE(A8); None, NaN, infinite and non-positive values are drawn as gaps.
         title: printed above.
-        chosen_bits: ``[blocks][kinds]`` activation bits of a plan; the largest choice, 8, gets an outline.
+        chosen_bits: ``[blocks][kinds]`` activation bits of a plan; layers at 8 get an outline.
         thresholds: name -> ratio, marked on the colour bar, or named below when they are off the scale.
 
     Raises:
         HalfbyteError: the shapes do not fit, no ratio is usable, or the file cannot be written.
     """
-    grid = _grid(ratios, len(blocks), len(kinds), "ratios")  # [kinds, blocks]
+    grid = _grid(ratios, len(blocks), len(kinds), "ratios")
     grid[~(np.isfinite(grid) & (grid > 0))] = np.nan
     if np.isnan(grid).all():
         raise HalfbyteError("no ratio to draw", where="sensitivity heatmap", expected="a positive number")
-    chosen = None if chosen_bits is None else _grid(chosen_bits, len(blocks), len(kinds), "chosen_bits")
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
     norm = LogNorm(low, high) if high > low * 1.01 else LogNorm(low / 1.5, high * 1.5)
-    colours = colormaps["viridis"]
 
-    cell_width = min(max(12.5 / len(blocks), 0.15), 0.6)  # inches
-    size = (max(cell_width * len(blocks) + 2.6, 6.5), max(0.42 * len(kinds) + 1.9, 3.2))
-    figure = Figure(figsize=size, layout="constrained")
+    row_height = min(max(12.0 / len(blocks), 0.13), 0.25)  # inches
+    size = max(0.78 * len(kinds) + 1.9, 5.6), max(row_height * len(blocks) + 1.9, 3.6)
+    figure = Figure(figsize=size, dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
     axes.set_facecolor(MISSING_COLOUR)
-    axes.imshow(np.ma.masked_invalid(grid), cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
-    axes.set_title(title, loc="left", fontsize=11, wrap=True)
-    axes.set_xlabel("transformer block")
-    every = math.ceil(0.26 / cell_width)
-    axes.set_xticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]], fontsize=8)
-    axes.set_yticks(range(len(kinds)), list(kinds), fontsize=9)
-    axes.set_xticks(np.arange(1, len(blocks)) - 0.5, minor=True)
-    axes.set_yticks(np.arange(1, len(kinds)) - 0.5, minor=True)
-    axes.grid(which="minor", color="white", linewidth=0.8)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
+    axes.imshow(np.ma.masked_invalid(grid), cmap=COLOUR_MAP, norm=norm, aspect="auto", interpolation="nearest")
+    _dress_grid(axes, kinds, blocks, every=math.ceil(0.16 / row_height))
+    _set_title(figure, title)
+    if row_height >= 0.2:
+        _write_values(axes, grid, norm)
 
-    if cell_width >= 0.3:
-        for (kind, block), ratio in np.ndenumerate(grid):
-            if not np.isnan(ratio):
-                red, green, blue, _ = colours(float(norm(ratio)))
-                dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5  # luma, ITU-R BT.601
-                text = f"{ratio:.0f}" if ratio >= 10 else significant(float(ratio), 2)
-                axes.text(block, kind, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     handles: list[Patch | Line2D] = []
-    if chosen is not None:
-        for kind, block in np.argwhere(chosen == 8):
-            axes.add_patch(_outline((block - 0.42, kind - 0.42), 0.84, 0.84))
-        handles.append(
-            Patch(facecolor="none", edgecolor="white", linewidth=1.6, path_effects=OUTLINE, label="A8 chosen")
-        )
-        handles.append(Patch(facecolor="#9a9a9a", label="no outline: A4 chosen"))
+    if chosen_bits is not None:
+        width = 5.6 * row_height  # points
+        stroke = withStroke(linewidth=2.3 * width, foreground="black")
+        outline: dict[str, Any] = {"edgecolor": "white", "linewidth": width, "path_effects": [stroke]}
+        for block, kind in np.argwhere(_grid(chosen_bits, len(blocks), len(kinds), "chosen_bits") == 8):
+            axes.add_patch(Rectangle((kind - 0.45, block - 0.39), 0.9, 0.78, fill=False, **outline))
+        middle = colormaps[COLOUR_MAP](0.5)
+        handles += [Patch(facecolor=middle, label="A8 chosen", **outline), Patch(facecolor=middle, label="A4 chosen")]
     if np.isnan(grid).any():
         handles.append(Patch(facecolor=MISSING_COLOUR, label="no value"))
-
-    bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, pad=0.01, aspect=18)
-    bar.set_label("MSE of A4 / MSE of A8\n(error of 4 bits, in errors of 8 bits)", fontsize=9)
-    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
-    bar.ax.yaxis.set_minor_formatter(NullFormatter())
-    for name, threshold in thresholds.items():
-        if low <= threshold <= high:
-            bar.ax.axhline(threshold, color="white", linewidth=2, path_effects=OUTLINE)
-            handles.append(
-                Line2D([], [], color="white", linewidth=2, path_effects=OUTLINE, label=f"{name}: {threshold:g}×")
-            )
-        else:
-            side = "above" if threshold < low else "below"
-            handles.append(Line2D([], [], linestyle="none", label=f"{name}: {threshold:g}× (every layer is {side})"))
+    handles += _add_colour_bar(figure, axes, norm, thresholds, low, high)
     if handles:
-        figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), frameon=False, fontsize=8)
+        figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     _save(figure, path)
 
 
@@ -146,121 +122,177 @@ def convergence_plot(
     """
     if not history:
         raise HalfbyteError("no generation to draw", where="convergence plot")
-    evaluations, best, mean, std = (
-        np.array([row[key] for row in history], dtype=float) for key in ("evaluations", "best", "mean", "std")
-    )
+    columns = ("evaluations", "best", "mean", "std")
+    evaluations, best, mean, std = (np.array([row[key] for row in history], dtype=float) for key in columns)
     if not np.isfinite([*best, *mean, *std, *baselines.values()]).all():
         raise HalfbyteError("a score is not finite", where="convergence plot")
-    near, far = _split_far(dict(baselines), float(best.min()), float((mean + std).max()))
+    lowest, highest = min(best.min(), (mean - std).min()), max(best.max(), (mean + std).max())
+    near, far = _split_far(baselines, float(lowest), float(highest))
 
-    figure = Figure(figsize=(9, 5.2), layout="constrained")
-    figure.get_layout_engine().set(hspace=0.03)  # type: ignore[union-attr]
-    if far:
-        strip, axes = figure.subplots(2, 1, sharex=True, height_ratios=[0.8, 5])
-        _mark_break(strip, axes)
-        values = list(far.values())
-        margin = max(0.6 * (max(values) - min(values)), 0.1 * abs(max(values)))
-        strip.set_ylim(min(values) - margin, max(values) + margin)
-        strip.yaxis.set_major_locator(MaxNLocator(2))
-    else:
-        axes = figure.subplots()
-        strip = axes
-    strip.set_title(title, loc="left", fontsize=11, wrap=True)
-    only = "o" if len(history) == 1 else None
-    axes.fill_between(evaluations, mean - std, mean + std, color=COLOURS[0], alpha=0.15, linewidth=0)
-    axes.plot(
-        evaluations,
-        mean,
-        color=COLOURS[0],
-        linewidth=1.2,
-        marker=only,
-        label="mean of the population ± 1 standard deviation",
-    )
-    axes.plot(evaluations, best, color="black", linewidth=2, marker=only, drawstyle="steps-post", label="best so far")
+    figure = Figure(figsize=(9, 5.6), dpi=DOTS_PER_INCH, layout="constrained")
+    axes, strip = _axes_with_strip(figure, list(far.values()))
+    _set_title(figure, title)
+    marker = "o" if len(history) == 1 else None
+    axes.plot(evaluations, best, color="black", linewidth=2, marker=marker, drawstyle="steps-post", label="best so far")
+    axes.plot(evaluations, mean, color=SEARCH_COLOUR, linewidth=1.2, marker=marker, label="mean of the population")
+    if len(history) > 1:
+        band: dict[str, Any] = {
+            "color": SEARCH_COLOUR,
+            "alpha": 0.15,
+            "linewidth": 0,
+            "label": "± 1 standard deviation",
+        }
+        axes.fill_between(evaluations, mean - std, mean + std, **band)
     axes.set_xlabel("genomes evaluated")
     axes.set_ylabel(score_label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.margins(x=0.01)
     axes.grid(axis="y", color="#eeeeee")
     axes.set_axisbelow(True)
-    ends = [*near.values(), best.min(), best.max(), (mean - std).min(), (mean + std).max()]
+    ends = [*near.values(), lowest, highest]
     margin = 0.06 * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 1.0
     axes.set_ylim(min(ends) - margin, max(ends) + margin)
-    colours = {name: COLOURS[1 + index % (len(COLOURS) - 1)] for index, name in enumerate(baselines)}
+
+    colours = {name: LINE_COLOURS[index % len(LINE_COLOURS)] for index, name in enumerate(baselines)}
     for panel, lines in ((axes, near), (strip, far)):
         for name, value in lines.items():
             panel.axhline(value, color=colours[name], linewidth=1.2, linestyle=(0, (5, 2)))
-        labels = {f"{name} {significant(value)}": (value, colours[name]) for name, value in lines.items()}
-        if panel is axes:
-            labels[f"search {significant(float(best[-1]))}"] = (float(best[-1]), "black")
-        _label_right(figure, panel, labels)
-    axes.legend(loc="upper right", frameon=True, framealpha=0.9, edgecolor="none", fontsize=8)
+    figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
+    figure.draw_without_rendering()  # so that heights are known
+    scores = {**baselines, "search": float(best[-1])}
+    texts = _distinct(scores)
+    for panel, names in ((axes, [*near, "search"]), (strip, [*far])):
+        _label_right(panel, {f"{name}: {texts[name]}": (scores[name], colours.get(name, "black")) for name in names})
     _save(figure, path)
 
 
 def _grid(values: Sequence[Sequence[float | None]], blocks: int, kinds: int, name: str) -> np.ndarray:
-    """``[blocks][kinds]`` with gaps -> ``[kinds, blocks]`` with NaN."""
+    """``[blocks, kinds]`` as an array, gaps as NaN."""
     if len(values) != blocks or any(len(row) != kinds for row in values) or not blocks or not kinds:
         raise HalfbyteError("shape does not fit", where=name, expected=f"{blocks} blocks of {kinds} kinds")
-    return np.array([[math.nan if value is None else value for value in row] for row in values], dtype=float).T
+    return np.array([[math.nan if value is None else value for value in row] for row in values], dtype=float)
 
 
-def _outline(corner: tuple[float, float], width: float, height: float) -> Rectangle:
-    return Rectangle(corner, width, height, fill=False, edgecolor="white", linewidth=1.6, path_effects=OUTLINE)
+def _dress_grid(axes: Axes, kinds: Sequence[str], blocks: Sequence[int], every: int) -> None:
+    """Names of kinds and blocks, thin white lines between cells, no frame."""
+    axes.set_ylabel("transformer block")
+    axes.set_yticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]], fontsize=8)
+    axes.set_xticks(range(len(kinds)), list(kinds), fontsize=9)
+    axes.tick_params(which="both", length=0, bottom=False, labeltop=True, labelbottom=False)
+    axes.set_yticks(np.arange(1, len(blocks)) - 0.5, minor=True)
+    axes.set_xticks(np.arange(1, len(kinds)) - 0.5, minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8)
+    axes.spines[:].set_visible(False)
 
 
-def _split_far(baselines: dict[str, float], low: float, high: float) -> tuple[dict[str, float], dict[str, float]]:
-    """Baselines that share an axis with ``low``…``high``, and those above by more than its whole height."""
+def _write_values(axes: Axes, grid: np.ndarray, norm: LogNorm) -> None:
+    """The ratio in each cell of ``[blocks, kinds]``, white on dark colours and black on light ones."""
+    for (block, kind), ratio in np.ndenumerate(grid):
+        if np.isnan(ratio):
+            continue
+        red, green, blue, _ = (channel**2.2 for channel in colormaps[COLOUR_MAP](float(norm(ratio))))
+        dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179  # where white has more contrast, WCAG 2.1
+        text = f"{ratio:.0f}" if ratio >= 9.95 else significant(float(ratio), 2)
+        axes.text(kind, block, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+
+
+def _add_colour_bar(
+    figure: Figure, axes: Axes, norm: LogNorm, thresholds: Mapping[str, float], low: float, high: float
+) -> list[Line2D]:
+    """A colour bar with the thresholds on it; returns their legend entries, also of those that are off the scale."""
+    bar = figure.colorbar(ScalarMappable(norm, COLOUR_MAP), ax=axes, pad=0.02, aspect=30)
+    bar.set_label("MSE of A4 / MSE of A8 (log scale)", fontsize=9)
+    bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
+    bar.ax.yaxis.set_minor_formatter(NullFormatter())
+    bar.ax.tick_params(labelsize=8)
+    styles: list[Any] = ["-", ":"]
+    entries: list[Line2D] = []
+    for (name, threshold), style in zip(thresholds.items(), cycle(styles), strict=False):
+        label = f"{name}: {threshold:g}×"
+        if low <= threshold <= high:
+            bar.ax.axhline(threshold, color="white", linewidth=4)
+            bar.ax.axhline(threshold, color="black", linewidth=2, linestyle=style)
+            entries.append(Line2D([], [], color="black", linewidth=2, linestyle=style, label=label))
+        else:
+            side = "above" if threshold < low else "below"
+            entries.append(Line2D([], [], linestyle="none", label=f"{label} (every layer is {side})"))
+    return entries
+
+
+def _split_far(baselines: Mapping[str, float], low: float, high: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Baselines that share an axis with ``low``…``high``, and those that would squeeze it to less than two fifths."""
     near: dict[str, float] = {}
     for name, value in sorted(baselines.items(), key=lambda item: item[1]):
-        if value > high + 1.5 * (high - min(low, value)) and near.keys() != baselines.keys():
+        if value > high + 1.5 * max(high - low, 0.02 * abs(high)):
             break
         near[name] = value
         low, high = min(low, value), max(high, value)
     return near, {name: value for name, value in baselines.items() if name not in near}
 
 
-def _mark_break(strip: Axes, axes: Axes) -> None:
-    """Two slanted strokes where the axis jumps."""
+def _axes_with_strip(figure: Figure, far: list[float]) -> tuple[Axes, Axes]:
+    """The main axes and, where there are ``far`` scores, a strip for them above a break; else the same axes twice."""
+    if not far:
+        axes = figure.add_subplot()
+        return axes, axes
+    grid = figure.add_gridspec(2, 1, height_ratios=[0.5 + 0.3 * len(far), 5], hspace=0.03)
+    axes = figure.add_subplot(grid[1])
+    strip = figure.add_subplot(grid[0], sharex=axes)
+    margin = max(0.4 * (max(far) - min(far)), 0.1 * abs(max(far)))
+    strip.set_ylim(min(far) - margin, max(far) + margin)
+    strip.yaxis.set_major_locator(MaxNLocator(2))
     strip.spines.bottom.set_visible(False)
+    strip.tick_params(bottom=False, labelbottom=False)
     axes.spines.top.set_visible(False)
-    strip.tick_params(bottom=False)
-    stroke = {
-        "marker": [(-1, -0.6), (1, 0.6)],
-        "markersize": 9,
-        "linestyle": "none",
-        "color": "black",
-        "clip_on": False,
-    }
-    strip.plot([0, 1], [0, 0], transform=strip.transAxes, **stroke)
-    axes.plot([0, 1], [1, 1], transform=axes.transAxes, **stroke)
+    slant: dict[str, Any] = {"marker": [(-1, -0.6), (1, 0.6)], "markersize": 9, "linestyle": "none", "color": "black"}
+    for panel, height in ((strip, 0), (axes, 1)):
+        panel.plot([0, 1], [height, height], transform=panel.transAxes, clip_on=False, **slant)
+    return axes, strip
 
 
-def _label_right(figure: Figure, axes: Axes, labels: Mapping[str, tuple[float, str]]) -> None:
-    """Names to the right of the axes at their heights, moved apart where they would overlap."""
-    figure.draw_without_rendering()
+def _distinct(scores: Mapping[str, float]) -> dict[str, str]:
+    """Scores as text with three significant digits, or as many as it takes to tell one from the others, up to six."""
+    texts: dict[str, str] = {}
+    for name, score in scores.items():
+        for digits in range(3, 7):
+            texts[name] = significant(score, digits)
+            if all(significant(other, digits) != texts[name] for other in scores.values() if other != score):
+                break
+    return texts
+
+
+def _label_right(axes: Axes, labels: Mapping[str, tuple[float, str]]) -> None:
+    """Names, each with a height and a colour, to the right of the axes, moved apart where they would overlap."""
     low, high = axes.get_ylim()
-    height = axes.get_window_extent().height / figure.dpi * 72  # points
-    step = 11 / height * (high - low)
-    placed: list[tuple[str, float, float, str]] = []
-    for label, (value, colour) in sorted(labels.items(), key=lambda item: item[1][0]):
-        position = max(value, placed[-1][1] + step) if placed else value
-        placed.append((label, position, value, colour))
+    step = 12 * DOTS_PER_INCH / 72 / axes.get_window_extent().height * (high - low)  # 12 points, in axis units
+    ordered = sorted(labels.items(), key=lambda item: item[1][0])
+    positions: list[float] = []
+    for _, (value, _) in ordered:
+        positions.append(max(value, positions[-1] + step) if positions else value)
     ceiling = high
-    for label, position, value, colour in reversed(placed):
-        position = min(position, ceiling)
-        ceiling = position - step
+    for index in reversed(range(len(positions))):
+        positions[index] = min(positions[index], ceiling)
+        ceiling = positions[index] - step
+    line: dict[str, Any] = {"arrowstyle": "-", "linewidth": 0.6, "relpos": (0, 0.5), "shrinkA": 0, "shrinkB": 0}
+    for (label, (value, colour)), position in zip(ordered, positions, strict=True):
         axes.annotate(
             label,
             xy=(1, value),
             xytext=(1.025, position),
-            xycoords=("axes fraction", "data"),
-            textcoords=("axes fraction", "data"),
+            xycoords=axes.get_yaxis_transform(),
+            textcoords=axes.get_yaxis_transform(),
             va="center",
             fontsize=8.5,
             color=colour,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+            arrowprops={**line, "color": colour},
             annotation_clip=False,
+            parse_math=False,
         )
+
+
+def _set_title(figure: Figure, title: str) -> None:
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, wrap=True, parse_math=False)
 
 
 def _save(figure: Figure, path: str | Path) -> None:

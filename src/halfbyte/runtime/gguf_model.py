@@ -168,8 +168,8 @@ class GGUFModel:
         """Continue ``prompt`` greedily, up to an end-of-generation token, ``max_tokens`` or the end of the context.
 
         Args:
-            chat: wrap the prompt as a user's turn in the file's chat template. llama.cpp recognises the common templates
-                and writes the turn itself, without the default system turn that some files' templates add.
+            chat: wrap the prompt as a user's turn in the file's chat template. llama.cpp recognises the common ones and
+                writes the turn itself, without the default system turn that some files' templates add.
             seed: for engines that sample; greedy decoding has nothing to seed.
 
         Raises:

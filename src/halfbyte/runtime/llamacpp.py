@@ -2,8 +2,8 @@
 
 Two engines bring the same C functions (llama.cpp ``include/llama.h``): the prebuilt wheel ``xllamacpp``, bound in
 ``llamacpp_abi.py``, and ``llama-cpp-python``, whose module ``llama_cpp`` is such a binding already. Either is used
-through the C names. llama.cpp multiplies with 8-bit activations whatever the file says (see ``docs``): a GGUF file
-chooses weight types only.
+through the C names. llama.cpp multiplies with 8-bit activations whatever the file says: a GGUF file chooses weight
+types only.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Engine:
             raise HalfbyteError("context is too small", where="n_ctx", expected="at least 1 token", got=n_ctx)
         if n_gpu_layers != 0 and not self._api.llama_supports_gpu_offload():
             raise HalfbyteError("this llama.cpp has no GPU support", where=self.version, fix="use n_gpu_layers=0")
-        api, started = self._api, time.perf_counter()
+        threads, api, started = _threads(n_threads), self._api, time.perf_counter()
         self._errors.take()
         model_params = api.llama_model_default_params()
         model_params.n_gpu_layers = n_gpu_layers
@@ -151,7 +151,7 @@ class Engine:
         params = api.llama_context_default_params()
         params.n_ctx = n_ctx
         params.n_batch = params.n_ubatch = min(n_ctx, MAX_BATCH)
-        params.n_threads = params.n_threads_batch = _threads(n_threads)
+        params.n_threads = params.n_threads_batch = threads
         for field in ("n_outputs_max", "n_outputs_max_per_seq"):  # newer llama.cpp: rows of logits per batch
             if hasattr(params, field):
                 setattr(params, field, params.n_batch)

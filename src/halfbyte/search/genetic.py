@@ -35,7 +35,7 @@ class GeneticSettings:
         population: genomes per generation.
         generations: generations that are bred after the start, which is generation 0. At most
             ``population + generations * (population - elite)`` genomes are scored.
-        elite: best genomes that pass unchanged into the next generation.
+        elite: best genomes that pass unchanged into the next generation; fewer where that would leave no child.
         tournament: genomes drawn to find one parent; the best of them wins.
         crossover_rate: probability that a child has two parents instead of one.
         mutation_rate: mean probability that a unit of a child changes its choice; None is 1 / number of units.
@@ -57,7 +57,7 @@ class GeneticSettings:
 
     def __post_init__(self) -> None:
         lowest = {"population": 2, "generations": 0, "crossover_rate": 0, "mutation_rate": 0, "tolerance": 0}
-        highest = {"elite": self.population - 1, "crossover_rate": 1, "mutation_rate": 0.5}
+        highest = {"crossover_rate": 1, "mutation_rate": 0.5}
         for name, value in asdict(self).items():
             least, most = lowest.get(name, 1), highest.get(name, math.inf)
             if value is not None and not least <= value <= most:
@@ -92,7 +92,7 @@ class GeneticAlgorithm:
         self.scores: dict[Genome, float] = {}
         self.population: list[Genome] = []
         self.history: list[dict[str, float]] = []
-        self._rng = rng
+        self._rng, self._elite = rng, min(settings.elite, settings.population - 1)
         self._stalled, self._reference = 0, math.inf  # generations without improvement, and on what
         self._space = problem.space(settings.population * (settings.generations + 1))
         self._candidates: list[Genome] | None = self._start([problem.fill(problem.repair(seed)) for seed in seeds])
@@ -196,10 +196,9 @@ class GeneticAlgorithm:
         Raises:
             HalfbyteError: the state is damaged, of another version, or of another problem or other settings.
         """
-        if state.get("version") != STATE_VERSION:
-            raise HalfbyteError(
-                "search state is not readable", where="resume", expected=STATE_VERSION, got=state.get("version")
-            )
+        version = state.get("version") if isinstance(state, Mapping) else None
+        if version != STATE_VERSION:
+            raise HalfbyteError("search state is not readable", where="resume", expected=STATE_VERSION, got=version)
         try:
             now, then = _identity(problem, settings), state["identity"]
             changed = [name for name in now if now[name] != then[name]]
@@ -240,7 +239,7 @@ class GeneticAlgorithm:
     def _breed(self) -> list[Genome]:
         """The next generation: the elite, then children that are not in it yet."""
         ranked = sorted(self.population, key=self._standing)
-        genomes = dict.fromkeys(ranked[: self.settings.elite])
+        genomes = dict.fromkeys(ranked[: self._elite])
         for _ in range(self.settings.population - len(genomes)):
             child = self._child(ranked)
             for attempt in range(ATTEMPTS):
@@ -254,9 +253,9 @@ class GeneticAlgorithm:
 
     def _refresh(self, genomes: dict[Genome, None]) -> None:
         """Put unscored genomes in the place of children, last first: a generation of known ones teaches nothing."""
-        known = list(genomes)[self.settings.elite :]
+        known = list(genomes)[self._elite :]
         unknown = [genome for genome in self._space or () if genome not in self.scores]
-        for _ in range(self.settings.population - self.settings.elite):
+        for _ in range(self.settings.population - self._elite):
             fresh = list(genomes)[int(self._rng.integers(len(genomes)))]
             for attempt in range(ATTEMPTS):
                 fresh = self._mutate(fresh, strength=2 + attempt)

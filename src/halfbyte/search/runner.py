@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import write_text
 from halfbyte.progress import Progress, Reporter
@@ -45,7 +47,7 @@ def run_genetic(
             ) from error
         algorithm = GeneticAlgorithm.from_state(problem, settings, state)
     else:
-        algorithm = GeneticAlgorithm(problem, settings, seed=seed, seeds=seeds)
+        algorithm = GeneticAlgorithm(problem, settings, np.random.default_rng(seed), seeds)
     started, evaluations = time.monotonic(), 0
     while not algorithm.done:
         scores: dict[Genome, float] = {}
@@ -53,15 +55,15 @@ def run_genetic(
         for genome in genomes:
             scores[genome] = score(genome)
             evaluations += 1
-            best = min([*scores.values(), *([algorithm.best[1]] if algorithm.generation else [])])
+            best = min([*scores.values(), *([algorithm.best[1]] if algorithm.history else [])])
             rate = evaluations / max(time.monotonic() - started, 1e-9)
-            done = algorithm.generation + len(scores) / len(genomes)
+            generation = algorithm.generation + 1  # 0 is the starting population
             report(
                 Progress(
                     "genetic search",
-                    round(done * 1000),
-                    settings.generations * 1000,
-                    f"generation {algorithm.generation + 1}/{settings.generations}, best {best:.5g}, {rate:.2g} evaluations/s",
+                    round(1000 * (generation + len(scores) / len(genomes))),
+                    1000 * (settings.generations + 1),
+                    f"generation {generation}/{settings.generations}, best {best:.5g}, {rate:.2g} evaluations/s",
                 )
             )
         algorithm.tell(scores)

@@ -1,0 +1,70 @@
+"""Text sources: disjoint parts, honest fallback, windows."""
+
+from __future__ import annotations
+
+import pytest
+
+from halfbyte import hub
+from halfbyte.calibration.text import load_text, split
+from halfbyte.calibration.windows import cut, scored
+from halfbyte.errors import HalfbyteError
+
+
+def test_parts_of_a_text_do_not_overlap():
+    lines = [f"line {number}\n" for number in range(1000)]
+    parts = split("".join(lines))
+    found = [set(part.splitlines()) for part in parts.values()]
+    assert all(found)
+    assert not found[0] & found[1]
+    assert not found[1] & found[2]
+    assert not found[0] & found[2]
+    assert len(found[0]) == 250
+    assert 440 < len(found[1]) <= 450
+
+
+def test_pydoc_parts_are_long_and_disjoint():
+    text = load_text("pydoc")
+    assert all(len(part) > 50_000 for part in text.parts.values())
+    assert text.parts["search"][:2000] not in text.parts["eval"]
+    assert text.record()["search"] != text.record()["eval"]
+
+
+def test_auto_says_what_it_used(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    text = load_text("auto")
+    assert text.name in ("pydoc", "wikitext2")
+    assert text.name == "wikitext2" or "wikitext2 was not available" in text.note
+
+
+@pytest.mark.network
+def test_wikitext2_comes_from_the_hub():
+    if not hub.reachable():
+        pytest.skip("the model hub cannot be reached")
+    text = load_text("wikitext2")
+    assert "Robert Boulter" in text.parts["eval"][:400]
+
+
+def test_unknown_and_unreadable_sources_are_refused(tmp_path):
+    with pytest.raises(HalfbyteError, match="no such text"):
+        load_text(str(tmp_path / "missing.txt"))
+    binary = tmp_path / "binary.txt"
+    binary.write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(HalfbyteError, match="not a UTF-8"):
+        load_text(str(binary))
+
+
+def test_windows_in_a_row_and_spread():
+    ids = list(range(100))
+    assert cut(ids, 10, 3) == [ids[0:10], ids[10:20], ids[20:30]]
+    assert cut(ids, 10, 2, spread=True) == [ids[0:10], ids[50:60]]
+    assert len(cut(ids, 10, 99)) == 10
+
+
+def test_text_shorter_than_a_window_is_refused():
+    with pytest.raises(HalfbyteError, match="expected 512 tokens, got 40"):
+        cut(list(range(40)), 512, 1)
+
+
+def test_bos_replaces_the_first_token():
+    assert scored(list(range(20)), 10, 2, bos=99, where="t")[1] == [99, *range(11, 20)]

@@ -66,6 +66,7 @@ def parse(options: type[Options], arguments: Sequence[str], *, prog: str | None,
 
 def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
     """Search an allocation and write the plan."""
+    from halfbyte.pipeline import score_label
     from halfbyte.pipeline import search as run
     from halfbyte.report.tables import text_table
 
@@ -73,9 +74,8 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
     result = run(options, draw.report)
     draw.finish()
     plan = result.plan
-    unit = "KL, nats per token" if options.fitness == "kl" else f"{options.fitness} score"
     rows = [[name, result.scores[name]] for name in ("all A8", "all A4", "rule", "knapsack", "plan")]
-    draw.say(text_table(["allocation", f"{unit} (search text)"], rows))
+    draw.say(text_table(["allocation", f"{score_label(options.fitness)} (search text)"], rows))
     a8 = [name for name, entry in plan.layers.items() if entry.a_bits == 8]
     draw.say(
         f"plan {plan.hash}: {len(a8)} of {len(plan.layers)} layers A8, mean activation bits "

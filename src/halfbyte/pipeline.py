@@ -9,6 +9,7 @@ import json
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,7 @@ def _fitness(
             return {"base": base, "one_at_a_time": losses}
 
         measured = stages.value("unit_kl", measure)
-        return evaluator.score, [loss - measured["base"] for loss in measured["one_at_a_time"]]
+        return cache(evaluator.score), [loss - measured["base"] for loss in measured["one_at_a_time"]]
     tables = unit_errors(units, sensitivity, options.fitness)
 
     def score(genome: Genome) -> float:
@@ -285,6 +286,15 @@ _REPORTS = (
 )
 
 
+def score_label(fitness: str) -> str:
+    """What a score of this fitness is, with its unit."""
+    return {
+        "kl": "KL(reference ‖ quantised), nats per token",
+        "fisher": "Fisher-weighted squared error",
+        "mse": "MAC-weighted mean squared error",
+    }[fitness]
+
+
 def _draw(
     heatmap: Path,
     convergence: Path,
@@ -302,5 +312,9 @@ def _draw(
     )
     baselines = {label: score for label, score in scores.items() if label != "plan"}
     convergence_plot(
-        convergence, history, baselines=baselines, title=f"{name}: genetic search, budget {plan.budget_asked:g}"
+        convergence,
+        history,
+        baselines=baselines,
+        title=f"{name}: genetic search, budget {plan.budget_asked:g}",
+        score_label=score_label(plan.search["fitness"]),
     )

@@ -11,7 +11,7 @@ from halfbyte.calibration.blocks import walk_blocks
 from halfbyte.preparation import smooth_
 from halfbyte.progress import silent
 from halfbyte.transforms.smoothquant import smoothing_scales
-from tests.conftest import FAMILIES
+from tests.tiny_models import FAMILIES
 
 
 @pytest.mark.parametrize("family", FAMILIES)

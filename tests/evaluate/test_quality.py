@@ -1,0 +1,70 @@
+"""Quality: llama.cpp's method on transformers logits, and workers that fail well."""
+
+from __future__ import annotations
+
+
+import pytest
+import torch
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits
+from halfbyte.evaluate.sampling import sample_text, windows_for
+from halfbyte.evaluate.worker import run_worker
+from halfbyte.progress import silent
+
+
+def test_second_half_is_scored(tiny):
+    source = tiny("qwen2")
+    window = torch.randint(source.config.vocab_size, (32,), generator=torch.Generator().manual_seed(0))
+    logits = model_logits(source.model)(window.tolist())
+    whole = source.model(window.unsqueeze(0)).logits[0]
+    torch.testing.assert_close(logits, whole[16:31])
+    quality = measure([window.tolist()], iter([logits]))
+    expected = torch.nn.functional.cross_entropy(whole[16:31], window[17:]).exp()
+    assert quality.ppl == pytest.approx(float(expected), rel=1e-5)
+    assert quality.tokens == 15
+
+
+def test_logits_file_keeps_what_it_was_given(tiny, tmp_path):
+    source = tiny("llama")
+    windows = windows_for(source, "a short text about nothing much. " * 40, 32, 3, where="text")
+    logits_of = model_logits(source.model)
+    kept = LogitsFile(tmp_path / "logits", source.config.vocab_size, 15)
+    kept.write(windows, logits_of, silent, "test")
+    quality = measure(windows, live(windows, logits_of), iter(kept))
+    assert quality.kld_mean == pytest.approx(0, abs=1e-6)
+    assert quality.top1_agreement == 1.0
+
+
+def test_bos_is_put_in_front_only_where_the_tokenizer_does(tiny):
+    text = "some words " * 100
+    llama, qwen = tiny("llama"), tiny("qwen2")
+    assert windows_for(llama, text, 16, 2, where="t")[1][0] == llama.tokenizer.bos_token_id
+    assert windows_for(qwen, text, 16, 1, where="t")[0] == qwen.tokenizer(text).input_ids[:16]
+
+
+def test_different_vocabularies_are_refused():
+    with pytest.raises(HalfbyteError, match="vocabularies differ"):
+        measure([list(range(8))], iter([torch.zeros(3, 10)]), iter([torch.zeros(3, 11)]))
+
+
+def test_sample_text_is_greedy(tiny):
+    source = tiny("llama")
+    assert sample_text(source, "Hello", 5) == sample_text(source, "Hello", 5)
+
+
+def test_a_worker_that_crashes_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "crashing_worker.py").write_text("import os, sys; print('last words', file=sys.stderr); os.abort()")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(HalfbyteError, match=r"model\.gguf: measurement crashed.*last words"):
+        run_worker("crashing_worker", {"path": "model.gguf"}, silent)
+
+
+def test_a_worker_hands_on_its_own_error(tmp_path):
+    request = {
+        "path": str(tmp_path / "missing.gguf"), "engine": "xllamacpp", "ctx": 32, "max_tokens": 0, "threads": 1, "stage": "s",
+    }  # fmt: skip
+    with pytest.raises(HalfbyteError, match=r"missing\.gguf"):
+        run_worker("halfbyte.evaluate.measure_gguf", request, silent)
+
+

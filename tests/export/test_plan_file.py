@@ -1,0 +1,120 @@
+"""Plans on disk: round trips, and files that are damaged, foreign or malicious."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+
+import pytest
+import torch
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.export.plan_file import codes_path, load_codes, load_plan, save_codes, save_plan
+from halfbyte.spec import LayerPlan, Plan
+from halfbyte.weights.rtn import round_to_nearest
+
+NAME = "model.layers.0.mlp.down_proj"
+
+
+@pytest.fixture(params=[".pt", ".json"])
+def saved(request, tmp_path):
+    path = tmp_path / f"plan{request.param}"
+    weight = round_to_nearest(torch.randn(8, 64), 32)
+    norm = torch.randn(8)
+    digest = save_codes(codes_path(path), {NAME: weight}, {"model.layers.0.input_layernorm.weight": norm})
+    plan = Plan(
+        "demo", "abc", "gguf", "fused", {NAME: LayerPlan(4, 8, 32)}, 0.75, 0.74, ("smooth",), text={"name": "pydoc"},
+        seed=3, codes_sha256=digest,
+    )  # fmt: skip
+    save_plan(path, plan)
+    return path, plan, weight, norm
+
+
+def test_round_trip(saved):
+    path, plan, weight, norm = saved
+    assert load_plan(path) == plan
+    assert load_plan(path).hash == plan.hash
+    weights, overrides = load_codes(codes_path(path))
+    assert torch.equal(weights[NAME].codes, weight.codes)
+    assert torch.equal(weights[NAME].scales, weight.scales)
+    assert torch.equal(weights[NAME].decode(), weight.decode())
+    assert torch.equal(overrides["model.layers.0.input_layernorm.weight"], norm)
+
+
+def test_hash_is_of_the_choice(saved):
+    plan = saved[1]
+    assert replace(plan, seed=99).hash == plan.hash
+    assert replace(plan, layers={NAME: LayerPlan(4, 4, 32)}).hash != plan.hash
+
+
+def test_truncated(saved):
+    path = saved[0]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(HalfbyteError, match="damaged"):
+        load_plan(path)
+
+
+def test_codes_of_another_plan(saved):
+    path = saved[0]
+    save_codes(codes_path(path), {NAME: round_to_nearest(torch.randn(8, 64), 32)}, {})
+    with pytest.raises(HalfbyteError, match="codes file belongs to another plan"):
+        load_plan(path)
+    codes_path(path).unlink()
+    with pytest.raises(HalfbyteError, match="codes file is missing"):
+        load_plan(path)
+
+
+def test_truncated_codes(saved):
+    codes = codes_path(saved[0])
+    codes.write_bytes(codes.read_bytes()[:-10])
+    with pytest.raises(HalfbyteError, match="truncated or corrupt"):
+        load_codes(codes)
+
+
+class Bomb:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def test_a_malicious_plan_runs_nothing(tmp_path):
+    marker = tmp_path / "ran"
+    path = tmp_path / "plan.pt"
+    torch.save({"layers": Bomb(str(marker)), "version": 1}, path)
+    with pytest.raises(HalfbyteError, match="refused"):
+        load_plan(path)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", ["{}", "[1, 2]", '{"layers": {}, "version": 99}', '{"layers": {"a": 1}, "version": 1}'])
+def test_other_json_is_not_a_plan(tmp_path, content):
+    path = tmp_path / "plan.json"
+    path.write_text(content)
+    with pytest.raises(HalfbyteError):
+        load_plan(path)
+
+
+def test_bits_out_of_range(saved):
+    path, plan, *_ = saved
+    data = plan.to_dict()
+    data["layers"][NAME]["a_bits"] = 5
+    other = path.with_name("other.json")
+    other.write_text(json.dumps(data))
+    with pytest.raises(HalfbyteError, match="activation bits out of range"):
+        load_plan(other, with_codes=False)
+
+
+def test_full_disk_leaves_nothing(tmp_path):
+    """A tiny file system is the honest way to fill a disk; /dev/full is the portable one."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full on this system")
+    from halfbyte.files import whole_file
+
+    target = tmp_path / "plan.pt"
+    with pytest.raises(HalfbyteError, match="disk is full"), whole_file(target) as partial:
+        partial.symlink_to("/dev/full")
+        partial.write_bytes(b"x" * 100_000)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,114 @@
+"""Loading: every family, units, and one clear line for whatever is wrong with a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from halfbyte import hub
+from halfbyte.errors import HalfbyteError
+from halfbyte.models.archs import families
+from halfbyte.models.loading import find, fingerprint, layers_of, load, units_of
+from tests.tiny_models import FAMILIES
+
+CPU = torch.device("cpu")
+
+
+def load_fp32(folder):
+    return load(find(str(folder)), device=CPU, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_and_units(tiny, family):
+    source = tiny(family)
+    layers = layers_of(source.model, source.family)
+    linears = [m for n, m in source.model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert len(layers) == len(linears) == 14
+    fused = units_of(layers, source.family, "fused")
+    assert [unit.name.rpartition(".")[2] for unit in fused[:4]] == ["q+k+v", "o", "gate+up", "down"]
+    assert len(fused) == 8
+    assert len(units_of(layers, source.family, "layer")) == 14
+    assert sum(unit.macs for unit in fused) == sum(linear.weight.numel() for linear in linears)
+
+
+def test_every_family_is_found():
+    assert {"qwen2", "qwen3", "llama", "mistral"} <= set(families())
+
+
+def test_fingerprint_ignores_dtype_and_sees_weights(tiny_folder):
+    folder = tiny_folder("qwen2")
+    first = load_fp32(folder)
+    half = load(find(str(folder)), device=CPU, dtype=torch.bfloat16)
+    assert first.fingerprint == half.fingerprint
+    with torch.no_grad():
+        first.model.get_submodule("model.layers.1.mlp.down_proj").weight.mul_(1.5)
+    assert fingerprint(first.model) != half.fingerprint
+
+
+def test_unknown_path_and_unreachable_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    for name in (str(tmp_path / "missing"), "no-such-model.gguf", "nobody/no-such-model-here"):
+        with pytest.raises(HalfbyteError, match="no (such|readable) model") as error:
+            find(name)
+        assert "\n" not in str(error.value)
+
+
+def test_unknown_family(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    with pytest.raises(HalfbyteError, match="unknown model family, expected one of llama.*got 'gpt2'"):
+        find(str(tmp_path))
+
+
+def test_truncated_weights(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "m")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5000])
+    with pytest.raises(HalfbyteError, match="weights cannot be read"):
+        load_fp32(folder)
+
+
+def test_missing_weights_are_not_made_up(tiny_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HalfbyteError, match=r"missing.*layers\.1\.mlp\.up_proj"):
+        load_fp32(folder)
+
+
+def test_nan_is_refused_by_name(tiny_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_folder("qwen2"), tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.0.self_attn.k_proj.bias"][3] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HalfbyteError, match=r"layers\.0\.self_attn\.k_proj\.bias: weights are not finite"):
+        load_fp32(folder)
+
+
+def test_corrupt_gguf(tmp_path):
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"GGUF" + bytes(range(200)))
+    with pytest.raises(HalfbyteError, match="truncated or corrupt"):
+        find(str(path))
+    path.write_bytes(b"not a model at all")
+    with pytest.raises(HalfbyteError, match="not a GGUF file"):
+        find(str(path))
+
+
+def test_too_little_memory_is_said_before_the_work(tiny_folder, monkeypatch):
+    from halfbyte.models import estimate
+
+    origin = find(str(tiny_folder("llama")))
+    need = estimate.estimate_search(origin.config, origin.family, torch.float32, 4096, 512)
+    model = load(origin, device=CPU, dtype=torch.float32).model
+    assert need.parameters == sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr(estimate, "available_memory", lambda device: 1000)
+    with pytest.raises(HalfbyteError, match="too little memory on cpu.*expected 0.* GB"):
+        estimate.check_memory(need, CPU)

@@ -1,0 +1,72 @@
+"""The KL evaluator is a pure function of the genome, and its shortcut gives the same numbers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from halfbyte.models.loading import layers_of, units_of
+from halfbyte.models.surgery import SharedInput, replace_linear_
+from halfbyte.numerics.metrics import kl_per_token
+from halfbyte.search.evaluator import KLEvaluator, reference_hidden
+from halfbyte.weights.rtn import round_to_nearest
+from tests.tiny_models import FAMILIES
+
+
+def quantised(tiny, family, granularity="fused"):
+    source = copy.deepcopy(tiny(family))
+    tokens = torch.randint(source.config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
+    reference = reference_hidden(source.model, source.family, tokens)
+    expected = source.model(tokens).logits
+    layers = layers_of(source.model, source.family)
+    units = units_of(layers, source.family, granularity)
+    shared = SharedInput()
+    for layer in layers:
+        weight = round_to_nearest(source.model.get_submodule(layer.name).weight, 32)
+        replace_linear_(source.model, layer.name, weight, shared)
+    evaluator = KLEvaluator(source.model, source.family, units, tokens, reference)
+    return source, tokens, expected, units, evaluator
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_is_the_kl_of_whole_forward_passes(tiny, family):
+    source, tokens, expected, units, evaluator = quantised(tiny, family)
+    genome = [4 if index % 3 else 8 for index in range(len(units))]
+    score = evaluator.score(genome)
+    with torch.no_grad():
+        logits = torch.cat([source.model(row.unsqueeze(0)).logits for row in tokens])
+    direct = kl_per_token(expected.flatten(0, 1), logits.flatten(0, 1)).mean()
+    assert score == pytest.approx(float(direct), rel=1e-3)
+    assert score > 0
+
+
+@pytest.mark.parametrize("granularity", ["fused", "layer"])
+def test_pure_whatever_came_before(tiny, granularity):
+    _, _, _, units, evaluator = quantised(tiny, "qwen2", granularity)
+    genomes = [[8] * len(units), [4] * len(units), [4, 8] * (len(units) // 2)]
+    forward = [evaluator.score(genome) for genome in genomes]
+    backward = [evaluator.score(genome) for genome in reversed(genomes)]
+    assert forward == backward[::-1]
+    assert forward[0] < forward[2] < forward[1]
+
+
+def test_one_at_a_time_equals_whole_evaluations(tiny):
+    _, _, _, units, evaluator = quantised(tiny, "llama")
+    quick = list(evaluator.one_at_a_time(8, 4))
+    for index, score in enumerate(quick):
+        genome = [8] * len(units)
+        genome[index] = 4
+        assert evaluator.score(genome) == score
+
+
+def test_shared_input_is_quantised_once(tiny, monkeypatch):
+    from halfbyte.models import surgery
+
+    source, _, _, units, evaluator = quantised(tiny, "llama")
+    calls = []
+    real = surgery.fake_quantise
+    monkeypatch.setattr(surgery, "fake_quantise", lambda x, bits, symmetric: calls.append(bits) or real(x, bits, symmetric=symmetric))
+    evaluator.score([8] * len(units))
+    assert len(calls) == 3 * len(units)  # three windows, one quantisation per unit

@@ -1,0 +1,321 @@
+"""The four commands end to end on tiny models, and one line with exit code 2 for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte import cli
+from halfbyte.export.plan_file import codes_path, load_codes, load_plan
+from halfbyte.options import CompareOptions, EvalOptions, ExportOptions, SearchOptions, SimulateOptions
+
+ROOT = Path(__file__).parent.parent
+QUICK = ["--device", "cpu", "--calib", "pydoc", "--ctx", "64", "--calib_tokens", "128", "--search_tokens", "128"]
+GA = ["--ga_pop", "6", "--ga_gen", "3"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def search(folder, *more):
+    return cli.run("search", ["--model_id", str(folder), *QUICK, *GA, *more])
+
+
+def fails(capsys, code, *, match):
+    captured = capsys.readouterr()
+    assert code == 2
+    lines = [line for line in captured.err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, captured.err
+    assert "Traceback" not in captured.err
+    assert match in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2-tied", "qwen3", "llama", "mistral"])
+def test_the_four_commands(family, tiny_folder, here, capsys):
+    folder = tiny_folder(family)
+    assert search(folder) == 0
+    plan = load_plan("mixed_precision_config.pt")
+    assert len(plan.layers) == 14
+    assert plan.budget_reached <= plan.budget_asked == 0.75
+    assert {entry.a_bits for entry in plan.layers.values()} == {4, 8}
+    fused = {name: entry.a_bits for name, entry in plan.layers.items() if name.endswith(("q_proj", "k_proj", "v_proj"))}
+    assert all(fused[n] == fused[n.replace("q_proj", "k_proj")] == fused[n.replace("q_proj", "v_proj")] for n in fused if "q_" in n)
+    assert "knapsack" in capsys.readouterr().out
+    stem = "mixed_precision_config"
+    for suffix in ("sensitivity.json", "sensitivity.csv", "sensitivity.png", "history.json", "convergence.png"):
+        assert (here / f"{stem}.{suffix}").stat().st_size > 100
+    assert not list(here.glob(".*work*"))
+
+    assert cli.run("export", ["--output", "models/mixed.gguf", "--json", "export.json"]) == 0
+    assert json.loads(Path("export.json").read_text())["kl"] < 0.05
+    out = capsys.readouterr().out
+    assert "tensors equal the plan's codes" in out
+
+    arguments = ["--mixed_path", "models/mixed.gguf", "--max_tokens", "4", "--text", "pydoc", "--ctx", "64", "--chunks", "2"]
+    assert cli.run("compare", [*arguments, "--json", "compare.json"]) == 0
+    rows = {row["name"]: row for row in json.loads(Path("compare.json").read_text())["rows"]}
+    assert set(rows) == {"original", "original, F16 GGUF", "Q4_K_M", "mixed"}
+    assert not [row["missing"] for row in rows.values() if row["missing"]]
+    f16, mixed = rows["original, F16 GGUF"], rows["mixed"]
+    assert rows["original"]["quality"]["ppl"] == pytest.approx(f16["quality"]["ppl"], rel=1e-2)
+    assert rows["original"]["quality"]["kld_mean"] < 1e-3  # two engines, one model
+    assert f16["quality"]["kld_mean"] == pytest.approx(0, abs=1e-6)
+    assert 0 < mixed["quality"]["kld_mean"]
+    assert mixed["measured"]["bytes"] < f16["measured"]["bytes"]
+
+    assert cli.run("simulate", ["--text", "pydoc", "--ctx", "64", "--chunks", "2", "--max_tokens", "4", "--json", "s.json"]) == 0
+    simulated = {row["name"]: row["quality"] for row in json.loads(Path("s.json").read_text())["rows"]}
+    assert simulated["all A8"]["kld_mean"] < simulated["all A4"]["kld_mean"]
+    assert simulated["original"]["ppl"] == pytest.approx(rows["original"]["quality"]["ppl"], rel=1e-4)
+
+
+def test_simulated_weights_are_the_exported_weights(tiny_folder, here):
+    """Promise 1: dequantised GGUF tensor == simulated weight, every layer."""
+    from gguf import GGUFReader, dequantize
+
+    from halfbyte.models.gguf_source import halves_from_pairs
+    from halfbyte.simulation import apply_codes_, load_for_plan
+
+    assert search(tiny_folder("llama"), "--output", "plan.json") == 0
+    assert cli.run("export", ["--config", "plan.json", "--output", "m.gguf"]) == 0
+    plan = load_plan("plan.json")
+    source = load_for_plan(plan, None, device="cpu", dtype="fp32")
+    apply_codes_(source, *load_codes(codes_path("plan.json")))
+    tensors = {tensor.name: tensor for tensor in GGUFReader("m.gguf").tensors}
+    for name in plan.layers:
+        tensor = tensors[source.family.gguf_name(f"{name}.weight")]
+        assert tensor.tensor_type.name == "Q4_0"
+        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.rpartition(".")[2])
+        values = halves_from_pairs(values, heads) if heads else values
+        assert torch.equal(values, source.model.get_submodule(name).weight), name
+
+
+def test_tiered_policy_puts_a8_layers_in_q8_0(tiny_folder, here, capsys):
+    from gguf import GGUFReader
+
+    assert search(tiny_folder("qwen2")) == 0
+    assert cli.run("export", ["--output", "t.gguf", "--policy", "tiered"]) == 0
+    plan = load_plan("mixed_precision_config.pt")
+    kinds = [tensor.tensor_type.name for tensor in GGUFReader("t.gguf").tensors if tensor.name.startswith("blk")]
+    assert kinds.count("Q8_0") == sum(entry.a_bits == 8 for entry in plan.layers.values())
+    assert kinds.count("Q4_0") == sum(entry.a_bits == 4 for entry in plan.layers.values())
+
+
+@pytest.mark.parametrize("fitness", ["kl", "fisher", "mse"])
+@pytest.mark.parametrize("granularity", ["fused", "layer"])
+def test_fitness_and_granularity(fitness, granularity, tiny_folder, here, capsys):
+    assert search(tiny_folder("qwen2"), "--fitness", fitness, "--granularity", granularity, "--transforms", "none") == 0
+    history = json.loads(Path("mixed_precision_config.history.json").read_text())
+    scores = history["scores"]
+    assert scores["plan"] <= min(scores["rule"], scores["knapsack"])
+    assert scores["all A8"] <= scores["plan"] <= scores["all A4"]
+
+
+def test_same_seed_same_plan_and_symmetric(tiny_folder, here):
+    folder = tiny_folder("llama")
+    for output in ("a.json", "b.json"):
+        assert search(folder, "--output", output, "--symmetric", "--seed", "7") == 0
+    assert load_plan("a.json").layers == load_plan("b.json").layers
+    assert load_plan("a.json").hash == load_plan("b.json").hash
+    assert all(entry.a_symmetric for entry in load_plan("a.json").layers.values())
+
+
+def test_text_the_model_writes_itself(tiny_folder, here, capsys):
+    folder = tiny_folder("llama")
+    assert cli.run("search", ["--model_id", str(folder), *QUICK, *GA, "--calib", "self"]) == 0
+    assert load_plan("mixed_precision_config.pt").text["name"] == "self"
+
+
+def test_killed_and_resumed_ends_in_the_same_plan(tiny_folder, here):
+    """kill -9 at several moments; --resume must end where an undisturbed run ends."""
+    folder = tiny_folder("qwen2")
+    long_search = ["--model_id", str(folder), *QUICK, "--ga_pop", "10", "--ga_gen", "12"]
+    assert cli.run("search", [*long_search, "--output", "whole.json"]) == 0
+    script = str(ROOT / "mixed_precision_ptq.py")
+    work = here / ".killed.json.work"
+    for wait_for in ("codes.safetensors", "unit_kl.json", "genetic.json"):
+        command = [sys.executable, script, *long_search, "--output", "killed.json", "--resume"]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.monotonic() + 120
+        while process.poll() is None and not (work / wait_for).exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    assert cli.run("search", [*long_search, "--output", "killed.json", "--resume"]) == 0
+    whole, killed = load_plan("whole.json"), load_plan("killed.json")
+    assert whole.layers == killed.layers
+    assert whole.hash == killed.hash
+    assert whole.search["scores"] == killed.search["scores"]
+
+
+def test_resume_with_other_settings_is_refused(tiny_folder, here, capsys):
+    folder = tiny_folder("qwen2")
+    work = here / ".mixed_precision_config.pt.work"
+    work.mkdir()
+    (work / "settings.json").write_text(json.dumps({"seed": 1}))
+    fails(capsys, search(folder, "--resume"), match="the interrupted search had other settings")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals")
+def test_ctrl_c_is_one_line(tiny_folder, here):
+    command = [sys.executable, str(ROOT / "mixed_precision_ptq.py"), "--model_id", str(tiny_folder("qwen2")), *QUICK]
+    process = subprocess.Popen([*command, "--ga_gen", "500"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while "SmoothQuant" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "interrupted after" in err
+    assert "Traceback" not in err
+    assert not Path("mixed_precision_config.pt").exists()
+
+
+def test_bad_values(tiny_folder, here, capsys):
+    folder = str(tiny_folder("qwen2"))
+    for arguments, match in [
+        (["--target_compression", "0.4"], "budget is out of range, expected 0.5 (all A4) to 1.0 (all A8), got 0.4"),
+        (["--target_compression", "1.01"], "budget is out of range"),
+        (["--output", "plan.yaml"], "unknown plan format"),
+        (["--transforms", "rotated"], "unknown transform"),
+        (["--ga_pop", "0"], "must be positive"),
+        (["--calib", "nowhere.txt"], "no such text"),
+        (["--model_id", "missing/folder/x"], "no such model"),
+    ]:
+        fails(capsys, cli.run("search", ["--model_id", folder, *QUICK, *arguments]), match=match)
+        assert list(here.iterdir()) == []
+
+
+def test_existing_output_is_not_overwritten(tiny_folder, here, capsys):
+    Path("mixed_precision_config.pt").write_text("precious")
+    fails(capsys, search(tiny_folder("qwen2")), match="output already exists")
+    assert Path("mixed_precision_config.pt").read_text() == "precious"
+    assert search(tiny_folder("qwen2"), "--force") == 0
+    assert cli.run("export", ["--output", "m.gguf"]) == 0
+    capsys.readouterr()
+    fails(capsys, cli.run("export", ["--output", "m.gguf"]), match="output already exists")
+
+
+def test_unwritable_folder(tiny_folder, here, capsys):
+    blocker = here / "file"
+    blocker.write_text("")
+    fails(capsys, search(tiny_folder("qwen2"), "--output", "file/plan.pt"), match="folder cannot be written")
+
+
+def test_text_too_short(tiny_folder, here, capsys):
+    Path("short.txt").write_text("too short\n" * 8)
+    fails(capsys, search(tiny_folder("qwen2"), "--calib", "short.txt"), match="text is shorter than one window")
+
+
+def test_plan_of_another_model(tiny_folder, here, capsys):
+    assert search(tiny_folder("qwen2")) == 0
+    capsys.readouterr()
+    other = str(tiny_folder("qwen2", seed_of_weights=1))
+    fails(capsys, cli.run("export", ["--output", "m.gguf", "--model_id", other]), match="the plan was made for another model")
+    fails(capsys, cli.run("simulate", ["--model_id", other]), match="the plan was made for another model")
+    assert not Path("m.gguf").exists()
+
+
+def test_plan_for_the_simulation_is_not_exported(tiny_folder, here, capsys):
+    assert search(tiny_folder("qwen2"), "--target", "sim") == 0
+    fails(capsys, cli.run("export", ["--output", "m.gguf"]), match="search again with --target gguf")
+
+
+def test_missing_rows_are_named_and_the_others_run(tiny_folder, here, capsys):
+    folder = str(tiny_folder("llama"))
+    quick = ["--model_id", folder, "--max_tokens", "4", "--text", "pydoc", "--ctx", "64", "--chunks", "1"]
+    fails(capsys, cli.run("compare", ["--skip_original", *quick]), match="nothing to compare")
+    assert cli.run("compare", quick) == 0
+    out = capsys.readouterr().out
+    assert "mixed: no file" in out
+    assert "export_gguf_official.py" in out
+    q4km = next(Path("models").glob("*Q4_K_M.gguf"))
+    arguments = ["--skip_original", "--q4km_path", str(q4km), *quick]
+    assert cli.run("compare", arguments) == 0
+    out = capsys.readouterr().out
+    assert "Q4_K_M" in out
+    assert "original" not in out.split("mixed: no file")[0]
+
+
+@pytest.mark.parametrize("what", ["model", "plan", "gguf"])
+def test_eval_is_one_ruler(what, tiny_folder, here):
+    folder = tiny_folder("llama")
+    Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    arguments = ["--model_id", str(folder), "--text", "text.txt", "--ctx", "64", "--chunks", "3", "--json", "out.json"]
+    if what != "model":
+        assert search(folder) == 0
+    if what == "plan":
+        arguments += ["--config", "mixed_precision_config.pt"]
+    if what == "gguf":
+        assert cli.run("export", ["--output", "m.gguf"]) == 0
+        arguments += ["--gguf", "m.gguf"]
+    assert cli.main(["eval", *arguments]) == 0
+    result = json.loads(Path("out.json").read_text())
+    assert result["tokens"] == 3 * 31
+    if what == "model":
+        assert result["kld_mean"] is None
+    else:
+        assert 0 < result["kld_mean"] < 5
+        assert 0 <= result["top1_agreement"] <= 1
+        assert result["ppl_reference"] > 1
+    assert result["ppl"] > 1
+
+
+def test_eval_never_scores_text_of_the_search(tiny_folder, here):
+    """A plan searched on a file is evaluated on the part of that file that the search has not seen."""
+    from halfbyte.simulation import evaluation_text
+
+    Path("text.txt").write_text("".join(f"line {number} of a text\n" for number in range(2000)))
+    assert search(tiny_folder("llama"), "--calib", "text.txt") == 0
+    plan = load_plan("mixed_precision_config.pt")
+    name, text = evaluation_text("text.txt", plan)
+    assert "eval part" in name
+    assert "line 1400 " not in text
+    assert "line 1500 " in text
+    assert evaluation_text("text.txt", None)[1].startswith("line 0 ")
+
+
+def test_doctor(tiny_folder, here, capsys):
+    assert cli.main(["doctor", "--model_id", str(tiny_folder("llama")), "--json", "d.json"]) == 0
+    report = json.loads(Path("d.json").read_text())
+    assert "8-bit activations" in report["llama.cpp"]
+    assert "weights" in report["model"]
+    assert cli.main(["doctor", "--model_id", "no/such/model/x"]) == 0
+
+
+def test_help_and_unknown_command(capsys):
+    assert cli.main([]) == 0
+    assert cli.main(["frobnicate"]) == 2
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["search", "--help"])
+    assert stop.value.code == 0
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["search", "--no_such_flag"])
+    assert stop.value.code == 2
+
+
+def test_the_contract_of_flags():
+    """Names and defaults that users know."""
+    assert SearchOptions().ga_pop == 30
+    assert SearchOptions().ga_gen == 25
+    assert SearchOptions().target_compression == 0.75
+    assert SearchOptions().model_id == "Qwen/Qwen2.5-7B-Instruct"
+    assert SearchOptions().output == ExportOptions().config == SimulateOptions().config == "mixed_precision_config.pt"
+    assert CompareOptions().max_tokens == 200
+    assert {"skip_original", "q4km_path", "mixed_path", "json"} <= set(CompareOptions.__dataclass_fields__)
+    assert {"model_id", "config", "gguf", "text", "ctx", "chunks", "json"} <= set(EvalOptions.__dataclass_fields__)
+    for script in ("mixed_precision_ptq", "export_gguf_official", "compare_real_quant", "test_mixed_precision"):
+        done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True)
+        assert done.returncode == 0
+        assert "--json" in done.stdout

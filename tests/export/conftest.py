@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import MODELS, SIZE, hf_byte_level, hf_sentencepiece, randomise_
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte.models.loading import SourceModel, find, load
+from tests.export.tiny_models import MODELS, SIZE, hf_byte_level, hf_sentencepiece, randomise_
 
 
 @pytest.fixture(scope="session")

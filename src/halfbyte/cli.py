@@ -179,7 +179,8 @@ def simulate(options: SimulateOptions, draw: Drawing) -> dict[str, Any]:
     draw.say(text_table(headers, table))
     made = result.made_by
     draw.say(
-        f"plan {made['plan']}, text {made['text']}, {result.rows[0].quality.tokens} tokens, seed {made['seed']}, {made['device']}"
+        f"plan {made['plan']}, text {made['text']}, {result.rows[0].quality.tokens} tokens, seed {made['seed']}, "
+        f"{made['device']}"
     )
     for row in result.rows:
         draw.say(f"\n[{row.name}] {row.sample}")

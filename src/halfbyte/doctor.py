@@ -66,15 +66,13 @@ def _memory(model_id: str, device: torch.device) -> list[Finding]:
     export = estimate_load(origin.config, stored_dtype(origin)).device + need.linear_parameters
     there = available_memory(device)
     on_device = need.device + (need.linear_parameters if device.type == "cpu" else 0)
+    fits = "fits" if on_device <= there else "DOES NOT FIT"
+    sizes = (
+        f"{need.parameters / 1e9:.2f} billion weights, {need.linear_parameters / 1e9:.2f} billion of them get 4 bits"
+    )
     lines = [
-        Finding(
-            "model",
-            f"{model_id}: {need.parameters / 1e9:.2f} billion weights, {need.linear_parameters / 1e9:.2f} of them get 4 bits",
-        ),
-        Finding(
-            "memory, search",
-            f"{on_device / 1e9:.1f} GB on {device.type} of {there / 1e9:.1f} GB free: {'fits' if on_device <= there else 'DOES NOT FIT'}",
-        ),
+        Finding("model", f"{model_id}: {sizes}"),
+        Finding("memory, search", f"{on_device / 1e9:.1f} GB on {device.type} of {there / 1e9:.1f} GB free: {fits}"),
         Finding("memory, export", f"{export / 1e9:.1f} GB of main memory"),
         Finding("memory, original", f"{load.device / 1e9:.1f} GB to run the original"),
     ]

@@ -119,7 +119,7 @@ def _made_by(
         "dtype": str(source.dtype).removeprefix("torch."),
         "versions": {
             "halfbyte": halfbyte.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "transformers": transformers.__version__,
         },
         "cores": os.cpu_count(),

@@ -90,8 +90,8 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
         report(Progress("check", 2, 2, f"KL {kl:.2g}"))
         if not kl <= LARGEST_KL:
             raise HalfbyteError(
-                "llama.cpp does not agree with the simulation", where=path, expected=f"KL below {LARGEST_KL}", got=f"{kl:.3g}",
-                fix="the file was removed; report this as a bug",
+                "llama.cpp does not agree with the simulation", where=path, expected=f"KL below {LARGEST_KL}",
+                got=f"{kl:.3g}", fix="the file was removed; report this as a bug",
             )  # fmt: skip
     except HalfbyteError:
         path.unlink(missing_ok=True)

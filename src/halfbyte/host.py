@@ -21,6 +21,9 @@ def peak_process_memory() -> int:
     info = psutil.Process().memory_info()
     if hasattr(info, "peak_wset"):  # Windows
         return info.peak_wset
+    if sys.platform == "linux":  # ru_maxrss would start at the parent's size: exec keeps it, a new address space not
+        with open("/proc/self/status", encoding="ascii", errors="replace") as handle:
+            return next(1024 * int(line.split()[1]) for line in handle if line.startswith("VmHWM"))
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -233,7 +233,7 @@ def _plan(
         seed=options.seed,
         versions={
             "halfbyte": halfbyte.__version__,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "transformers": transformers.__version__,
             "python": platform.python_version(),
             "device": device_name(source.device),

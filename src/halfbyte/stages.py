@@ -33,8 +33,8 @@ class Stages:
             changed = [key for key in settings if before.get(key) != settings[key]]
             if changed:
                 raise HalfbyteError(
-                    "the interrupted search had other settings", where="--resume", expected=f"{changed[0]}={before.get(changed[0])}",
-                    got=settings[changed[0]], fix="use the same settings, or start again without --resume",
+                    "the interrupted search had other settings", where="--resume",
+                    expected=f"{changed[0]}={before.get(changed[0])}", got=settings[changed[0]], fix="use the same settings, or start again without --resume",
                 )  # fmt: skip
             return
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -11,7 +11,7 @@ from halfbyte.errors import HalfbyteError
 
 
 def test_parts_of_a_text_do_not_overlap():
-    lines = [f"line {number}\n" for number in range(1000)]
+    lines = [f"line {number:04}\n" for number in range(1000)]
     parts = split("".join(lines))
     found = [set(part.splitlines()) for part in parts.values()]
     assert all(found)

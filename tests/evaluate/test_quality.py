@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import pytest
 import torch
 
@@ -62,9 +61,8 @@ def test_a_worker_that_crashes_is_one_line(tmp_path, monkeypatch):
 
 def test_a_worker_hands_on_its_own_error(tmp_path):
     request = {
-        "path": str(tmp_path / "missing.gguf"), "engine": "xllamacpp", "ctx": 32, "max_tokens": 0, "threads": 1, "stage": "s",
+        "path": str(tmp_path / "missing.gguf"), "engine": "xllamacpp", "ctx": 32, "max_tokens": 0, "threads": 1,
+        "stage": "test",
     }  # fmt: skip
     with pytest.raises(HalfbyteError, match=r"missing\.gguf"):
         run_worker("halfbyte.evaluate.measure_gguf", request, silent)
-
-

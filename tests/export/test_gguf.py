@@ -16,7 +16,7 @@ from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.loading import find, layers_of, load
 from halfbyte.runtime.llamacpp import open_engine
 from halfbyte.weights.rtn import round_to_nearest
-from tests.export.tiny_models import F16, FAMILIES, keys, kl_of_llamacpp, logits_of, some_ids
+from tests.tiny_models import F16, FAMILIES, keys, kl_of_llamacpp, logits_of, some_ids
 
 F32 = {"embedding_type": "F32", "output_type": "F32"}
 

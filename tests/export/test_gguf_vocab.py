@@ -10,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.gguf import write_gguf
-from halfbyte.export.gguf_pre import PRE_TOKENIZERS, pre_tokenizer_name
+from halfbyte.formats.gguf_pre import PRE_TOKENIZERS, pre_tokenizer_name
 from halfbyte.models.loading import find, load
 from halfbyte.runtime.llamacpp import open_engine
-from tests.export.tiny_models import CHAT_TEMPLATE, TEXTS, keys, random_texts
+from tests.tiny_models import CHAT_TEMPLATE, TEXTS, keys, random_texts
 
 STYLES = ["qwen2", "llama-bpe", "smollm", "gpt-2", "tekken", "sentencepiece"]
 MARKED = [

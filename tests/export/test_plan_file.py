@@ -89,7 +89,9 @@ def test_a_malicious_plan_runs_nothing(tmp_path):
     assert not marker.exists()
 
 
-@pytest.mark.parametrize("content", ["{}", "[1, 2]", '{"layers": {}, "version": 99}', '{"layers": {"a": 1}, "version": 1}'])
+@pytest.mark.parametrize(
+    "content", ["{}", "[1, 2]", '{"layers": {}, "version": 99}', '{"layers": {"a": 1}, "version": 1}']
+)
 def test_other_json_is_not_a_plan(tmp_path, content):
     path = tmp_path / "plan.json"
     path.write_text(content)
@@ -114,7 +116,12 @@ def test_full_disk_leaves_nothing(tmp_path):
     from halfbyte.files import whole_file
 
     target = tmp_path / "plan.pt"
-    with pytest.raises(HalfbyteError, match="disk is full"), whole_file(target) as partial:
-        partial.symlink_to("/dev/full")
-        partial.write_bytes(b"x" * 100_000)
+
+    def fill() -> None:
+        with whole_file(target) as partial:
+            partial.symlink_to("/dev/full")
+            partial.write_bytes(b"x" * 100_000)
+
+    with pytest.raises(HalfbyteError, match="disk is full"):
+        fill()
     assert list(tmp_path.iterdir()) == []

@@ -51,14 +51,14 @@ def test_fingerprint_ignores_dtype_and_sees_weights(tiny_folder):
 def test_unknown_path_and_unreachable_hub(tmp_path, monkeypatch):
     monkeypatch.setattr(hub, "reachable", lambda: False)
     for name in (str(tmp_path / "missing"), "no-such-model.gguf", "nobody/no-such-model-here"):
-        with pytest.raises(HalfbyteError, match="no (such|readable) model") as error:
+        with pytest.raises(HalfbyteError, match=r"no (such|readable) model") as error:
             find(name)
         assert "\n" not in str(error.value)
 
 
 def test_unknown_family(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
-    with pytest.raises(HalfbyteError, match="unknown model family, expected one of llama.*got 'gpt2'"):
+    with pytest.raises(HalfbyteError, match=r"unknown model family, expected one of llama.*got 'gpt2'"):
         find(str(tmp_path))
 
 
@@ -110,5 +110,5 @@ def test_too_little_memory_is_said_before_the_work(tiny_folder, monkeypatch):
     model = load(origin, device=CPU, dtype=torch.float32).model
     assert need.parameters == sum(p.numel() for p in model.parameters())
     monkeypatch.setattr(estimate, "available_memory", lambda device: 1000)
-    with pytest.raises(HalfbyteError, match="too little memory on cpu.*expected 0.* GB"):
+    with pytest.raises(HalfbyteError, match=r"too little memory on cpu.*expected 0.* GB"):
         estimate.check_memory(need, CPU)

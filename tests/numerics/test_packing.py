@@ -12,7 +12,11 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.numerics.packing import pack_int4, unpack_int4
 
 
-@given(hnp.arrays("int8", st.tuples(st.integers(1, 8), st.integers(1, 16).map(lambda n: 2 * n)), elements=st.integers(-8, 7)))
+@given(
+    hnp.arrays(
+        "int8", st.tuples(st.integers(1, 8), st.integers(1, 16).map(lambda n: 2 * n)), elements=st.integers(-8, 7)
+    )
+)
 def test_round_trip(codes):
     packed = pack_int4(torch.from_numpy(codes))
     assert packed.dtype == torch.uint8

@@ -64,9 +64,11 @@ def test_one_at_a_time_equals_whole_evaluations(tiny):
 def test_shared_input_is_quantised_once(tiny, monkeypatch):
     from halfbyte.models import surgery
 
-    source, _, _, units, evaluator = quantised(tiny, "llama")
+    _, _, _, units, evaluator = quantised(tiny, "llama")
     calls = []
     real = surgery.fake_quantise
-    monkeypatch.setattr(surgery, "fake_quantise", lambda x, bits, symmetric: calls.append(bits) or real(x, bits, symmetric=symmetric))
+    monkeypatch.setattr(
+        surgery, "fake_quantise", lambda x, bits, symmetric: calls.append(bits) or real(x, bits, symmetric=symmetric)
+    )
     evaluator.score([8] * len(units))
     assert len(calls) == 3 * len(units)  # three windows, one quantisation per unit

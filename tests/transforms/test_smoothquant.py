@@ -24,8 +24,15 @@ def test_function_is_preserved(tiny, family, alpha):
     smooth_(source, ids, alpha, silent)
     after = source.model(ids).logits
     assert float((after - before).norm() / before.norm()) < 1e-4
-    changed = {name.split(".", 3)[-1] for name, p in source.model.named_parameters() if not torch.equal(p, weights[name])}
-    assert {"input_layernorm.weight", "self_attn.v_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight"} <= changed
+    changed = {
+        name.split(".", 3)[-1] for name, p in source.model.named_parameters() if not torch.equal(p, weights[name])
+    }
+    assert {
+        "input_layernorm.weight",
+        "self_attn.v_proj.weight",
+        "mlp.up_proj.weight",
+        "mlp.down_proj.weight",
+    } <= changed
     assert not {"self_attn.q_norm.weight", "self_attn.k_norm.weight"} & changed
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,10 +47,8 @@ def capture(
     try:
         for part in tokens.split(batch):
             with torch.no_grad():
-                try:
+                with suppress(_Captured):
                     model(input_ids=part.to(next(model.parameters()).device), use_cache=False)
-                except _Captured:
-                    pass
     finally:
         handle.remove()
     moved = {key: _to(value, device) for key, value in kwargs.items()}
@@ -82,7 +80,7 @@ class BlockStep:
     outputs: list[torch.Tensor] = field(default_factory=list)
 
     def forward(self, hooks: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
-        """Run every batch; ``hooks`` maps a linear's path in the block to a callable that sees its input ``[tokens, in]``."""
+        """Run every batch; ``hooks`` maps a linear's path in the block to what sees its input ``[tokens, in]``."""
         handles = []
         for part, see in hooks.items():
 

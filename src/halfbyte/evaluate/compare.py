@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ class CompareRow:
         path: the file, or the model id.
         measured: bytes, load_seconds, prompt_tokens_per_second, generation_tokens_per_second, peak_memory, sample.
         speed_up: generation speed over the F16 original in llama.cpp.
+        note: what the reader has to know beside the numbers.
         quality: against the F16 original in llama.cpp, where that was run.
     """
 
@@ -40,6 +42,7 @@ class CompareRow:
     quality: Quality | None = None
     speed_up: float | None = None
     missing: str = ""
+    note: str = ""
 
 
 class Comparison:
@@ -66,11 +69,15 @@ class Comparison:
                 original = self._with_quality(original, result)
             yield self._with_speed_up(original)
             yield self._with_speed_up(f16_row)
+        note = ""
         q4km = Path(self.options.q4km_path or q4km_gguf(self.model_id))
         if not q4km.exists() and original_at_hand and self.options.q4km_path is None:
             self.report(Progress("Q4_K_M", 0, 1, "quantise with llama.cpp's recipe"))
-            open_engine(self.options.engine).quantize(f16, q4km, "Q4_K_M")
-        yield self._gguf("Q4_K_M", q4km, f"get it with: {download_command(self.model_id)}")
+            outcomes = open_engine(self.options.engine).quantize(f16, q4km, "Q4_K_M")
+            fallen = Counter(f"{outcome.asked} to {outcome.done}" for outcome in outcomes)
+            note = ", ".join(f"{count} tensors fell back from {kinds}" for kinds, count in fallen.items())
+        row = self._gguf("Q4_K_M", q4km, f"get it with: {download_command(self.model_id)}")
+        yield replace(row, note=note)
         mixed = Path(self.options.mixed_path or mixed_gguf(self.model_id))
         yield self._gguf("mixed", mixed, f"make it with: python export_gguf_official.py --output {mixed}")
 
@@ -116,11 +123,11 @@ class Comparison:
     def _with_quality(self, row: CompareRow, result: dict[str, Any]) -> CompareRow:
         reference = self.reference
         if reference is not None and reference["windows"] != result["windows"]:
-            return CompareRow(row.name, row.path, row.engine, missing="its tokenizer splits the text in another way")
+            return replace(row, measured=None, missing="its tokenizer splits the text in another way")
         quality = measure(
             result["windows"], iter(self._logits(result)), iter(self._logits(reference)) if reference else None
         )
-        return CompareRow(row.name, row.path, row.engine, row.measured, quality)
+        return replace(row, quality=quality)
 
     def _logits(self, result: dict[str, Any]) -> LogitsFile:
         ctx = self.options.ctx
@@ -131,7 +138,7 @@ class Comparison:
         base = (self.reference or {}).get("generation_tokens_per_second")
         if not speed or not base:
             return row
-        return CompareRow(row.name, row.path, row.engine, row.measured, row.quality, speed / base)
+        return replace(row, speed_up=speed / base)
 
 
 def _fingerprint_of(path: Path) -> str | None:

@@ -16,7 +16,7 @@ import torch
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.export.gguf_hparams import ROPE_FREQS, add_hparams_, copy_keys_, rope_frequency_factors
+from halfbyte.export.gguf_hparams import add_hparams_, copy_keys_, rope_frequency_factors
 from halfbyte.export.gguf_tensors import TensorPlan, TensorRow, TensorTypes, plan_tensors
 from halfbyte.export.gguf_vocab import add_tokenizer_
 from halfbyte.files import check_output, whole_file
@@ -71,7 +71,7 @@ def write_gguf(
     path = check_output(path, force=True)
     reader = open_gguf(source.origin.gguf_file) if source.origin.gguf_file else None
     types = TensorTypes(embedding_type, output_type, layer_types)
-    plans = plan_tensors(source, weights or {}, overrides or {}, types, _rope_factors(source, reader))
+    plans = plan_tensors(source, weights or {}, overrides or {}, types, rope_frequency_factors(source.config))
     _check_space(path, sum(plan.row.nbytes for plan in plans))
     with whole_file(path) as partial:
         writer = GGUFWriter(partial, source.family.gguf_arch)
@@ -114,8 +114,7 @@ def check_gguf(
     written = {name: tensor.tensor_type.name for name, tensor in found.items()}
     embedding, head = family.gguf_name(f"{family.embedding}.weight"), family.gguf_name(f"{family.head}.weight")
     types = TensorTypes(written.get(embedding, "F16"), written.get(head, "F16"), layer_types)
-    origin = open_gguf(source.origin.gguf_file) if source.origin.gguf_file else None
-    plans = plan_tensors(source, weights, overrides or {}, types, _rope_factors(source, origin))
+    plans = plan_tensors(source, weights, overrides or {}, types, rope_frequency_factors(source.config))
     names = {plan.row.name for plan in plans}
     if names != set(found):
         differing = sorted(names.symmetric_difference(found))
@@ -163,12 +162,6 @@ def _add_keys_(
     for key, value in metadata.items():
         kind = next(kind for base, kind in METADATA_TYPES.items() if isinstance(value, base))
         writer.add_key_value(PREFIX + key.removeprefix(PREFIX), value, kind)
-
-
-def _rope_factors(source: SourceModel, reader: GGUFReader | None) -> torch.Tensor | None:
-    if reader is None:
-        return rope_frequency_factors(source.config)
-    return next((torch.from_numpy(t.data.copy()) for t in reader.tensors if t.name == ROPE_FREQS), None)
 
 
 def _file_type(source: SourceModel, plans: list[TensorPlan]) -> LlamaFileType:

@@ -16,7 +16,7 @@ from gguf import GGUFWriter, TokenType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.export.gguf_pre import pre_tokenizer_name
+from halfbyte.formats.gguf_pre import pre_tokenizer_name
 
 PADDING_SCORE = -1000.0  # of tokens that no merge makes
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")

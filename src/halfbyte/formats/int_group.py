@@ -1,6 +1,6 @@
 """Integer weights in groups along the input: W4 symmetric, one fp16 scale per group.
 
-The scale is rounded to fp16 when it is chosen, so every export (ggml Q4_0, compressed-tensors) carries the same numbers.
+The scale is rounded to fp16 when it is chosen, so that every export carries the same numbers.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def check_finite(tensor: torch.Tensor, where: object) -> None:
 
 
 def encode_with_scales(weight: torch.Tensor, scales: torch.Tensor, bits: int = 4) -> GroupedWeight:
-    """Round ``weight`` ``[out, in]`` to the grid of given fp16 ``scales`` ``[out, groups]``; a zero scale codes zero."""
+    """Round ``weight`` ``[out, in]`` to the grid of given fp16 ``scales`` ``[out, groups]``; scale 0 codes 0."""
     out_features, in_features = weight.shape
     top = 2 ** (bits - 1) - 1
     step = scales.float().unsqueeze(-1)  # [out, groups, 1]

@@ -83,5 +83,6 @@ def check_memory(estimate: MemoryEstimate, device: torch.device) -> None:
         if need > there:
             raise HalfbyteError(
                 f"too little memory on {where.type}", where="memory estimate", expected=f"{need / 1e9:.1f} GB",
-                got=f"{there / 1e9:.1f} GB free", fix="close other programs, use --dtype bf16, fewer tokens, or a smaller model",
+                got=f"{there / 1e9:.1f} GB free",
+                fix="close other programs, use --dtype bf16, fewer tokens, or a smaller model",
             )  # fmt: skip

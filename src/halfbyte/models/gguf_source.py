@@ -13,11 +13,15 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFReader, dequantize
+from tokenizers import Regex, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import cache_folder, sha256
+from halfbyte.formats.gguf_pre import PRE_TOKENIZERS
 from halfbyte.models.archs import Family
+
+CONVERSION = 2  # of cached folders: raised when their content changes
 
 
 def open_gguf(path: Path) -> GGUFReader:
@@ -41,16 +45,29 @@ def open_gguf(path: Path) -> GGUFReader:
 
 
 def config_and_tokenizer_folder(path: Path) -> Path:
-    """A folder with ``config.json`` and the tokenizer of a GGUF file, converted once and cached by the file's digest."""
-    folder = cache_folder() / "gguf" / sha256(path)[:16]
+    """A folder with ``config.json`` and the tokenizer of a GGUF file, converted once, cached by digest."""
+    folder = cache_folder() / f"gguf-v{CONVERSION}" / sha256(path)[:16]
     if (folder / "config.json").exists():
         return folder
-    open_gguf(path)
+    keys = {name: field.contents() for name, field in open_gguf(path).fields.items()}
+    arch = keys.get("general.architecture")
+    scaling = keys.get(f"{arch}.rope.scaling.type", "none")
+    if scaling != "none":
+        raise HalfbyteError(
+            "rope scaling of a GGUF source is not supported",
+            where=path,
+            got=scaling,
+            fix="start from the Hugging Face model",
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        if f"{arch}.attention.key_length" in keys:
+            config.head_dim = int(keys[f"{arch}.attention.key_length"])
+        if keys.get("tokenizer.ggml.model") == "gpt2":
+            tokenizer.backend_tokenizer.pre_tokenizer = _pre_tokenizer(str(keys.get("tokenizer.ggml.pre")), path)
         tokenizer.save_pretrained(partial)
         config.save_pretrained(partial)
         partial.rename(folder)
@@ -66,6 +83,17 @@ def config_and_tokenizer_folder(path: Path) -> Path:
     return folder
 
 
+def _pre_tokenizer(name: str, path: Path) -> pre_tokenizers.PreTokenizer:
+    """The splits that llama.cpp makes; transformers' own conversion leaves some of them out (smollm's digits)."""
+    if name not in PRE_TOKENIZERS:
+        raise HalfbyteError(
+            "pre-tokenizer is unknown", where=path, expected=", ".join(PRE_TOKENIZERS), got=name,
+            fix="start from the Hugging Face model",
+        )  # fmt: skip
+    splits = [pre_tokenizers.Split(Regex(step), "isolated") for step in PRE_TOKENIZERS[name] if isinstance(step, str)]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
 def read_tensors(
     reader: GGUFReader, path: Path, family: Family, config: PretrainedConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
@@ -73,8 +101,11 @@ def read_tensors(
     names = _hf_names(family, config.num_hidden_layers)
     for tensor in reader.tensors:
         if tensor.name not in names:
-            if tensor.name == "rope_freqs.weight":  # derived from the config
-                continue
+            if tensor.name == "rope_freqs.weight":
+                raise HalfbyteError(
+                    "rope scaling of a GGUF source is not supported", where=f"{path}, {tensor.name}",
+                    fix="start from the Hugging Face model",
+                )  # fmt: skip
             raise HalfbyteError("tensor is unknown to this family", where=f"{path}, {tensor.name}")
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
         name = names[tensor.name]

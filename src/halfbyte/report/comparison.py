@@ -16,7 +16,8 @@ def comparison_table(rows: Sequence[CompareRow]) -> str:
     """One line per model that was measured, then one per missing model with the reason."""
     table = [_cells(row) for row in rows if row.measured]
     missing = [f"{row.name}: {row.missing}" for row in rows if row.missing]
-    return "\n".join([text_table(HEADERS, table), *missing])
+    notes = [f"{row.name}: {row.note}" for row in rows if row.note]
+    return "\n".join([text_table(HEADERS, table), *missing, *notes])
 
 
 def _cells(row: CompareRow) -> list[str | None]:

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from halfbyte.export.gguf_pre import LLAMA3, QWEN2, TEKKEN
+from halfbyte.formats.gguf_pre import LLAMA3, QWEN2, TEKKEN
 from halfbyte.models.loading import SourceModel
 from halfbyte.runtime.llamacpp import open_engine
 
@@ -133,9 +133,9 @@ def hf_sentencepiece() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=plain, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
-def randomise_(model: torch.nn.Module) -> None:
+def randomise_(model: torch.nn.Module, seed: int = 0) -> None:
     """Weights, norms and biases large enough that a wrong row order, bias or rope shows in the logits."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte.models.loading import SourceModel, find, load
-from tests.export.tiny_models import MODELS, SIZE, hf_byte_level, hf_sentencepiece, randomise_
+from tests.tiny_models import MODELS, SIZE, hf_byte_level, hf_sentencepiece, randomise_
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +30,13 @@ def tokenizers_by_style() -> Callable[[str], PreTrainedTokenizerFast]:
 def tiny_folder(tmp_path_factory, tokenizers_by_style) -> Callable[..., Path]:
     """A saved model of one of ``FAMILIES``; further arguments change its config."""
 
-    def save(family: str, tokenizer: str | None = None, **changes: Any) -> Path:
+    def save(family: str, tokenizer: str | None = None, seed_of_weights: int = 0, **changes: Any) -> Path:
         config_class, model_class, style, settings = MODELS[family]
         wrapped = tokenizers_by_style(tokenizer or style)
         ids = {f"{kind}_token_id": getattr(wrapped, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
         vocab_size = len(wrapped) + 24  # some ids without a token, as in Qwen2
         model = model_class(config_class(**{**SIZE, **settings, **ids, "vocab_size": vocab_size, **changes}))
-        randomise_(model)
+        randomise_(model, seed_of_weights)
         folder = tmp_path_factory.mktemp(family)
         model.save_pretrained(folder)
         wrapped.save_pretrained(folder)

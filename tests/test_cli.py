@@ -168,6 +168,8 @@ def test_resume_with_other_settings_is_refused(tiny_folder, here, capsys):
     work.mkdir()
     (work / "settings.json").write_text(json.dumps({"seed": 1}))
     fails(capsys, search(folder, "--resume"), match="the interrupted search had other settings")
+    fails(capsys, search(folder), match="an interrupted search is waiting")
+    assert search(folder, "--force") == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")

@@ -21,6 +21,7 @@ from halfbyte.files import sha256
 from halfbyte.models.device import device_name, resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.models.modules import vocabulary
 from halfbyte.models.surgery import set_activation_bits_
 from halfbyte.options import EvalOptions
 from halfbyte.progress import Progress, Reporter, silent
@@ -61,9 +62,7 @@ def evaluate(options: EvalOptions, report: Reporter = silent) -> dict[str, Any]:
             if plan is None:
                 quality = measure(windows, live(windows, logits_of, report, "reference"))
             else:
-                kept = LogitsFile(
-                    folder / "reference", source.model.get_submodule(source.family.head).weight.shape[0], size
-                )
+                kept = LogitsFile(folder / "reference", vocabulary(source.model, source.family), size)
                 kept.write(windows, logits_of, report, "reference")
                 _become_(source, plan, options)
                 quality = measure(windows, live(windows, logits_of, report, "plan"), iter(kept))

@@ -22,7 +22,7 @@ from halfbyte.naming import mixed_gguf
 from halfbyte.numerics.metrics import kl_per_token, same_top
 from halfbyte.options import ExportOptions
 from halfbyte.progress import Progress, Reporter, silent
-from halfbyte.runtime.llamacpp import open_engine
+from halfbyte.runtime.llamacpp import Engine, open_engine
 from halfbyte.simulation import apply_codes_, is_symmetric, load_for_plan
 from halfbyte.spec import Plan
 
@@ -65,8 +65,7 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
             "the plan was made for another target", where=options.config, expected="gguf", got=plan.target,
             fix="search again with --target gguf",
         )  # fmt: skip
-    if options.check:
-        engine = open_engine(options.engine)
+    engine = open_engine(options.engine) if options.check else None
     weights, overrides = load_codes(codes_path(options.config))
     report(Progress("load model", 0, 1, options.model_id or plan.model_id))
     source = load_for_plan(
@@ -77,7 +76,7 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
         path, source, weights=weights, overrides=overrides, layer_types=types, embedding_type=options.embedding_type,
         output_type=options.output_type, metadata=summary(plan, options.policy), report=report,
     )  # fmt: skip
-    if not options.check:
+    if engine is None:
         return ExportResult(path, rows, 0, None, None, plan)
     try:
         report(Progress("check", 0, 2, "read back"))
@@ -132,7 +131,7 @@ def as_in_file_(source: SourceModel, rows: list[TensorRow]) -> None:
                 target.copy_(torch.from_numpy(decode(encode(target.float(), row.type), row.type)).view(target.shape))
 
 
-def compare_engines(source: SourceModel, engine: Any, path: Path) -> tuple[float, float]:
+def compare_engines(source: SourceModel, engine: Engine, path: Path) -> tuple[float, float]:
     """(mean KL, top-1 agreement) of llama.cpp on ``path`` against the simulation in ``source``, on a short text."""
     window = windows_for(source, pydoc_text(), CHECK_TOKENS, 1, where="check text")[0]
     with torch.no_grad():

@@ -18,9 +18,8 @@ def cores() -> int:
 
 def peak_process_memory() -> int:
     """Most resident bytes that this process has had so far, on Linux, macOS and Windows."""
-    info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):  # Windows
-        return info.peak_wset
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
     if sys.platform == "linux":  # ru_maxrss would start at the parent's size: exec keeps it, a new address space not
         with open("/proc/self/status", encoding="ascii", errors="replace") as handle:
             return next(1024 * int(line.split()[1]) for line in handle if line.startswith("VmHWM"))

@@ -34,13 +34,13 @@ from halfbyte.progress import Progress, Reporter, silent
 from halfbyte.report.plots import convergence_plot, sensitivity_heatmap
 from halfbyte.report.tables import csv_text
 from halfbyte.search.baselines import all_choice, knapsack_genome, rule_genome
-from halfbyte.search.evaluator import KLEvaluator, reference_hidden
+from halfbyte.search.evaluator import KLEvaluator, Reference, reference
 from halfbyte.search.genetic import GeneticSettings
 from halfbyte.search.problem import Genome, Problem
 from halfbyte.search.runner import run_genetic
 from halfbyte.search.sensitivity import LayerSensitivity, unit_errors, unit_ratios
 from halfbyte.spec import LayerPlan, Outcome, Plan, Unit, mean_bits_fraction
-from halfbyte.stages import Stages
+from halfbyte.stages import Stages, refuse_waiting
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,8 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
     check_search_options(options)
     output = check_output(options.output, force=options.force)
     check_output(codes_path(output), force=options.force or options.resume)
+    if not options.resume and not options.force:
+        refuse_waiting(output)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
@@ -103,9 +105,9 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
     stages = Stages(output, _settings(options, source, text), resume=options.resume)
     report(Progress("load model", 1, 1, f"{len(layers)} linear layers, {len(units)} units, text {text.name}"))
 
-    reference = reference_hidden(source.model, source.family, search_tokens) if options.fitness == "kl" else []
+    known = reference(source.model, source.family, search_tokens) if options.fitness == "kl" else []
     weights, sensitivity = prepare_(source, layers, calib_tokens, options, stages, report)
-    score, unit_gain = _fitness(source, units, search_tokens, reference, sensitivity, options, stages, report)
+    score, unit_gain = _fitness(source, units, search_tokens, known, sensitivity, options, stages, report)
 
     problem = Problem(
         costs=tuple(unit.macs for unit in units), budget=options.target_compression, priority=tuple(unit_gain)
@@ -159,7 +161,7 @@ def _fitness(
     source: SourceModel,
     units: list[Unit],
     tokens: torch.Tensor,
-    reference: list[torch.Tensor],
+    known: list[Reference],
     sensitivity: dict[str, LayerSensitivity],
     options: SearchOptions,
     stages: Stages,
@@ -167,7 +169,7 @@ def _fitness(
 ) -> tuple[Callable[[Genome], float], list[float]]:
     """The score to minimise, and what each unit gains by A8 on its own."""
     if options.fitness == "kl":
-        evaluator = KLEvaluator(source.model, source.family, units, tokens, reference, symmetric=options.symmetric)
+        evaluator = KLEvaluator(source.model, source.family, units, tokens, known, symmetric=options.symmetric)
 
         def measure() -> dict[str, Any]:
             base = evaluator.score([8] * len(units))

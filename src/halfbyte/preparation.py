@@ -14,6 +14,7 @@ from halfbyte.export.plan_file import load_codes, save_codes
 from halfbyte.files import write_text
 from halfbyte.formats.int_group import GroupedWeight, fitting_group_size
 from halfbyte.models.loading import SourceModel
+from halfbyte.models.modules import linear
 from halfbyte.models.surgery import SharedInput, replace_linear_, set_parameters_
 from halfbyte.options import SearchOptions
 from halfbyte.progress import Progress, Reporter
@@ -110,7 +111,7 @@ def _quantise_and_measure(
         codes = {}
         for part, layer in members.items():
             group = fitting_group_size(layer.in_features, options.group_size)
-            codes[part] = quantise(step.block.get_submodule(part).weight, group, where=layer.name)
+            codes[part] = quantise(linear(step.block, part).weight, group, where=layer.name)
         for row in measure_block(step, members, codes, symmetric=options.symmetric):
             rows.append(LayerSensitivity(**{**asdict(row), "grad_power": gradients.get(row.layer, 0.0)}))
         for part, layer in members.items():

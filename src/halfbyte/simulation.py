@@ -19,6 +19,7 @@ from halfbyte.formats.int_group import GroupedWeight
 from halfbyte.models.device import resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, load, stored_dtype
+from halfbyte.models.modules import vocabulary
 from halfbyte.models.surgery import SharedInput, replace_linear_, set_activation_bits_, set_parameters_
 from halfbyte.numerics.metrics import Quality
 from halfbyte.options import SimulateOptions
@@ -137,7 +138,7 @@ def simulate(options: SimulateOptions, report: Reporter = silent) -> SimulationR
     logits_of = model_logits(source.model)
     rows = []
     with scratch_folder() as folder:
-        vocab = source.model.get_submodule(source.family.head).weight.shape[0]
+        vocab = vocabulary(source.model, source.family)
         kept = LogitsFile(Path(folder) / "reference", vocab, options.ctx - first_scored(options.ctx) - 1)
         kept.write(token_windows, logits_of, report, "original")
         original = measure(token_windows, iter(kept))

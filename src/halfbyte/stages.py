@@ -11,6 +11,26 @@ from typing import Any
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import write_text
 
+RECORD = "settings.json"
+
+
+def work_folder(output: Path) -> Path:
+    """Where the stages of a search are kept until its plan stands."""
+    return output.with_name(f".{output.name}.work")
+
+
+def refuse_waiting(output: Path) -> None:
+    """Refuse to start over what could be resumed.
+
+    Raises:
+        HalfbyteError: an interrupted search is waiting.
+    """
+    if (work_folder(output) / RECORD).exists():
+        raise HalfbyteError(
+            "an interrupted search is waiting", where=work_folder(output),
+            fix="go on with it: --resume; or start over: --force",
+        )  # fmt: skip
+
 
 class Stages:
     """Intermediate results in a folder beside the output, valid for one set of settings.
@@ -25,8 +45,8 @@ class Stages:
     """
 
     def __init__(self, output: Path, settings: dict[str, Any], *, resume: bool) -> None:
-        self.folder = output.with_name(f".{output.name}.work")
-        record = self.folder / "settings.json"
+        self.folder = work_folder(output)
+        record = self.folder / RECORD
         self.resumed = resume and record.exists()
         if self.resumed:
             before = json.loads(record.read_text(encoding="utf-8"))
@@ -34,7 +54,8 @@ class Stages:
             if changed:
                 raise HalfbyteError(
                     "the interrupted search had other settings", where="--resume",
-                    expected=f"{changed[0]}={before.get(changed[0])}", got=settings[changed[0]], fix="use the same settings, or start again without --resume",
+                    expected=f"{changed[0]}={before.get(changed[0])}", got=settings[changed[0]],
+                    fix="use the same settings, or start over with --force",
                 )  # fmt: skip
             return
         shutil.rmtree(self.folder, ignore_errors=True)

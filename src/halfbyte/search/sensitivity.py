@@ -15,6 +15,7 @@ from torch import nn
 from halfbyte.calibration.blocks import BlockStep
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.models.modules import linear
 from halfbyte.numerics.affine import fake_quantise
 from halfbyte.spec import Layer, Unit
 
@@ -47,8 +48,8 @@ class LayerSensitivity:
 class _Errors:
     """Sums of squared errors of one layer over all tokens."""
 
-    def __init__(self, linear: nn.Module, decoded: torch.Tensor, *, symmetric: bool) -> None:
-        self.weight, self.decoded, self.symmetric = linear.weight, decoded, symmetric
+    def __init__(self, weight: torch.Tensor, decoded: torch.Tensor, *, symmetric: bool) -> None:
+        self.weight, self.decoded, self.symmetric = weight, decoded, symmetric
         self.sums = {4: 0.0, 8: 0.0}
         self.power, self.count = 0.0, 0
 
@@ -77,9 +78,9 @@ def measure_block(
     """
     errors = {}
     for part in layers:
-        linear = step.block.get_submodule(part)
-        decoded = weights[part].decode().to(linear.weight.dtype).to(linear.weight.device)
-        errors[part] = _Errors(linear, decoded, symmetric=symmetric)
+        weight = linear(step.block, part).weight
+        decoded = weights[part].decode().to(weight)
+        errors[part] = _Errors(weight, decoded, symmetric=symmetric)
     step.forward({part: error.see for part, error in errors.items()})
     rows = []
     for part, layer in layers.items():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from halfbyte.models.archs import Family
+from halfbyte.models.modules import linear
 
 
 def smoothing_scales(x_absmax: torch.Tensor, w_absmax: torch.Tensor, alpha: float, floor: float = 1e-5) -> torch.Tensor:
@@ -33,26 +34,26 @@ def smooth_block_(
         head_dim: channels per attention head.
     """
     for norm, readers in family.norm_readers:
-        linears = [block.get_submodule(reader) for reader in readers]
+        linears = [linear(block, reader) for reader in readers]
         scales = smoothing_scales(x_absmax[readers[0]], _column_absmax(linears), alpha)
         _divide_(block.get_submodule(norm), scales)
         _multiply_columns_(linears, scales)
 
-    value, out = block.get_submodule(family.value), block.get_submodule(family.attention_out)
+    value, out = linear(block, family.value), linear(block, family.attention_out)
     shared = _max_over_query_groups(x_absmax[family.attention_out], value.weight.shape[0], head_dim)
     shared_w = _max_over_query_groups(_column_absmax([out]), value.weight.shape[0], head_dim)
     scales = smoothing_scales(shared, shared_w, alpha)
     _divide_(value, scales)
     _multiply_columns_([out], _repeat_over_query_groups(scales, out.weight.shape[1], head_dim))
 
-    up, down = block.get_submodule(family.up), block.get_submodule(family.down)
+    up, down = linear(block, family.up), linear(block, family.down)
     scales = smoothing_scales(x_absmax[family.down], _column_absmax([down]), alpha)
     _divide_(up, scales)
     _multiply_columns_([down], scales)
 
 
-def _column_absmax(linears: Sequence[nn.Module]) -> torch.Tensor:
-    return torch.stack([linear.weight.float().abs().amax(dim=0) for linear in linears]).amax(dim=0)  # [in]
+def _column_absmax(linears: Sequence[nn.Linear]) -> torch.Tensor:
+    return torch.stack([layer.weight.float().abs().amax(dim=0) for layer in linears]).amax(dim=0)  # [in]
 
 
 def _max_over_query_groups(channels: torch.Tensor, value_rows: int, head_dim: int) -> torch.Tensor:
@@ -68,14 +69,13 @@ def _repeat_over_query_groups(scales: torch.Tensor, columns: int, head_dim: int)
 
 def _divide_(module: nn.Module, scales: torch.Tensor) -> None:
     """Divide the outputs of a norm or linear layer by ``scales`` ``[out]``, in its parameters."""
-    for parameter in (module.weight, getattr(module, "bias", None)):
-        if parameter is not None:
-            divisor = scales.view(-1, *([1] * (parameter.dim() - 1)))
-            with torch.no_grad():
-                parameter.copy_(parameter.float() / divisor)
-
-
-def _multiply_columns_(linears: Sequence[nn.Module], scales: torch.Tensor) -> None:
-    for linear in linears:
+    for parameter in module.parameters(recurse=False):
+        divisor = scales.view(-1, *([1] * (parameter.dim() - 1)))
         with torch.no_grad():
-            linear.weight.copy_(linear.weight.float() * scales)
+            parameter.copy_(parameter.float() / divisor)
+
+
+def _multiply_columns_(linears: Sequence[nn.Linear], scales: torch.Tensor) -> None:
+    for layer in linears:
+        with torch.no_grad():
+            layer.weight.copy_(layer.weight.float() * scales)

@@ -1,0 +1,24 @@
+"""Typed access to the parts of a model by their paths."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from halfbyte.models.archs import Family
+
+
+def linear(parent: nn.Module, path: str) -> nn.Linear:
+    """The linear layer at ``path``: an ``nn.Linear``, or a ``QuantLinear``, which has the same attributes."""
+    return cast(nn.Linear, parent.get_submodule(path))
+
+
+def blocks(model: nn.Module, family: Family) -> list[nn.Module]:
+    """The transformer blocks, in order."""
+    return list(model.get_submodule(family.blocks).children())
+
+
+def vocabulary(model: nn.Module, family: Family) -> int:
+    """Rows of the output head."""
+    return linear(model, family.head).weight.shape[0]

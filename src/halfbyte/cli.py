@@ -23,6 +23,7 @@ from halfbyte import __version__
 from halfbyte.drawing import Drawing
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import check_output, write_text
+from halfbyte.host import peak_process_memory
 from halfbyte.options import (
     DEFAULT_MODEL,
     CompareOptions,
@@ -68,7 +69,7 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
     """Search an allocation and write the plan."""
     from halfbyte.pipeline import score_label
     from halfbyte.pipeline import search as run
-    from halfbyte.report.tables import text_table
+    from halfbyte.report.tables import format_bytes, text_table
 
     _check_json(options.json, options.force)
     result = run(options, draw.report)
@@ -88,8 +89,13 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
             notes[outcome.note] = notes.get(outcome.note, 0) + 1
     for note, count in notes.items():
         draw.say(f"{count} layers: {note}")
+    measured = {"seconds": draw.seconds, "peak_memory": result.peak_memory, "peak_host": peak_process_memory()}
+    draw.say(f"took {sum(draw.seconds.values()):.0f} s, peak memory {format_bytes(result.peak_memory)}")
     draw.files(result.files)
-    return {"plan": plan.to_dict(), "hash": plan.hash, "scores": result.scores, "files": [str(p) for p in result.files]}
+    files = [str(path) for path in result.files]
+    return {
+        "plan": plan.to_dict(), "hash": plan.hash, "scores": result.scores, "measured": measured, "files": files,
+    }  # fmt: skip
 
 
 def export(options: ExportOptions, draw: Drawing) -> dict[str, Any]:

@@ -25,9 +25,14 @@ class Drawing:
         self._task: TaskID | None = None
         self._stage = ""
         self._started = self._said = time.monotonic()
+        self._since = self._started
+        self.seconds: dict[str, float] = {}  # spent in each stage so far
 
     def report(self, progress: Progress) -> None:
         """Show one report."""
+        now = time.monotonic()
+        self.seconds[progress.stage] = self.seconds.get(progress.stage, 0.0) + now - self._since
+        self._since = now
         if self._console.is_terminal:
             self._live(progress)
         else:

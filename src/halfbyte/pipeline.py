@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.export.plan_file import check_suffix, codes_path, save_plan
 from halfbyte.files import check_output, sha256, whole_file, write_text
 from halfbyte.formats.int_group import GroupedWeight
-from halfbyte.models.device import device_name, resolve_device, resolve_dtype
+from halfbyte.models.device import device_name, peak_memory, resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_search
 from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
 from halfbyte.naming import short_name
@@ -54,6 +54,7 @@ class SearchResult:
         scores: name of a fixed allocation ("all A8", "all A4", "rule", "knapsack", "plan") -> fitness.
         history: one dict per generation.
         files: everything written, in order.
+        peak_memory: most bytes allocated on the device.
     """
 
     plan: Plan
@@ -62,6 +63,7 @@ class SearchResult:
     scores: dict[str, float]
     history: list[dict[str, Any]]
     files: list[Path]
+    peak_memory: int
 
 
 def check_search_options(options: SearchOptions) -> None:
@@ -112,13 +114,10 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
     problem = Problem(
         costs=tuple(unit.macs for unit in units), budget=options.target_compression, priority=tuple(unit_gain)
     )
-    last = max(unit.block for unit in units)
-    at_edge = [unit.block in (0, last) for unit in units]
-    raw = {
-        "rule": rule_genome(problem, unit_ratios(units, sensitivity), at_edge),
-        "knapsack": knapsack_genome(problem, unit_gain),
+    seeds = {
+        "rule": _rule(problem, units, unit_ratios(units, sensitivity)),
+        "knapsack": problem.fill(knapsack_genome(problem, unit_gain)),
     }
-    seeds = {name: problem.fill(problem.repair(genome)) for name, genome in raw.items()}
     fixed = {"all A8": all_choice(problem, 8), "all A4": all_choice(problem, 4), **seeds}
     scores = stages.value("fixed_scores", lambda: {name: score(genome) for name, genome in fixed.items()})
     algorithm = run_genetic(
@@ -135,7 +134,7 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
     scores["plan"] = best_score
     plan, outcomes = _plan(options, source, units, best, weights, text, scores, algorithm.history, stages)
     files = _write(output, plan, outcomes, sensitivity, scores, algorithm.history, stages)
-    return SearchResult(plan, outcomes, sensitivity, scores, algorithm.history, files)
+    return SearchResult(plan, outcomes, sensitivity, scores, algorithm.history, files, peak_memory(device))
 
 
 def _texts(source: SourceModel, options: SearchOptions) -> tuple[Text, torch.Tensor, torch.Tensor]:
@@ -187,6 +186,14 @@ def _fitness(
         return sum(table[bits] for table, bits in zip(tables, genome, strict=True))
 
     return score, [table[4] - table[8] for table in tables]
+
+
+def _rule(problem: Problem, units: list[Unit], ratios: list[float]) -> Genome:
+    """A8 where the MSE ratio is above its threshold; brought to the budget by the same ratios, not by KL."""
+    last = max(unit.block for unit in units)
+    genome = rule_genome(problem, ratios, [unit.block in (0, last) for unit in units])
+    by_ratio = replace(problem, priority=tuple(ratios))
+    return by_ratio.fill(by_ratio.repair(genome))
 
 
 def _plan(

@@ -101,8 +101,9 @@ def live(
 ) -> Iterator[torch.Tensor]:
     """Logits of each window, computed when asked for."""
     for done, window in enumerate(token_windows, start=1):
-        yield logits_of(window)
+        logits = logits_of(window)
         report(Progress(stage, done, len(token_windows), f"window {done}"))
+        yield logits
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:

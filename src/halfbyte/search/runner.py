@@ -56,14 +56,15 @@ def run_genetic(
             scores[genome] = score(genome)
             evaluations += 1
             best = min([*scores.values(), *([algorithm.best[1]] if algorithm.history else [])])
-            rate = evaluations / max(time.monotonic() - started, 1e-9)
+            spent = time.monotonic() - started
+            rate = f", {evaluations / spent:.2g} evaluations/s" if spent > 5 else ""
             generation = algorithm.generation + 1  # 0 is the starting population
             report(
                 Progress(
                     "genetic search",
                     round(1000 * (generation + len(scores) / len(genomes))),
                     1000 * (settings.generations + 1),
-                    f"generation {generation}/{settings.generations}, best {best:.5g}, {rate:.2g} evaluations/s",
+                    f"generation {generation}/{settings.generations}, best {best:.5g}{rate}",
                 )
             )
         algorithm.tell(scores)

@@ -57,8 +57,8 @@ def main() -> int:
     output = options.folder / "plan.pt"
     further = [flag for flag in further if flag != "--"]
     command = [
-        sys.executable, str(ROOT / "mixed_precision_ptq.py"), "--model_id", str(options.folder), "--output", str(output),
-        "--calib", "pydoc", "--force", "--json", str(options.folder / "result.json"), *further,
+        sys.executable, str(ROOT / "mixed_precision_ptq.py"), "--model_id", str(options.folder),
+        "--output", str(output), "--calib", "pydoc", "--force", "--json", str(options.folder / "result.json"), *further,
     ]  # fmt: skip
     started = time.monotonic()
     code = subprocess.call(command)
@@ -68,9 +68,7 @@ def main() -> int:
         print(f"{options.layers} blocks on {where}: {time.monotonic() - started:.0f} s in all, of these")
         for stage, seconds in measured["seconds"].items():
             print(f"  {stage}: {seconds:.1f} s")
-        print(
-            f"peak memory on the device {measured['peak_memory'] / 1e9:.1f} GB, host {measured['peak_host'] / 1e9:.1f} GB"
-        )
+        print(f"peak memory: device {measured['peak_memory'] / 1e9:.1f} GB, host {measured['peak_host'] / 1e9:.1f} GB")
     return code
 
 

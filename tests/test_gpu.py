@@ -54,7 +54,7 @@ def test_scores_are_pure_and_near_those_of_the_cpu(tiny, dtype):
         genomes = [[8] * len(units), [4] * len(units), [4, 8] * (len(units) // 2)]
         scores[device] = [evaluator.score(genome) for genome in genomes]
         assert [evaluator.score(genome) for genome in reversed(genomes)] == scores[device][::-1]
-        assert list(evaluator.one_at_a_time(8, 4))[0] == evaluator.score([4] + [8] * (len(units) - 1))
+        assert next(evaluator.one_at_a_time(8, 4)) == evaluator.score([4] + [8] * (len(units) - 1))
     assert scores["cuda"] == pytest.approx(scores["cpu"], rel=0.02 if dtype == torch.float32 else 0.3)
 
 

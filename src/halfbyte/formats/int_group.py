@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.numerics.affine import divided
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def absmax_scales(weight: torch.Tensor, group_size: int, bits: int = 4, *, where
     check_finite(weight, where)
     out_features = weight.shape[0]
     largest = weight.float().view(out_features, -1, group_size).abs().amax(dim=-1)
-    scales = (largest / (2 ** (bits - 1) - 1)).to(torch.float16)
+    scales = divided(largest, 2 ** (bits - 1) - 1).to(torch.float16)
     if bool(torch.isinf(scales).any()):
         raise HalfbyteError(
             "weights too large for fp16 scales", where=where, got=f"max |w| = {float(largest.max()):.4g}"

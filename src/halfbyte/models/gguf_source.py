@@ -71,7 +71,7 @@ def config_and_tokenizer_folder(path: Path) -> Path:
         tokenizer.save_pretrained(partial)
         config.save_pretrained(partial)
         partial.rename(folder)
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except (ValueError, KeyError, AttributeError, NotImplementedError) as error:  # its converters fail in many ways
         raise HalfbyteError(
             "transformers cannot read this GGUF file", where=path, got=str(error).splitlines()[0]
         ) from error

@@ -10,6 +10,11 @@ from __future__ import annotations
 import torch
 
 
+def divided(x: torch.Tensor, divisor: float) -> torch.Tensor:
+    """``x / divisor``, rounded once on every device: with a Python number CUDA multiplies by the rounded reciprocal."""
+    return x / torch.full_like(x, divisor)
+
+
 def quantise_asymmetric(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scale and zero point of every row (last axis) of ``x`` ``[..., channels]``.
 
@@ -20,7 +25,7 @@ def quantise_asymmetric(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch
     x = x.float()
     low = x.amin(dim=-1, keepdim=True).clamp_max_(0.0)
     high = x.amax(dim=-1, keepdim=True).clamp_min_(0.0)
-    scale = (high - low) / top
+    scale = divided(high - low, top)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     zero = torch.round(-low / scale)
     codes = torch.round(x / scale).add_(zero).clamp_(0, top)
@@ -31,7 +36,7 @@ def quantise_symmetric(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.
     """Codes in [-2^(bits-1), 2^(bits-1) - 1] as fp32 integers, and scale ``[..., 1]``, of every row of ``x``."""
     half = 2 ** (bits - 1)
     x = x.float()
-    scale = x.abs().amax(dim=-1, keepdim=True) / ((2**bits - 1) / 2)
+    scale = divided(x.abs().amax(dim=-1, keepdim=True), (2**bits - 1) / 2)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return torch.round(x / scale).clamp_(-half, half - 1), scale
 

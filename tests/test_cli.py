@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte import cli
+from halfbyte import cli, files
 from halfbyte.export.plan_file import codes_path, load_codes, load_plan
 from halfbyte.options import CompareOptions, EvalOptions, ExportOptions, SearchOptions, SimulateOptions
 
@@ -167,6 +167,7 @@ def test_resume_with_other_settings_is_refused(tiny_folder, here, capsys):
     work = here / ".mixed_precision_config.pt.work"
     work.mkdir()
     (work / "settings.json").write_text(json.dumps({"seed": 1}))
+    (work / "codes.safetensors").write_text("")
     fails(capsys, search(folder, "--resume"), match="the interrupted search had other settings")
     fails(capsys, search(folder), match="an interrupted search is waiting")
     assert search(folder, "--force") == 0
@@ -222,6 +223,23 @@ def test_unwritable_folder(tiny_folder, here, capsys):
 def test_text_too_short(tiny_folder, here, capsys):
     Path("short.txt").write_text("too short\n" * 8)
     fails(capsys, search(tiny_folder("qwen2"), "--calib", "short.txt"), match="text is shorter than one window")
+    assert [path.name for path in here.iterdir()] == ["short.txt"]
+
+
+def test_full_disk_is_one_line_and_leaves_nothing(tiny_folder, here, capsys, monkeypatch):
+    """The W4 codes meet a full disk (a link to /dev/full stands for it)."""
+    from halfbyte import preparation
+
+    def full(path, *_):
+        with files.whole_file(path) as partial:
+            partial.symlink_to("/dev/full")
+            partial.write_bytes(b"x" * 100_000)
+
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    monkeypatch.setattr(preparation, "save_codes", full)
+    fails(capsys, search(tiny_folder("qwen2")), match="disk is full")
+    assert list(here.iterdir()) == []
 
 
 def test_plan_of_another_model(tiny_folder, here, capsys):

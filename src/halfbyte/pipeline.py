@@ -22,7 +22,7 @@ from halfbyte.calibration.text import Text, load_text
 from halfbyte.calibration.windows import cut
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.plan_file import check_suffix, codes_path, save_plan
-from halfbyte.files import check_output, sha256, whole_file, write_text
+from halfbyte.files import check_output, sha256, write_text
 from halfbyte.formats.int_group import GroupedWeight
 from halfbyte.models.device import device_name, peak_memory, resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_search
@@ -104,37 +104,36 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
     layers = layers_of(source.model, source.family)
     units = units_of(layers, source.family, options.granularity)
     text, calib_tokens, search_tokens = _texts(source, options)
-    stages = Stages(output, _settings(options, source, text), resume=options.resume)
     report(Progress("load model", 1, 1, f"{len(layers)} linear layers, {len(units)} units, text {text.name}"))
+    with Stages(output, _settings(options, source, text), resume=options.resume) as stages:
+        known = reference(source.model, source.family, search_tokens) if options.fitness == "kl" else []
+        weights, sensitivity = prepare_(source, layers, calib_tokens, options, stages, report)
+        score, unit_gain = _fitness(source, units, search_tokens, known, sensitivity, options, stages, report)
 
-    known = reference(source.model, source.family, search_tokens) if options.fitness == "kl" else []
-    weights, sensitivity = prepare_(source, layers, calib_tokens, options, stages, report)
-    score, unit_gain = _fitness(source, units, search_tokens, known, sensitivity, options, stages, report)
-
-    problem = Problem(
-        costs=tuple(unit.macs for unit in units), budget=options.target_compression, priority=tuple(unit_gain)
-    )
-    seeds = {
-        "rule": _rule(problem, units, unit_ratios(units, sensitivity)),
-        "knapsack": problem.fill(knapsack_genome(problem, unit_gain)),
-    }
-    fixed = {"all A8": all_choice(problem, 8), "all A4": all_choice(problem, 4), **seeds}
-    scores = stages.value("fixed_scores", lambda: {name: score(genome) for name, genome in fixed.items()})
-    algorithm = run_genetic(
-        problem,
-        GeneticSettings(population=options.ga_pop, generations=options.ga_gen),
-        seeds=list(seeds.values()),
-        seed=options.seed,
-        score=score,
-        state_file=stages.folder / "genetic.json",
-        resume=stages.resumed,
-        report=report,
-    )
-    best, best_score = algorithm.best
-    scores["plan"] = best_score
-    plan, outcomes = _plan(options, source, units, best, weights, text, scores, algorithm.history, stages)
-    files = _write(output, plan, outcomes, sensitivity, scores, algorithm.history, stages)
-    return SearchResult(plan, outcomes, sensitivity, scores, algorithm.history, files, peak_memory(device))
+        problem = Problem(
+            costs=tuple(unit.macs for unit in units), budget=options.target_compression, priority=tuple(unit_gain)
+        )
+        seeds = {
+            "rule": _rule(problem, units, unit_ratios(units, sensitivity)),
+            "knapsack": problem.fill(knapsack_genome(problem, unit_gain)),
+        }
+        fixed = {"all A8": all_choice(problem, 8), "all A4": all_choice(problem, 4), **seeds}
+        scores = stages.value("fixed_scores", lambda: {name: score(genome) for name, genome in fixed.items()})
+        algorithm = run_genetic(
+            problem,
+            GeneticSettings(population=options.ga_pop, generations=options.ga_gen),
+            seeds=list(seeds.values()),
+            seed=options.seed,
+            score=score,
+            state_file=stages.folder / "genetic.json",
+            resume=stages.resumed,
+            report=report,
+        )
+        best, best_score = algorithm.best
+        scores["plan"] = best_score
+        plan, outcomes = _plan(options, source, units, best, weights, text, scores, algorithm.history, stages)
+        files = _write(output, plan, outcomes, sensitivity, scores, algorithm.history, stages)
+        return SearchResult(plan, outcomes, sensitivity, scores, algorithm.history, files, peak_memory(device))
 
 
 def _texts(source: SourceModel, options: SearchOptions) -> tuple[Text, torch.Tensor, torch.Tensor]:
@@ -248,7 +247,7 @@ def _plan(
             "device": device_name(source.device),
             "dtype": str(source.dtype).removeprefix("torch."),
         },
-        codes_sha256=sha256(stages.folder / "codes.safetensors"),
+        codes_sha256=sha256(stages.codes),
     )
     return plan, outcomes
 
@@ -278,10 +277,12 @@ def _write(
     )
     _draw(named["sensitivity.png"], named["convergence.png"], plan, rows, scores, history)
     codes = codes_path(output)
-    with whole_file(codes) as partial:
-        (stages.folder / "codes.safetensors").replace(partial)
-    save_plan(output, plan)
-    stages.remove()
+    stages.codes.replace(codes)
+    try:
+        save_plan(output, plan)
+    except HalfbyteError:
+        codes.replace(stages.codes)  # a resumed run starts from here
+        raise
     return [output, codes, *named.values()]
 
 

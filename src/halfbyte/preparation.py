@@ -48,7 +48,7 @@ def prepare_(
     report: Reporter,
 ) -> tuple[dict[str, GroupedWeight], dict[str, LayerSensitivity]]:
     """Smooth, quantise weights and measure layers, block by block; the model becomes its W4 simulation."""
-    codes_file = stages.folder / "codes.safetensors"
+    codes_file = stages.codes
     rows_file = stages.folder / "sensitivity.json"
     if codes_file.exists() and rows_file.exists():
         weights, overrides = load_codes(codes_file)

@@ -11,7 +11,7 @@ from typing import Any
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import write_text
 
-RECORD = "settings.json"
+RECORD, CODES = "settings.json", "codes.safetensors"
 
 
 def work_folder(output: Path) -> Path:
@@ -25,7 +25,7 @@ def refuse_waiting(output: Path) -> None:
     Raises:
         HalfbyteError: an interrupted search is waiting.
     """
-    if (work_folder(output) / RECORD).exists():
+    if (work_folder(output) / CODES).exists():
         raise HalfbyteError(
             "an interrupted search is waiting", where=work_folder(output),
             fix="go on with it: --resume; or start over: --force",
@@ -69,6 +69,15 @@ class Stages:
             write_text(path, json.dumps(compute()))
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def remove(self) -> None:
-        """Delete the folder once the plan stands."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+    @property
+    def codes(self) -> Path:
+        """The W4 codes while the search runs; when the plan stands they have moved beside it."""
+        return self.folder / CODES
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave the folder only if there is something to resume."""
+        if not self.codes.exists():
+            shutil.rmtree(self.folder, ignore_errors=True)

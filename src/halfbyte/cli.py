@@ -158,8 +158,14 @@ def compare(options: CompareOptions, draw: Drawing) -> dict[str, Any]:
         "text": text[0],
         "ctx": options.ctx,
         "machine": _machine(),
-        "rows": [asdict(row) for row in rows],
+        "rows": [_without_tokens(asdict(row)) for row in rows],
     }
+
+
+def _without_tokens(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the comparison for JSON, without what only its computation needed."""
+    measured = {key: value for key, value in (row["measured"] or {}).items() if key not in ("windows", "logits_file")}
+    return {**row, "measured": measured or None}
 
 
 def simulate(options: SimulateOptions, draw: Drawing) -> dict[str, Any]:

@@ -66,5 +66,5 @@ def test_text_shorter_than_a_window_is_refused():
         cut(list(range(40)), 512, 1)
 
 
-def test_bos_replaces_the_first_token():
-    assert scored(list(range(20)), 10, 2, bos=99, where="t")[1] == [99, *range(11, 20)]
+def test_bos_is_in_front_of_the_text_and_of_every_window():
+    assert scored(list(range(20)), 10, 2, bos=99, where="t") == [[99, *range(9)], [99, *range(10, 19)]]

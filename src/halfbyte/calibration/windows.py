@@ -31,7 +31,9 @@ def cut(
 
 
 def scored(token_ids: Sequence[int], ctx: int, chunks: int, *, bos: int | None, where: str) -> list[list[int]]:
-    """The first ``chunks`` windows of ``ctx`` tokens, for evaluation; BOS replaces the first token if ``bos`` is given.
+    """The first ``chunks`` windows of ``ctx`` tokens, for evaluation, as llama.cpp's perplexity tool cuts them.
+
+    If ``bos`` is given, it is put in front of the text, and then replaces the first token of each window.
 
     Raises:
         HalfbyteError: the text is shorter than one window, or ``ctx`` too small to score anything.
@@ -40,8 +42,9 @@ def scored(token_ids: Sequence[int], ctx: int, chunks: int, *, bos: int | None, 
         raise HalfbyteError("context is too short", where="--ctx", expected="at least 4", got=ctx)
     if chunks < 1:
         raise HalfbyteError("must be positive", where="--chunks", got=chunks)
-    found = cut(token_ids, ctx, chunks, where=where)
-    return [[bos, *window[1:]] for window in found] if bos is not None else found
+    if bos is None:
+        return cut(token_ids, ctx, chunks, where=where)
+    return [[bos, *window[1:]] for window in cut([bos, *token_ids], ctx, chunks, where=where)]
 
 
 def first_scored(ctx: int) -> int:

@@ -59,27 +59,39 @@ class Comparison:
 
     def rows(self) -> Iterator[CompareRow]:
         """Measure and yield each row; one that fails is yielded as missing, and the others go on."""
-        original_at_hand = False
         f16 = f16_gguf(self.model_id)
+        made_q4km = ""
         if not self.options.skip_original:
             original, result = self._original(f16)
             f16_row = self._gguf("original, F16 GGUF", f16, "the original could not be loaded")
-            original_at_hand = f16_row.measured is not None
-            if result and self.reference and self.reference["windows"] == result["windows"]:
+            if result and self.reference:
                 original = self._with_quality(original, result)
             yield self._with_speed_up(original)
-            yield self._with_speed_up(f16_row)
-        note = ""
-        q4km = Path(self.options.q4km_path or q4km_gguf(self.model_id))
-        if not q4km.exists() and original_at_hand and self.options.q4km_path is None:
-            self.report(Progress("Q4_K_M", 0, 1, "quantise with llama.cpp's recipe"))
-            outcomes = open_engine(self.options.engine).quantize(f16, q4km, "Q4_K_M")
-            fallen = Counter(f"{outcome.asked} to {outcome.done}" for outcome in outcomes)
-            note = ", ".join(f"{count} tensors fell back from {kinds}" for kinds, count in fallen.items())
-        row = self._gguf("Q4_K_M", q4km, f"get it with: {download_command(self.model_id)}")
-        yield replace(row, note=note)
+            yield self._with_speed_up(replace(f16_row, note=f"kept in {f16} for the next comparison"))
+            if f16_row.measured and self.options.q4km_path is None:
+                made_q4km = self._make_q4km(f16)
+        row = self._gguf("Q4_K_M", self._q4km, f"get it with: {download_command(self.model_id)}")
+        yield replace(row, note=made_q4km)
         mixed = Path(self.options.mixed_path or mixed_gguf(self.model_id))
         yield self._gguf("mixed", mixed, f"make it with: python export_gguf_official.py --output {mixed}")
+
+    @property
+    def _q4km(self) -> Path:
+        return Path(self.options.q4km_path or q4km_gguf(self.model_id))
+
+    def _make_q4km(self, f16: Path) -> str:
+        """Quantise the original with llama.cpp's recipe if the file is not there; says what was done."""
+        if self._q4km.exists():
+            return ""
+        self.report(Progress("Q4_K_M", 0, 1, "quantise with llama.cpp's recipe"))
+        try:
+            outcomes = open_engine(self.options.engine).quantize(f16, self._q4km, "Q4_K_M")
+        except HalfbyteError as error:
+            return f"could not be made: {error}"
+        self.report(Progress("Q4_K_M", 1, 1, "quantised with llama.cpp's recipe"))
+        fallen = Counter(f"{outcome.asked} to {outcome.done}" for outcome in outcomes)
+        notes = [f"{count} tensors fell back from {kinds}" for kinds, count in fallen.items()]
+        return ", ".join([f"made with llama.cpp's recipe as {self._q4km}", *notes])
 
     def _request(self, name: str, path: str) -> dict[str, Any]:
         options = self.options

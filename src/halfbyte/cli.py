@@ -8,6 +8,7 @@ Exit codes: 0 done, 2 something the user can put right (one line on standard err
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -72,6 +74,8 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
     from halfbyte.report.tables import format_bytes, text_table
 
     _check_json(options.json, options.force)
+    if options.json and Path(options.json).resolve() == Path(options.output).resolve():
+        raise HalfbyteError("two outputs in one file", where=options.json, fix="give --json another name")
     result = run(options, draw.report)
     draw.finish()
     plan = result.plan
@@ -116,8 +120,9 @@ def export(options: ExportOptions, draw: Drawing) -> dict[str, Any]:
     )
     if result.kl is not None and result.top1 is not None:
         draw.say(
-            f"checked: {result.checked} tensors equal the plan's codes; llama.cpp against the W4A8 simulation: "
-            f"KL {result.kl:.2g} nats per token, same top token {100 * result.top1:.1f}%"
+            f"checked: {len(result.rows)} tensors read back, {result.exact} layers hold exactly the plan's codes; "
+            f"llama.cpp against the W4A8 simulation: KL {result.kl:.2g} nats per token, "
+            f"same top token {100 * result.top1:.1f}%"
         )
     draw.say(
         "llama.cpp computes with 8-bit activations: in this file the plan's A4/A8 choice shows only in weight types."
@@ -134,17 +139,15 @@ def compare(options: CompareOptions, draw: Drawing) -> dict[str, Any]:
     from halfbyte.report.comparison import comparison_table, comparison_texts
     from halfbyte.simulation import evaluation_text
 
-    _check_json(options.json, True)
+    _check_json(options.json, options.force)
     plan = None
     if Path(options.config).exists():
         plan = load_plan(options.config, with_codes=False)
     elif options.config != CompareOptions().config:
         raise HalfbyteError("no such plan", where=options.config)
-    if options.model_id and plan and options.model_id != plan.model_id:
-        plan = None
     model_id = options.model_id or (plan.model_id if plan else DEFAULT_MODEL)
-    text = evaluation_text(options.text, plan)
-    rows = run(options, model_id, text, draw.report)
+    text = evaluation_text(options.text, plan.text.get("search") if plan else None)
+    rows = run(options, model_id, text, plan.hash if plan else None, draw.report)
     draw.finish()
     draw.say(comparison_table(rows))
     draw.say(
@@ -157,7 +160,10 @@ def compare(options: CompareOptions, draw: Drawing) -> dict[str, Any]:
         "plan": plan.hash if plan else None,
         "text": text[0],
         "ctx": options.ctx,
+        "chunks": options.chunks,
+        "seed": plan.seed if plan else None,
         "machine": _machine(),
+        "versions": {name: _version(name) for name in ("halfbyte", "torch", "transformers", "xllamacpp")},
         "rows": [_without_tokens(asdict(row)) for row in rows],
     }
 
@@ -173,7 +179,7 @@ def simulate(options: SimulateOptions, draw: Drawing) -> dict[str, Any]:
     from halfbyte.report.tables import text_table
     from halfbyte.simulation import simulate as run
 
-    _check_json(options.json, True)
+    _check_json(options.json, options.force)
     result = run(options, draw.report)
     draw.finish()
     headers = ["simulation", "mean A bits", "ppl", "KLD", "KLD 99%", "same top"]
@@ -204,12 +210,16 @@ def evaluate(options: EvalOptions, draw: Drawing) -> dict[str, Any]:
     from halfbyte.evaluating import evaluate as run
     from halfbyte.report.tables import text_table
 
-    _check_json(options.json, True)
+    _check_json(options.json, options.force)
     result = run(options, draw.report)
     draw.finish()
     keys = ("ppl", "ppl_reference", "kld_mean", "kld_p99", "top1_agreement", "tokens")
     draw.say(text_table(list(keys), [[result[key] for key in keys]]))
     draw.say(f"{result['evaluated']} in {result['engine']}, text {result['text']}")
+    if result["tokenizers_agree"] is False:
+        draw.say(
+            "note: llama.cpp and the tokenizer split this text differently; llama.cpp's tokens were scored"
+        )
     return result
 
 
@@ -217,7 +227,7 @@ def doctor(options: DoctorOptions, draw: Drawing) -> dict[str, Any]:
     """What this machine can do."""
     from halfbyte.doctor import as_dict, examine
 
-    _check_json(options.json, True)
+    _check_json(options.json, options.force)
     findings = examine(options)
     width = max(len(finding.topic) for finding in findings)
     for finding in findings:
@@ -240,6 +250,9 @@ def run(command: str, arguments: Sequence[str] | None = None, *, prog: str | Non
     options_type, work = COMMANDS[command]
     options = parse(options_type, sys.argv[1:] if arguments is None else arguments, prog=prog, about=str(work.__doc__))
     _quiet_libraries()
+    for stream in (sys.stdout, sys.stderr):  # a redirected stream on Windows lacks some letters of the tables
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     draw = Drawing()
     started = time.monotonic()
     try:
@@ -258,7 +271,11 @@ def run(command: str, arguments: Sequence[str] | None = None, *, prog: str | Non
             f"interrupted after {time.monotonic() - started:.0f} s, no partial output is left{again}", file=sys.stderr
         )
         return 2
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not (
+            isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate" in str(error)
+        ):
+            raise
         draw.finish()
         print("error: out of memory; use --dtype bf16, fewer tokens or a smaller model", file=sys.stderr)
         return 2
@@ -289,6 +306,13 @@ def _check_json(path: str | None, force: bool) -> None:
 
 def _percent(share: float | None) -> str | None:
     return None if share is None else f"{100 * share:.1f}%"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _machine() -> str:

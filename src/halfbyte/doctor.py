@@ -62,10 +62,11 @@ def _memory(model_id: str, device: torch.device) -> list[Finding]:
     dtype = resolve_dtype("auto", device)
     tokens = max(defaults.calib_tokens, defaults.search_tokens)
     need = estimate_search(origin.config, origin.family, dtype, tokens, defaults.ctx)
-    load = estimate_load(origin.config, dtype)
-    export = estimate_load(origin.config, stored_dtype(origin)).device + need.linear_parameters
+    load = estimate_load(origin.config, origin.family, dtype)
+    with_codes = estimate_load(origin.config, origin.family, stored_dtype(origin), with_codes=True)
+    export = with_codes.device + with_codes.linear_parameters
     there = available_memory(device)
-    on_device = need.device + (need.linear_parameters if device.type == "cpu" else 0)
+    on_device = need.device + (need.linear_parameters if device.type != "cuda" else 0)
     fits = "fits" if on_device <= there else "DOES NOT FIT"
     sizes = (
         f"{need.parameters / 1e9:.2f} billion weights, {need.linear_parameters / 1e9:.2f} billion of them get 4 bits"
@@ -76,7 +77,7 @@ def _memory(model_id: str, device: torch.device) -> list[Finding]:
         Finding("memory, export", f"{export / 1e9:.1f} GB of main memory"),
         Finding("memory, original", f"{load.device / 1e9:.1f} GB to run the original"),
     ]
-    if device.type != "cpu":
+    if device.type == "cuda":
         lines.append(Finding("memory, host", f"{need.host / 1e9:.1f} GB of main memory while searching"))
     return lines
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """The first line of an exception's message that says something, else its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines or [type(error).__name__])[0][:limit]
+
+
 class HalfbyteError(Exception):
     """A problem the user can act on. The command line prints it as one line and exits with code 2.
 

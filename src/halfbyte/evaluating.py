@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
-import halfbyte
 from halfbyte.calibration.windows import first_scored
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits, scratch_folder
@@ -18,13 +13,16 @@ from halfbyte.evaluate.sampling import windows_for
 from halfbyte.evaluate.worker import run_worker
 from halfbyte.export.plan_file import codes_path, load_codes, load_plan
 from halfbyte.files import sha256
-from halfbyte.models.device import device_name, resolve_device, resolve_dtype
+from halfbyte.host import cores
+from halfbyte.models.device import resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_load
+from halfbyte.models.gguf_source import halfbyte_keys
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import vocabulary
 from halfbyte.models.surgery import set_activation_bits_
-from halfbyte.options import EvalOptions
+from halfbyte.options import DEFAULT_MODEL, EvalOptions
 from halfbyte.progress import Progress, Reporter, silent
+from halfbyte.provenance import made_with
 from halfbyte.simulation import apply_codes_, check_same_model, evaluation_text, is_symmetric, plan_bits
 from halfbyte.spec import Plan
 
@@ -34,7 +32,7 @@ def evaluate(options: EvalOptions, report: Reporter = silent) -> dict[str, Any]:
 
     Returns:
         ``ppl, ppl_reference, kld_mean, kld_p99, kld_error, top1_agreement, tokens`` (None where there is nothing to
-        compare with), and what made them.
+        compare with), and what made them; ``tokenizers_agree``: llama.cpp splits the text as the tokenizer does.
 
     Raises:
         HalfbyteError: anything the user can put right.
@@ -44,17 +42,30 @@ def evaluate(options: EvalOptions, report: Reporter = silent) -> dict[str, Any]:
     if options.gguf and not Path(options.gguf).is_file():
         raise HalfbyteError("no such file", where=options.gguf, expected="a GGUF file")
     plan = load_plan(options.config) if options.config else None
-    text_name, text = evaluation_text(options.text, plan)
+    keys = halfbyte_keys(options.gguf) if options.gguf else {}
+    searched = plan.text.get("search") if plan else keys.get("plan.text_search")
+    text_name, text = evaluation_text(options.text, searched)
+    options = replace(options, model_id=options.model_id or (plan.model_id if plan else DEFAULT_MODEL))
     with scratch_folder() as name:
         folder = Path(name)
         result = _in_llamacpp(options, folder, text_name, text, report) if options.gguf else None
         report(Progress("load model", 0, 1, options.model_id))
         source = _load(options)
         report(Progress("load model", 1, 1, options.model_id))
+        if plan is not None:
+            check_same_model(source, plan)
+        agree = None
         logits_of = model_logits(source.model)
         size = options.ctx - first_scored(options.ctx) - 1
         if result is not None:
             windows = result["windows"]
+            if result["vocab"] != vocabulary(source.model, source.family):
+                raise HalfbyteError(
+                    "the file is of another model", where=options.gguf,
+                    got=f"{result['vocab']} tokens in its vocabulary",
+                    expected=vocabulary(source.model, source.family), fix="pass its original with --model_id",
+                )  # fmt: skip
+            agree = windows == windows_for(source, text, options.ctx, options.chunks, where=text_name)
             ours = iter(LogitsFile(Path(result["logits_file"]), result["vocab"], size))
             quality = measure(windows, ours, live(windows, logits_of, report, "reference"))
         else:
@@ -66,7 +77,8 @@ def evaluate(options: EvalOptions, report: Reporter = silent) -> dict[str, Any]:
                 kept.write(windows, logits_of, report, "reference")
                 _become_(source, plan, options)
                 quality = measure(windows, live(windows, logits_of, report, "plan"), iter(kept))
-    return {**asdict(quality), **_made_by(options, source, plan, text_name, len(windows), result)}
+    made_by = _made_by(options, source, plan, text_name, len(windows), result)
+    return {**asdict(quality), **made_by, "tokenizers_agree": agree}
 
 
 def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, text: str, report: Reporter) -> dict[str, Any]:
@@ -83,14 +95,14 @@ def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, text: str, 
 def _load(options: EvalOptions) -> SourceModel:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
+    assert options.model_id is not None
     origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
-    check_memory(estimate_load(origin.config, dtype), device)
+    check_memory(estimate_load(origin.config, origin.family, dtype, with_codes=options.config is not None), device)
     return load(origin, device=device, dtype=dtype)
 
 
 def _become_(source: SourceModel, plan: Plan, options: EvalOptions) -> None:
     assert options.config is not None
-    check_same_model(source, plan)
     weights, overrides = load_codes(codes_path(options.config))
     apply_codes_(source, weights, overrides)
     set_activation_bits_(source.model, plan_bits(plan), symmetric=is_symmetric(plan))
@@ -114,12 +126,6 @@ def _made_by(
         "text": text_name,
         "ctx": options.ctx,
         "windows": windows,
-        "device": device_name(source.device),
-        "dtype": str(source.dtype).removeprefix("torch."),
-        "versions": {
-            "halfbyte": halfbyte.__version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-        },
-        "cores": os.cpu_count(),
+        "versions": made_with(source),
+        "cores": cores(),
     }

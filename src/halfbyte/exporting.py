@@ -14,7 +14,7 @@ from halfbyte.evaluate.sampling import windows_for
 from halfbyte.export.gguf import check_gguf, write_gguf
 from halfbyte.export.gguf_tensors import TensorRow
 from halfbyte.export.plan_file import codes_path, load_codes, load_plan
-from halfbyte.files import check_output
+from halfbyte.files import check_output, whole_file
 from halfbyte.formats.ggml import decode, encode
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.surgery import set_activation_bits_
@@ -37,14 +37,14 @@ class ExportResult:
     Attributes:
         path: the file.
         rows: its tensors.
-        checked: tensors compared after reopening; 0 if the check was skipped.
+        exact: layers whose blocks were read back and hold exactly the plan's codes; 0 if the check was skipped.
         kl, top1: llama.cpp against the W4A8 simulation on a short text; None if the check was skipped.
         plan: what was exported.
     """
 
     path: Path
     rows: list[TensorRow]
-    checked: int
+    exact: int
     kl: float | None
     top1: float | None
     plan: Plan
@@ -54,7 +54,7 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
     """Write the plan's codes as GGUF.
 
     Raises:
-        HalfbyteError: anything the user can put right, or a check that failed (the file is then removed).
+        HalfbyteError: anything the user can put right, or a check that failed; a file appears only once it is checked.
     """
     plan = load_plan(options.config)
     path = check_output(options.output or mixed_gguf(options.model_id or plan.model_id), force=options.force)
@@ -72,30 +72,29 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
         plan, options.model_id, device="cpu", dtype="stored", trust_remote_code=options.trust_remote_code
     )
     types = {name: "Q8_0" for name, entry in plan.layers.items() if options.policy == "tiered" and entry.a_bits == 8}
-    rows = write_gguf(
-        path, source, weights=weights, overrides=overrides, layer_types=types, embedding_type=options.embedding_type,
-        output_type=options.output_type, metadata=summary(plan, options.policy), report=report,
-    )  # fmt: skip
-    if engine is None:
-        return ExportResult(path, rows, 0, None, None, plan)
-    try:
+    with whole_file(path) as unchecked:
+        rows = write_gguf(
+            unchecked, source, weights=weights, overrides=overrides, layer_types=types,
+            embedding_type=options.embedding_type, output_type=options.output_type,
+            metadata=summary(plan, options.policy), report=report,
+        )  # fmt: skip
+        if engine is None:
+            return ExportResult(path, rows, 0, None, None, plan)
         report(Progress("check", 0, 2, "read back"))
-        checked = check_gguf(path, source, weights, overrides, types)
+        check_gguf(unchecked, source, weights, overrides, types)
         report(Progress("check", 1, 2, "llama.cpp against the simulation"))
         apply_codes_(source, weights, overrides)
         set_activation_bits_(source.model, dict.fromkeys(weights, 8), symmetric=is_symmetric(plan))
         as_in_file_(source, rows)
-        kl, top1 = compare_engines(source, engine, path)
+        kl, top1 = compare_engines(source, engine, unchecked)
         report(Progress("check", 2, 2, f"KL {kl:.2g}"))
         if not kl <= LARGEST_KL:
             raise HalfbyteError(
                 "llama.cpp does not agree with the simulation", where=path, expected=f"KL below {LARGEST_KL}",
-                got=f"{kl:.3g}", fix="the file was removed; report this as a bug",
+                got=f"{kl:.3g}", fix="nothing was kept; report this as a bug",
             )  # fmt: skip
-    except HalfbyteError:
-        path.unlink(missing_ok=True)
-        raise
-    return ExportResult(path, rows, checked, kl, top1, plan)
+    exact = sum(row.type == "Q4_0" and row.parameter.removesuffix(".weight") in weights for row in rows)
+    return ExportResult(path, rows, exact, kl, top1, plan)
 
 
 def summary(plan: Plan, policy: str) -> dict[str, str | int | float]:
@@ -114,6 +113,7 @@ def summary(plan: Plan, policy: str) -> dict[str, str | int | float]:
         "plan.transforms": ",".join(plan.transforms) or "none",
         "plan.weights": plan.weights,
         "plan.text": str(plan.text.get("name", "")),
+        "plan.text_search": str(plan.text.get("search", "")),
         "plan.seed": plan.seed,
         "version": plan.versions.get("halfbyte", ""),
     }

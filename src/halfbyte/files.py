@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -53,6 +54,16 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise write_error(error, path) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_space(path: str | Path, nbytes: int) -> None:
+    """Refuse, before writing, what does not fit on the disk of ``path``."""
+    free = shutil.disk_usage(Path(path).parent).free
+    if nbytes > free:
+        raise HalfbyteError(
+            "disk is too small for the file", where=path, expected=f"{nbytes / 1e9:.2f} GB free",
+            got=f"{free / 1e9:.2f} GB", fix="free some space or write elsewhere",
+        )  # fmt: skip
 
 
 def _umask() -> int:

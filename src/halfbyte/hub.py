@@ -13,15 +13,16 @@ TIMEOUT_SECONDS = 3.0
 
 @cache
 def reachable() -> bool:
-    """False when offline mode is set or no connection can be opened; behind a proxy the proxy is trusted to connect."""
+    """False when offline mode is set or no connection can be opened; behind a proxy only the proxy is asked."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    if getproxies().keys() & {"https", "all"}:
-        return True
-    address = urlparse(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    proxies = getproxies()
+    address = urlparse(
+        proxies.get("https") or proxies.get("all") or os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+    )
     try:
         port = address.port or (80 if address.scheme == "http" else 443)
         socket.create_connection((address.hostname, port), timeout=TIMEOUT_SECONDS).close()
-    except OSError:
+    except (OSError, ValueError):
         return False
     return True

@@ -88,13 +88,14 @@ class CompareOptions(ModelOptions):
         "Explain in a few sentences what a binary search does.", "prompt of the sample text", metavar="TEXT"
     )
     skip_original: bool = option(False, "leave the original out: no download, no KLD, no speed-up")
-    q4km_path: str | None = option(None, "Q4_K_M file; default models/<model>-q4_k_m.gguf", metavar="P")
+    q4km_path: str | None = option(None, "Q4_K_M file; default models/<Model>-Q4_K_M.gguf", metavar="P")
     mixed_path: str | None = option(None, "our file; default models/<model>-mixed.gguf", metavar="P")
     text: str = option("auto", "evaluation text: auto, wikitext2, pydoc, or a file", metavar="TEXT")
     ctx: int = option(512, "tokens per window; the second half is scored", metavar="N")
     chunks: int = option(16, "windows to score", metavar="N")
     engine: str = option("xllamacpp", "llama.cpp binding", choices=("xllamacpp", "llama-cpp-python"))
-    threads: int = option(0, "CPU threads; 0 is all that this process may use", metavar="N")
+    threads: int = option(0, "CPU threads; 0 is one per core", metavar="N")
+    force: bool = option(False, "overwrite an existing --json file")
     json: str | None = option(None, "also write the table as JSON", metavar="FILE")
 
 
@@ -111,6 +112,7 @@ class SimulateOptions(ModelOptions):
     prompt: str = option(
         "Explain in a few sentences what a binary search does.", "prompt of the sample text", metavar="TEXT"
     )
+    force: bool = option(False, "overwrite an existing --json file")
     json: str | None = option(None, "also write the table as JSON", metavar="FILE")
 
 
@@ -127,7 +129,8 @@ class EvalOptions(ModelOptions):
     ctx: int = option(512, "tokens per window; the second half is scored", metavar="N")
     chunks: int = option(16, "windows to score", metavar="N")
     engine: str = option("xllamacpp", "llama.cpp binding", choices=("xllamacpp", "llama-cpp-python"))
-    threads: int = option(0, "CPU threads for llama.cpp; 0 is all that this process may use", metavar="N")
+    threads: int = option(0, "CPU threads for llama.cpp; 0 is one per core", metavar="N")
+    force: bool = option(False, "overwrite an existing --json file")
     json: str | None = option(None, "write the result here", metavar="OUT")
 
 
@@ -137,4 +140,5 @@ class DoctorOptions:
 
     model_id: str = option(DEFAULT_MODEL, "the model to estimate memory for", metavar="M")
     device: str = option("auto", "the device to report on", choices=("auto", "cuda", "mps", "cpu"))
+    force: bool = option(False, "overwrite an existing --json file")
     json: str | None = option(None, "also write the report as JSON", metavar="FILE")

@@ -6,7 +6,6 @@ load → reference → smooth → W4 codes and layer sensitivity → KL per unit
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -14,23 +13,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import halfbyte
 from halfbyte.calibration.self_written import write_with
 from halfbyte.calibration.text import Text, load_text
 from halfbyte.calibration.windows import cut
 from halfbyte.errors import HalfbyteError
+from halfbyte.export.gguf import check_exportable
 from halfbyte.export.plan_file import check_suffix, codes_path, save_plan
 from halfbyte.files import check_output, sha256, write_text
-from halfbyte.formats.int_group import GroupedWeight
-from halfbyte.models.device import device_name, peak_memory, resolve_device, resolve_dtype
+from halfbyte.formats.int_group import GroupedWeight, fitting_group_size
+from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_search
 from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
 from halfbyte.naming import short_name
 from halfbyte.options import SearchOptions
 from halfbyte.preparation import parse_transforms, prepare_
 from halfbyte.progress import Progress, Reporter, silent
+from halfbyte.provenance import made_with
 from halfbyte.report.plots import convergence_plot, sensitivity_heatmap
 from halfbyte.report.tables import csv_text
 from halfbyte.search.baselines import all_choice, knapsack_genome, rule_genome
@@ -39,8 +38,8 @@ from halfbyte.search.genetic import GeneticSettings
 from halfbyte.search.problem import Genome, Problem
 from halfbyte.search.runner import run_genetic
 from halfbyte.search.sensitivity import LayerSensitivity, unit_errors, unit_ratios
-from halfbyte.spec import LayerPlan, Outcome, Plan, Unit, mean_bits_fraction
-from halfbyte.stages import Stages, refuse_waiting
+from halfbyte.spec import Layer, LayerPlan, Outcome, Plan, Unit, mean_bits_fraction
+from halfbyte.stages import RECORD, Stages, refuse_waiting, work_folder
 
 
 @dataclass(frozen=True)
@@ -90,21 +89,29 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
     """
     check_search_options(options)
     output = check_output(options.output, force=options.force)
-    check_output(codes_path(output), force=options.force or options.resume)
+    unfinished = options.resume and (work_folder(output) / RECORD).exists()
+    for path in (codes_path(output), *_reports(output)):
+        check_output(path, force=options.force or unfinished)
     if not options.resume and not options.force:
         refuse_waiting(output)
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
     origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
     tokens = max(options.calib_tokens, options.search_tokens)
-    check_memory(estimate_search(origin.config, origin.family, dtype, tokens, options.ctx), device)
+    fisher = options.fitness == "fisher"
+    need = estimate_search(origin.config, origin.family, dtype, tokens, options.ctx, gradients=fisher)
+    check_memory(need, device)
 
     report(Progress("load model", 0, 1, options.model_id))
     source = load(origin, device=device, dtype=dtype)
     layers = layers_of(source.model, source.family)
     units = units_of(layers, source.family, options.granularity)
+    if options.target == "gguf":
+        _check_gguf_target(source, layers, options.group_size)
     text, calib_tokens, search_tokens = _texts(source, options)
-    report(Progress("load model", 1, 1, f"{len(layers)} linear layers, {len(units)} units, text {text.name}"))
+    used = {"calib_tokens": calib_tokens.numel(), "search_tokens": search_tokens.numel()}
+    about = f"{len(layers)} linear layers, {len(units)} units, text {text.name}: "
+    report(Progress("load model", 1, 1, about + ", ".join(f"{count} {name}" for name, count in used.items())))
     with Stages(output, _settings(options, source, text), resume=options.resume) as stages:
         known = reference(source.model, source.family, search_tokens) if options.fitness == "kl" else []
         weights, sensitivity = prepare_(source, layers, calib_tokens, options, stages, report)
@@ -131,9 +138,21 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
         )
         best, best_score = algorithm.best
         scores["plan"] = best_score
-        plan, outcomes = _plan(options, source, units, best, weights, text, scores, algorithm.history, stages)
+        plan, outcomes = _plan(options, source, units, best, weights, text, scores, algorithm.history, stages, used)
         files = _write(output, plan, outcomes, sensitivity, scores, algorithm.history, stages)
         return SearchResult(plan, outcomes, sensitivity, scores, algorithm.history, files, peak_memory(device))
+
+
+def _check_gguf_target(source: SourceModel, layers: list[Layer], group_size: int) -> None:
+    """Say before the search what the export could not write."""
+    check_exportable(source)
+    for layer in layers:
+        group = fitting_group_size(layer.in_features, group_size)
+        if group % 32:
+            raise HalfbyteError(
+                "Q4_0 blocks need groups of 32 or a multiple", where=layer.name, got=group,
+                fix="use --group_size 128, or --target sim for this model",
+            )  # fmt: skip
 
 
 def _texts(source: SourceModel, options: SearchOptions) -> tuple[Text, torch.Tensor, torch.Tensor]:
@@ -205,6 +224,7 @@ def _plan(
     scores: dict[str, float],
     history: list[dict[str, Any]],
     stages: Stages,
+    used: dict[str, int],
 ) -> tuple[Plan, list[Outcome]]:
     bits = {layer.name: width for unit, width in zip(units, genome, strict=True) for layer in unit.layers}
     entries, outcomes = {}, []
@@ -232,21 +252,13 @@ def _plan(
             "fitness": options.fitness,
             "population": options.ga_pop,
             "generations": len(history),
-            "search_tokens": options.search_tokens,
-            "calib_tokens": options.calib_tokens,
+            **used,
             "ctx": options.ctx,
             "alpha": options.alpha,
             "scores": scores,
         },
         seed=options.seed,
-        versions={
-            "halfbyte": halfbyte.__version__,
-            "torch": str(torch.__version__),
-            "transformers": transformers.__version__,
-            "python": platform.python_version(),
-            "device": device_name(source.device),
-            "dtype": str(source.dtype).removeprefix("torch."),
-        },
+        versions=made_with(source),
         codes_sha256=sha256(stages.codes),
     )
     return plan, outcomes
@@ -266,7 +278,7 @@ def _write(
         {**asdict(row), "ratio": row.ratio, "a_bits": plan.layers[row.layer].a_bits} for row in sensitivity.values()
     ]
     made_by = {"plan": plan.hash, "model": plan.model_id, "text": dict(plan.text), "seed": plan.seed, **plan.versions}
-    named = {kind: output.with_name(f"{output.stem}.{kind}") for kind in _REPORTS}
+    named = dict(zip(_REPORTS, _reports(output), strict=True))
     write_text(named["sensitivity.json"], json.dumps({"made_by": made_by, "layers": rows}, indent=1))
     write_text(named["sensitivity.csv"], csv_text(list(rows[0]), [list(row.values()) for row in rows]))
     write_text(
@@ -303,6 +315,10 @@ def score_label(fitness: str) -> str:
         "fisher": "Fisher-weighted squared error",
         "mse": "MAC-weighted mean squared error",
     }[fitness]
+
+
+def _reports(output: Path) -> list[Path]:
+    return [output.with_name(f"{output.stem}.{kind}") for kind in _REPORTS]
 
 
 def _draw(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.calibration.text import Text, load_text
+from halfbyte.calibration.text import SOURCES, load_text
 from halfbyte.calibration.windows import first_scored
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits, scratch_folder
@@ -24,6 +24,7 @@ from halfbyte.models.surgery import SharedInput, replace_linear_, set_activation
 from halfbyte.numerics.metrics import Quality
 from halfbyte.options import SimulateOptions
 from halfbyte.progress import Progress, Reporter, silent
+from halfbyte.provenance import made_with
 from halfbyte.spec import Plan
 
 
@@ -42,7 +43,7 @@ def load_for_plan(
     where = resolve_device(device)
     origin = find(name, trust_remote_code=trust_remote_code)
     chosen = stored_dtype(origin) if dtype == "stored" else resolve_dtype(dtype, where)
-    check_memory(estimate_load(origin.config, chosen), where)
+    check_memory(estimate_load(origin.config, origin.family, chosen, with_codes=True), where)
     source = load(origin, device=where, dtype=chosen)
     check_same_model(source, plan)
     return source
@@ -82,24 +83,19 @@ def is_symmetric(plan: Plan) -> bool:
     return any(entry.a_symmetric for entry in plan.layers.values())
 
 
-def evaluation_text(name: str, plan: Plan | None) -> tuple[str, str]:
-    """(name, text) to evaluate on: never text that the plan's search has seen.
+def evaluation_text(name: str, searched: str | None) -> tuple[str, str]:
+    """(name, text) to evaluate on: not what a plan's search has seen.
 
-    A named source gives its ``eval`` part. A file is used whole, unless the plan was searched on that file.
+    A named source gives its ``eval`` part. A file is used whole, or, if the plan was searched on it, its ``eval`` part.
 
-    Raises:
-        HalfbyteError: the text overlaps with what the plan was searched on.
+    Args:
+        name: as for :func:`halfbyte.calibration.text.load_text`.
+        searched: digest of the plan's search text (``plan.text["search"]``), or None.
     """
     text = load_text(name)
-    if text.name in ("pydoc", "wikitext2") or (plan is not None and plan.text.get("name") == text.name):
+    if text.name in SOURCES or text.record()["search"] == searched:
         return f"{text.name} (eval part)", text.parts["eval"]
-    whole = _whole_file(text)
-    return text.name, whole
-
-
-def _whole_file(text: Text) -> str:
-    with open(text.name, encoding="utf-8") as handle:
-        return handle.read()
+    return text.name, Path(text.name).read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ def simulate(options: SimulateOptions, report: Reporter = silent) -> SimulationR
     """
     plan = load_plan(options.config)
     weights, overrides = load_codes(codes_path(options.config))
-    text_name, text = evaluation_text(options.text, plan)
+    text_name, text = evaluation_text(options.text, plan.text.get("search"))
     report(Progress("load model", 0, 1, options.model_id or plan.model_id))
     source = load_for_plan(
         plan, options.model_id, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
@@ -156,5 +152,5 @@ def simulate(options: SimulateOptions, report: Reporter = silent) -> SimulationR
             rows.append(
                 SimulationRow(name, quality, mean_bits, sample_text(source, options.prompt, options.max_tokens))
             )
-    made_by = {"plan": plan.hash, "model": plan.model_id, "text": text_name, "seed": plan.seed, **plan.versions}
+    made_by = {"plan": plan.hash, "model": plan.model_id, "text": text_name, "seed": plan.seed, **made_with(source)}
     return SimulationResult(rows, made_by)

@@ -15,29 +15,6 @@ from halfbyte.errors import HalfbyteError
 
 PLAN_VERSION = 1
 ACTIVATION_BITS = (4, 8)
-TARGETS = ("sim", "gguf")
-GRANULARITIES = ("fused", "layer")
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """An integer format.
-
-    Attributes:
-        bits: code width, 2 to 8.
-        symmetric: symmetric codes around zero, or a zero point per scale.
-        group_size: elements along the input that share one scale; None means one scale per row (token).
-    """
-
-    bits: int
-    symmetric: bool
-    group_size: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise HalfbyteError("unsupported code width", where="QuantSpec.bits", expected="2 to 8", got=self.bits)
-        if self.group_size is not None and self.group_size < 1:
-            raise HalfbyteError("group size must be positive", where="QuantSpec.group_size", got=self.group_size)
 
 
 @dataclass(frozen=True)

@@ -245,7 +245,7 @@ def test_an_interrupted_export_keeps_the_old_file(tiny, tmp_path, failure):
 
 
 def test_too_little_disk_space_is_said_before_writing(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("halfbyte.export.gguf.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("halfbyte.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(HalfbyteError, match="disk is too small"):
         write_gguf(tmp_path / "m.gguf", tiny("llama"))
 

@@ -52,6 +52,16 @@ def test_pure_whatever_came_before(tiny, granularity):
     assert forward[0] < forward[2] < forward[1]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_has_no_distance_to_itself(tiny, dtype):
+    """Also in bf16, where rounded logits would show as KL."""
+    model = copy.deepcopy(tiny("qwen2").model).to(dtype)
+    family = tiny("qwen2").family
+    tokens = torch.randint(tiny("qwen2").config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
+    evaluator = KLEvaluator(model, family, [], tokens, reference(model, family, tokens))
+    assert abs(evaluator.score([])) < 2e-5
+
+
 def test_one_at_a_time_equals_whole_evaluations(tiny):
     _, _, _, units, evaluator = quantised(tiny, "llama")
     quick = list(evaluator.one_at_a_time(8, 4))

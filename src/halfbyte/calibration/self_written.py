@@ -23,6 +23,8 @@ def write_with(model: torch.nn.Module, tokenizer: Any, *, seed: int, samples: in
             do_sample=True,
             temperature=1.0,
             top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
             max_new_tokens=length,
             min_new_tokens=length,
             pad_token_id=tokenizer.pad_token_id or 0,

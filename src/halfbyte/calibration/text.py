@@ -83,8 +83,11 @@ def _wikitext2() -> Text:
         raise HalfbyteError(
             "wikitext2 is neither cached nor downloadable", where="--calib/--text", fix="use pydoc or a file"
         ) from error
-    with zipfile.ZipFile(path) as archive:
-        raw = {part: archive.read(f"wikitext-2-raw/wiki.{part}.raw").decode() for part in ("train", "test")}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            raw = {part: archive.read(f"wikitext-2-raw/wiki.{part}.raw").decode() for part in ("train", "test")}
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise HalfbyteError("wikitext2 archive is damaged", where=path, fix="delete it, or use pydoc") from error
     train = split(raw["train"])
     return Text("wikitext2", {"calib": train["calib"], "search": train["search"], "eval": raw["test"]})
 

@@ -14,7 +14,7 @@ from halfbyte.calibration.windows import first_scored
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.quality import LogitsFile, measure, scratch_folder
 from halfbyte.evaluate.worker import run_worker
-from halfbyte.models.gguf_source import open_gguf
+from halfbyte.models.gguf_source import halfbyte_keys
 from halfbyte.naming import download_command, f16_gguf, mixed_gguf, q4km_gguf
 from halfbyte.numerics.metrics import Quality
 from halfbyte.options import CompareOptions
@@ -49,9 +49,16 @@ class Comparison:
     """Runs the rows; keeps the reference's logits in a scratch folder between them."""
 
     def __init__(
-        self, options: CompareOptions, model_id: str, text: tuple[str, str], folder: Path, report: Reporter
+        self,
+        options: CompareOptions,
+        model_id: str,
+        text: tuple[str, str],
+        plan_hash: str | None,
+        folder: Path,
+        report: Reporter,
     ) -> None:
         self.options, self.model_id, self.folder, self.report = options, model_id, folder, report
+        self.plan_hash = plan_hash
         self.text_name = text[0]
         self.text_file = folder / "text.txt"
         self.text_file.write_text(text[1], encoding="utf-8")
@@ -63,17 +70,35 @@ class Comparison:
         made_q4km = ""
         if not self.options.skip_original:
             original, result = self._original(f16)
-            f16_row = self._gguf("original, F16 GGUF", f16, "the original could not be loaded")
+            f16_row = self._f16(f16, result)
             if result and self.reference:
                 original = self._with_quality(original, result)
             yield self._with_speed_up(original)
-            yield self._with_speed_up(replace(f16_row, note=f"kept in {f16} for the next comparison"))
-            if f16_row.measured and self.options.q4km_path is None:
+            yield self._with_speed_up(f16_row)
+            if f16_row.measured:
                 made_q4km = self._make_q4km(f16)
         row = self._gguf("Q4_K_M", self._q4km, f"get it with: {download_command(self.model_id)}")
         yield replace(row, note=made_q4km)
         mixed = Path(self.options.mixed_path or mixed_gguf(self.model_id))
-        yield self._gguf("mixed", mixed, f"make it with: python export_gguf_official.py --output {mixed}")
+        row = self._gguf("mixed", mixed, f"make it with: python export_gguf_official.py --output {mixed}")
+        yield replace(row, note=self._other_plan(mixed) if row.measured else "")
+
+    def _f16(self, path: Path, original: dict[str, Any] | None) -> CompareRow:
+        """The original in llama.cpp, from a file that was made from this very model."""
+        name = "original, F16 GGUF"
+        if original is None:
+            return CompareRow(name, str(path), missing="the original could not be measured")
+        if halfbyte_keys(path).get("fingerprint") != original["fingerprint"]:
+            return CompareRow(name, str(path), missing=f"{path} was not made from this model; move it away")
+        row = self._gguf(name, path, "")
+        return replace(row, note=f"kept as {path} for the next comparison")
+
+    def _other_plan(self, path: Path) -> str:
+        """Says so if the mixed file does not hold the plan at hand."""
+        there = halfbyte_keys(path).get("plan.hash")
+        if self.plan_hash is None or there == self.plan_hash:
+            return ""
+        return f"this file holds plan {there or 'unknown'}, not the plan at hand ({self.plan_hash}): export it again"
 
     @property
     def _q4km(self) -> Path:
@@ -107,7 +132,6 @@ class Comparison:
         request = {
             **self._request(name, self.model_id), "device": self.options.device, "dtype": self.options.dtype,
             "trust_remote_code": self.options.trust_remote_code, "f16_path": str(f16),
-            "f16_fingerprint": _fingerprint_of(f16),
         }  # fmt: skip
         try:
             result = run_worker("halfbyte.evaluate.measure_original", request, self.report)
@@ -125,20 +149,26 @@ class Comparison:
         except HalfbyteError as error:
             return CompareRow(name, str(path), missing=str(error))
         result["logits_file"] = request["logits_file"]
-        row = self._with_quality(CompareRow(name, str(path), result["engine"], result), result)
+        row = CompareRow(name, str(path), result["engine"], result)
         if name.startswith("original"):
+            row = replace(row, quality=measure(result["windows"], iter(self._logits(result))))
             self.reference = result
-        else:
-            Path(request["logits_file"]).unlink()
-        return self._with_speed_up(row)
+            return row
+        return self._with_speed_up(self._with_quality(row, result))
 
     def _with_quality(self, row: CompareRow, result: dict[str, Any]) -> CompareRow:
         reference = self.reference
         if reference is not None and reference["windows"] != result["windows"]:
             return replace(row, measured=None, missing="its tokenizer splits the text in another way")
-        quality = measure(
-            result["windows"], iter(self._logits(result)), iter(self._logits(reference)) if reference else None
-        )
+        try:
+            quality = measure(
+                result["windows"], iter(self._logits(result)), iter(self._logits(reference)) if reference else None
+            )
+        except HalfbyteError as error:
+            return replace(row, measured=None, missing=str(error))
+        finally:
+            if result is not reference:
+                Path(result["logits_file"]).unlink()
         return replace(row, quality=quality)
 
     def _logits(self, result: dict[str, Any]) -> LogitsFile:
@@ -153,23 +183,15 @@ class Comparison:
         return replace(row, speed_up=speed / base)
 
 
-def _fingerprint_of(path: Path) -> str | None:
-    """The fingerprint of the model an F16 file was made from, if it is there and says so."""
-    if not path.exists():
-        return None
-    try:
-        field = open_gguf(path).fields.get("halfbyte.fingerprint")
-    except HalfbyteError:
-        return None
-    return None if field is None else str(field.contents())
-
-
-def compare(options: CompareOptions, model_id: str, text: tuple[str, str], report: Reporter) -> list[CompareRow]:
+def compare(
+    options: CompareOptions, model_id: str, text: tuple[str, str], plan_hash: str | None, report: Reporter
+) -> list[CompareRow]:
     """All rows of the comparison.
 
     Args:
         model_id: the original.
         text: (name, text) to evaluate on.
+        plan_hash: of the plan at hand, which the mixed file should hold.
 
     Raises:
         HalfbyteError: nothing could be measured.
@@ -178,7 +200,7 @@ def compare(options: CompareOptions, model_id: str, text: tuple[str, str], repor
         if getattr(options, flag) < 1:
             raise HalfbyteError("must be positive", where=f"--{flag}", got=getattr(options, flag))
     with scratch_folder() as folder, torch.no_grad():
-        rows = list(Comparison(options, model_id, text, Path(folder), report).rows())
+        rows = list(Comparison(options, model_id, text, plan_hash, Path(folder), report).rows())
     if all(row.missing for row in rows):
         raise HalfbyteError("nothing to compare: " + "; ".join(f"{row.name}: {row.missing}" for row in rows))
     return rows

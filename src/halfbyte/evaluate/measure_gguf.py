@@ -7,7 +7,7 @@ from typing import Any
 
 from halfbyte.calibration.windows import first_scored, scored
 from halfbyte.evaluate.worker import serve
-from halfbyte.files import write_error
+from halfbyte.files import check_space, write_error
 from halfbyte.host import peak_process_memory
 from halfbyte.progress import Progress, Reporter
 from halfbyte.runtime.llamacpp import open_engine
@@ -43,6 +43,7 @@ def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
             ids, ctx, request["chunks"], bos=model.bos if model.adds_bos else None, where=request["text_name"]
         )
         result["windows"], result["vocab"] = windows, model.n_vocab
+        check_space(request["logits_file"], 4 * len(windows) * (ctx - first_scored(ctx) - 1) * model.n_vocab)
         try:
             with open(request["logits_file"], "wb") as handle:
                 for done, window in enumerate(windows, start=1):

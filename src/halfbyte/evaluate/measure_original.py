@@ -27,8 +27,8 @@ def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
     """Measure ``request["path"]`` (a model id).
 
     Keys of the request: path, device, dtype, trust_remote_code, threads, ctx, chunks, text_file, text_name,
-    logits_file, prompt, max_tokens (0: no sample and no speed), f16_path, f16_fingerprint (of
-    the model that an existing F16 file was made from; the same one is not written again), stage.
+    logits_file, prompt, max_tokens (0: no sample and no speed), f16_path
+    (written if it is not there), stage.
     """
     if request["threads"]:
         torch.set_num_threads(request["threads"])
@@ -36,7 +36,7 @@ def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
     device = resolve_device(request["device"])
     dtype = resolve_dtype(request["dtype"], device)
     origin = find(request["path"], trust_remote_code=request["trust_remote_code"])
-    check_memory(estimate_load(origin.config, dtype), device)
+    check_memory(estimate_load(origin.config, origin.family, dtype), device)
     report(Progress(stage, 0, 1, "load"))
     started = time.perf_counter()
     source = load(origin, device=device, dtype=dtype)
@@ -58,7 +58,7 @@ def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
     kept = LogitsFile(Path(request["logits_file"]), vocab, ctx - first_scored(ctx) - 1)
     kept.write(windows, model_logits(source.model), report, stage)
     result["windows"], result["vocab"] = windows, vocab
-    if request["f16_fingerprint"] != source.fingerprint:
+    if not Path(request["f16_path"]).exists():
         write_gguf(
             request["f16_path"], source, embedding_type="F16", output_type="F16",
             metadata={"halfbyte.fingerprint": source.fingerprint}, report=report,
@@ -77,7 +77,7 @@ def _speed(source: SourceModel, prompt_tokens: int, generate_tokens: int) -> dic
 
     def generate() -> None:
         source.model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=ids[:, :1], attention_mask=torch.ones_like(ids[:, :1]), do_sample=False,
+            input_ids=ids[:, :1], attention_mask=torch.ones_like(ids[:, :1]), do_sample=False, repetition_penalty=1.0,
             max_new_tokens=generate_tokens, min_new_tokens=generate_tokens, pad_token_id=0,
         )  # fmt: skip
 

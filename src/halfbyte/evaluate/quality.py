@@ -16,7 +16,7 @@ import torch
 
 from halfbyte.calibration.windows import first_scored
 from halfbyte.errors import HalfbyteError
-from halfbyte.files import write_error
+from halfbyte.files import check_space, write_error
 from halfbyte.numerics.metrics import Quality, QualityMeter
 from halfbyte.progress import Progress, Reporter, silent
 
@@ -56,6 +56,7 @@ class LogitsFile:
         Raises:
             HalfbyteError: the disk is full.
         """
+        check_space(self.path, 4 * len(windows_of_tokens) * self.tokens_per_window * self.vocab)
         try:
             with open(self.path, "wb") as handle:
                 for done, window in enumerate(windows_of_tokens, start=1):

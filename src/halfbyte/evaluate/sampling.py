@@ -35,6 +35,6 @@ def sample_text(source: SourceModel, prompt: str, max_tokens: int) -> str:
     with torch.no_grad():
         answer = source.model.generate(  # pyright: ignore[reportCallIssue]
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False,
-            pad_token_id=padding,
+            repetition_penalty=1.0, pad_token_id=padding,
         )  # fmt: skip
     return tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip()

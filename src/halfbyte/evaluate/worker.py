@@ -17,6 +17,7 @@ from typing import Any
 from halfbyte.errors import HalfbyteError
 from halfbyte.progress import Progress, Reporter
 
+CLEAN_UP_SECONDS = 10
 Work = Callable[[dict[str, Any], Reporter], dict[str, Any]]
 
 
@@ -46,8 +47,11 @@ def run_worker(module: str, request: dict[str, Any], report: Reporter) -> dict[s
                     result = message["result"]
             code = process.wait()
         finally:
-            process.kill()
-            process.wait()
+            try:
+                process.wait(timeout=CLEAN_UP_SECONDS)  # interrupted too: it removes what it was writing
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         if result is None:
             noise.seek(0)
             last = ([line for line in noise.read().splitlines() if line.strip()] or ["no message"])[-1]

@@ -6,7 +6,6 @@ Source of the container: the GGUF specification (ggml, docs/gguf.md), written wi
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +18,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.export.gguf_hparams import add_hparams_, copy_keys_, rope_frequency_factors
 from halfbyte.export.gguf_tensors import TensorPlan, TensorRow, TensorTypes, plan_tensors
 from halfbyte.export.gguf_vocab import add_tokenizer_
-from halfbyte.files import check_output, whole_file
+from halfbyte.files import check_output, check_space, whole_file
 from halfbyte.formats.ggml import decode
 from halfbyte.formats.int_group import GroupedWeight
 from halfbyte.models.gguf_source import halves_from_pairs, open_gguf
@@ -72,7 +71,7 @@ def write_gguf(
     reader = open_gguf(source.origin.gguf_file) if source.origin.gguf_file else None
     types = TensorTypes(embedding_type, output_type, layer_types)
     plans = plan_tensors(source, weights or {}, overrides or {}, types, rope_frequency_factors(source.config))
-    _check_space(path, sum(plan.row.nbytes for plan in plans))
+    check_space(path, sum(plan.row.nbytes for plan in plans))
     with whole_file(path) as partial:
         writer = GGUFWriter(partial, source.family.gguf_arch)
         _add_keys_(writer, source, reader, plans, metadata or {})
@@ -87,6 +86,18 @@ def write_gguf(
             writer.close()
         _append_data(partial, plans, writer.data_alignment, report)
     return [plan.row for plan in plans]
+
+
+def check_exportable(source: SourceModel) -> None:
+    """Refuse, before a search, a model whose hyperparameters or tokenizer a GGUF file cannot express.
+
+    Raises:
+        HalfbyteError: what :func:`add_hparams_` and :func:`add_tokenizer_` refuse.
+    """
+    if source.origin.gguf_file is None:
+        writer = GGUFWriter(None, source.family.gguf_arch)
+        add_hparams_(writer, source.config, where=source.origin.model_id)
+        add_tokenizer_(writer, source.tokenizer, source.config, where=source.origin.model_id)
 
 
 def check_gguf(
@@ -172,15 +183,6 @@ def _file_type(source: SourceModel, plans: list[TensorPlan]) -> LlamaFileType:
             sizes[plan.row.type] += plan.row.shape[0] * plan.row.shape[1]
     most = sizes.most_common(1)[0][0]
     return LlamaFileType.ALL_F32 if most == "F32" else LlamaFileType[f"MOSTLY_{most}"]
-
-
-def _check_space(path: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(path.parent).free
-    if nbytes > free:
-        raise HalfbyteError(
-            "disk is too small for the file", where=path, expected=f"{nbytes / 1e9:.2f} GB free",
-            got=f"{free / 1e9:.2f} GB", fix="free some space or write elsewhere",
-        )  # fmt: skip
 
 
 def _append_data(path: Path, plans: list[TensorPlan], alignment: int, report: Reporter) -> None:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, first_line
 from halfbyte.files import sha256, whole_file, write_error
 from halfbyte.formats.int_group import GroupedWeight
 from halfbyte.numerics.packing import pack_int4, unpack_int4
@@ -78,7 +78,9 @@ def load_codes(path: str | Path) -> tuple[dict[str, GroupedWeight], dict[str, to
             "codes file is missing", where=path, fix="keep it beside the plan, or search again"
         ) from error
     except (SafetensorError, OSError) as error:
-        raise HalfbyteError("codes file is truncated or corrupt", where=path, got=error, fix="search again") from error
+        raise HalfbyteError(
+            "codes file is truncated or corrupt", where=path, got=first_line(error), fix="search again"
+        ) from error
     return weights, overrides
 
 
@@ -113,9 +115,7 @@ def load_plan(path: str | Path, *, with_codes: bool = True) -> Plan:
     except pickle.UnpicklingError as error:
         raise HalfbyteError("refused: the file is damaged or holds code, not only data", where=path) from error
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise HalfbyteError(
-            "plan is damaged", where=path, got=str(error).splitlines()[0][:120], fix="search again"
-        ) from error
+        raise HalfbyteError("plan is damaged", where=path, got=first_line(error), fix="search again") from error
     except OSError as error:
         raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
     plan = Plan.from_dict(data, where=path)

@@ -9,8 +9,6 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.host import cpu_name, peak_process_memory
 from halfbyte.models.loading import DTYPES
 
-DEVICES = ("auto", "cuda", "mps", "cpu")
-
 
 def resolve_device(name: str) -> torch.device:
     """``auto`` means cuda, then mps, then cpu.

@@ -33,13 +33,14 @@ class MemoryEstimate:
 
 
 def estimate_search(
-    config: PretrainedConfig, family: Family, dtype: torch.dtype, tokens: int, ctx: int
+    config: PretrainedConfig, family: Family, dtype: torch.dtype, tokens: int, ctx: int, *, gradients: bool = False
 ) -> MemoryEstimate:
     """Estimate from the configuration alone; no weights are read.
 
     Args:
         tokens: the larger of calibration and search tokens.
         ctx: tokens per window.
+        gradients: the loss is differentiated (``--fitness fisher``), so every block's activations are kept.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -50,6 +51,9 @@ def estimate_search(
     block = 3 * 4 * linear // config.num_hidden_layers
     activations = 3 * width * tokens * hidden + 8 * 4 * ctx * config.intermediate_size
     logits = 4 * 4 * HEAD_CHUNK_TOKENS * vocab
+    if gradients:
+        per_token = config.num_hidden_layers * (10 * hidden + 5 * config.intermediate_size)
+        logits = ctx * (width * per_token + 3 * 4 * vocab)
     return MemoryEstimate(
         device=width * parameters + block + activations + logits,
         host=linear + width * parameters,
@@ -58,15 +62,16 @@ def estimate_search(
     )
 
 
-def estimate_load(config: PretrainedConfig, dtype: torch.dtype) -> MemoryEstimate:
-    """What it takes to load a model and generate with it."""
+def estimate_load(
+    config: PretrainedConfig, family: Family, dtype: torch.dtype, *, with_codes: bool = False
+) -> MemoryEstimate:
+    """What it takes to load a model and run it; ``with_codes``: and to become the simulation of a plan."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    codes = sum(layer.macs for layer in layers_of(model, family)) if with_codes else 0
     width = 2 if dtype == torch.bfloat16 else 4
-    return MemoryEstimate(
-        device=int(1.1 * width * parameters), host=width * parameters, parameters=parameters, linear_parameters=0
-    )
+    return MemoryEstimate(int(1.1 * width * parameters), width * parameters + codes, parameters, codes)
 
 
 def check_memory(estimate: MemoryEstimate, device: torch.device) -> None:
@@ -75,10 +80,12 @@ def check_memory(estimate: MemoryEstimate, device: torch.device) -> None:
     Raises:
         HalfbyteError: saying how much is needed and how much there is.
     """
-    cpu = torch.device("cpu")
-    needs = [(cpu, estimate.host)] if device.type != "cpu" else []
-    on_device = estimate.device + (estimate.linear_parameters if device.type == "cpu" else 0)
-    for where, need in [*needs, (device, on_device)]:
+    needs = {device: estimate.device}
+    if device.type == "cuda":
+        needs[torch.device("cpu")] = estimate.host
+    else:  # one memory for both
+        needs[device] += estimate.linear_parameters
+    for where, need in needs.items():
         there = available_memory(where)
         if need > there:
             raise HalfbyteError(

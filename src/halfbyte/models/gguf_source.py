@@ -10,17 +10,19 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGUFReader, dequantize
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, first_line
 from halfbyte.files import cache_folder, sha256
 from halfbyte.formats.gguf_pre import PRE_TOKENIZERS
 from halfbyte.models.archs import Family
 
+DAMAGED = (ValueError, KeyError, IndexError, EOFError, TypeError, AttributeError, OverflowError, struct.error)
 CONVERSION = 2  # of cached folders: raised when their content changes
 
 
@@ -35,13 +37,19 @@ def open_gguf(path: Path) -> GGUFReader:
             if handle.read(4) != b"GGUF":
                 raise HalfbyteError("not a GGUF file", where=path, expected="a file that starts with GGUF")
         reader = GGUFReader(path)
-    except (ValueError, KeyError, IndexError, EOFError, struct.error, UnicodeDecodeError) as error:
+    except DAMAGED as error:
         raise HalfbyteError(
-            "GGUF file is truncated or corrupt", where=path, got=str(error).splitlines()[0], fix="download it again"
+            "GGUF file is truncated or corrupt", where=path, got=first_line(error), fix="download it again"
         ) from error
     except OSError as error:
         raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
     return reader
+
+
+def halfbyte_keys(path: str | Path) -> dict[str, Any]:
+    """What halfbyte wrote into a file it exported, without the prefix: ``plan.hash`` and so on."""
+    fields = open_gguf(Path(path)).fields.items()
+    return {key.removeprefix("halfbyte."): field.contents() for key, field in fields if key.startswith("halfbyte.")}
 
 
 def config_and_tokenizer_folder(path: Path) -> Path:
@@ -72,9 +80,7 @@ def config_and_tokenizer_folder(path: Path) -> Path:
         config.save_pretrained(partial)
         partial.rename(folder)
     except (ValueError, KeyError, AttributeError, NotImplementedError) as error:  # its converters fail in many ways
-        raise HalfbyteError(
-            "transformers cannot read this GGUF file", where=path, got=str(error).splitlines()[0]
-        ) from error
+        raise HalfbyteError("transformers cannot read this GGUF file", where=path, got=first_line(error)) from error
     except OSError:
         if not (folder / "config.json").exists():  # another process may have been first
             raise

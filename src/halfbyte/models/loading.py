@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.initialization import no_init_weights
 
 from halfbyte import hub
-from halfbyte.errors import HalfbyteError
+from halfbyte.errors import HalfbyteError, first_line
 from halfbyte.models.archs import Family, family_of
 from halfbyte.models.gguf_source import config_and_tokenizer_folder, open_gguf, read_tensors
 from halfbyte.models.modules import blocks, linear
@@ -113,9 +113,11 @@ def find(model_id: str, *, trust_remote_code: bool = False) -> Origin:
         )
     except (OSError, ValueError, KeyError) as error:
         raise HalfbyteError(
-            "no readable model", where=model_id, got=_first_line(error), fix="check the name or path"
+            "no readable model", where=model_id, got=first_line(error), fix="check the name or path"
         ) from error
     family = family_of(config.model_type, where=model_id)
+    if getattr(config, "quantization_config", None):
+        raise HalfbyteError("the model is quantised already", where=model_id, fix="start from the original model")
     return Origin(model_id, folder, gguf_file, config, family, trust_remote_code)
 
 
@@ -133,7 +135,7 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype) -> SourceM
     try:
         tokenizer = AutoTokenizer.from_pretrained(origin.folder, trust_remote_code=origin.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HalfbyteError("no readable tokenizer", where=origin.model_id, got=_first_line(error)) from error
+        raise HalfbyteError("no readable tokenizer", where=origin.model_id, got=first_line(error)) from error
     model = _from_gguf(origin, dtype) if origin.gguf_file else _from_hub_or_folder(origin, dtype)
     model.eval().requires_grad_(False)
     model.to(device)
@@ -153,11 +155,12 @@ def _from_hub_or_folder(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
             config=origin.config,
             dtype=dtype,
             trust_remote_code=origin.trust_remote_code,
+            use_safetensors=True,
             output_loading_info=True,
         )
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise HalfbyteError(
-            "weights cannot be read", where=origin.model_id, got=_first_line(error), fix="download the model again"
+            "weights cannot be read", where=origin.model_id, got=first_line(error), fix="download the model again"
         ) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
@@ -187,10 +190,6 @@ def _from_gguf(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
     if parameters:
         raise HalfbyteError("weights are missing", where=origin.gguf_file, got=", ".join(sorted(parameters)[:3]))
     return model
-
-
-def _first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -29,10 +29,6 @@ class SharedInput:
         self._source, self._key, self._result = x, (bits, symmetric), result
         return result
 
-    def clear(self) -> None:
-        """Let go of the tensors."""
-        self._source = self._key = self._result = None
-
 
 class QuantLinear(nn.Module):
     """A linear layer on decoded weights, with activations quantised per token.

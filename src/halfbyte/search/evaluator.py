@@ -56,9 +56,21 @@ def reference(model: nn.Module, family: Family, tokens: torch.Tensor, *, batch: 
     return found
 
 
+def _logits(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
+    """fp32 logits ``[tokens, vocab]`` of ``hidden`` ``[tokens, hidden]``; no head of these families has a bias.
+
+    A bf16 product would round the logits, and what that adds to lse(o) has nothing in (Wᵀp)·h to cancel against.
+    """
+    if head.weight.dtype == torch.float32:
+        return hidden @ head.weight.T
+    if hidden.is_cuda:
+        return torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
+    return torch.cat([hidden.float() @ rows.float().T for rows in head.weight.split(CHUNK_ROWS)], dim=-1)
+
+
 def _project(head: nn.Linear, hidden: torch.Tensor) -> Reference:
     with torch.no_grad():
-        log_p = torch.log_softmax(head(hidden).float(), dim=-1)  # [tokens, vocab]
+        log_p = torch.log_softmax(_logits(head, hidden), dim=-1)  # [tokens, vocab]
         mass = log_p.exp().sum(dim=-1, keepdim=True)  # 1 up to rounding, which lse(o) ≈ 30 would magnify
         log_p -= mass.log()
         p = log_p.exp()
@@ -141,7 +153,7 @@ class KLEvaluator:
         known = self.reference[batch]
         final = _run_blocks(self.model, self.family, hidden, self.inputs, start=start).flatten(0, 1)
         with torch.no_grad():
-            normaliser = torch.cat([self.head(part).float().logsumexp(dim=-1) for part in final.split(CHUNK_TOKENS)])
+            normaliser = torch.cat([_logits(self.head, part).logsumexp(dim=-1) for part in final.split(CHUNK_TOKENS)])
             return float((known.negentropy - (known.projected * final.float()).sum(dim=-1) + normaliser).sum())
 
     def _mean(self, total: float) -> float:

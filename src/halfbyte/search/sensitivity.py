@@ -19,8 +19,6 @@ from halfbyte.models.modules import linear
 from halfbyte.numerics.affine import fake_quantise
 from halfbyte.spec import Layer, Unit
 
-RATIO, EDGE_RATIO = 2.5, 1.5  # above: the rule says A8; the edge value is for the first and the last block
-
 
 @dataclass(frozen=True)
 class LayerSensitivity:

@@ -350,3 +350,17 @@ def test_the_contract_of_flags():
         done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True)
         assert done.returncode == 0
         assert "--json" in done.stdout
+
+
+def test_activations_that_overflow_name_the_layer(tiny_folder, here, capsys, tmp_path_factory):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_folder("llama"), tmp_path_factory.mktemp("hot") / "m")
+    tensors = load_file(folder / "model.safetensors")
+    for part in ("gate_proj", "up_proj"):
+        tensors[f"model.layers.0.mlp.{part}.weight"] *= 1e25
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    fails(capsys, search(folder), match="model.layers.0.mlp.down_proj: activations are not finite")
+    assert list(here.iterdir()) == []

@@ -217,9 +217,7 @@ def evaluate(options: EvalOptions, draw: Drawing) -> dict[str, Any]:
     draw.say(text_table(list(keys), [[result[key] for key in keys]]))
     draw.say(f"{result['evaluated']} in {result['engine']}, text {result['text']}")
     if result["tokenizers_agree"] is False:
-        draw.say(
-            "note: llama.cpp and the tokenizer split this text differently; llama.cpp's tokens were scored"
-        )
+        draw.say("note: llama.cpp and the tokenizer split this text differently; llama.cpp's tokens were scored")
     return result
 
 

@@ -12,7 +12,7 @@ from halfbyte.calibration.gradients import output_gradient_power
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.plan_file import load_codes, save_codes
 from halfbyte.files import write_text
-from halfbyte.formats.int_group import GroupedWeight, fitting_group_size
+from halfbyte.formats.int_group import GroupedWeight, check_finite, fitting_group_size
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import linear
 from halfbyte.models.surgery import SharedInput, replace_linear_, set_parameters_
@@ -80,6 +80,8 @@ def smooth_(source: SourceModel, tokens: torch.Tensor, alpha: float, report: Rep
 
         first_readers = [group[0] for group in family.groups]
         step.forward({part: lambda x, part=part: see(x, part) for part in first_readers})
+        for part, values in largest.items():
+            check_finite(values, f"{family.blocks}.{step.index}.{part}", "activations are")
         smooth_block_(step.block, family, largest, alpha=alpha, head_dim=head_dim)
         report(Progress("SmoothQuant", step.index + 1, config.num_hidden_layers, f"block {step.index}"))
 

@@ -69,7 +69,7 @@ def test_zero_group_codes_zero():
 def test_not_finite_is_refused_by_name(bad):
     weight = torch.ones(2, 64)
     weight[1, 3] = bad
-    with pytest.raises(HalfbyteError, match=r"layers\.3\.mlp\.down_proj: not finite.*1 of 128"):
+    with pytest.raises(HalfbyteError, match=r"layers\.3\.mlp\.down_proj: weights are not finite.*1 of 128"):
         round_to_nearest(weight, 64, where="model.layers.3.mlp.down_proj")
 
 

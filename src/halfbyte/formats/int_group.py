@@ -54,7 +54,7 @@ def fitting_group_size(in_features: int, asked: int) -> int:
     return size
 
 
-def check_finite(tensor: torch.Tensor, where: object) -> None:
+def check_finite(tensor: torch.Tensor, where: object, what: str = "weights are") -> None:
     """Refuse NaN and Inf.
 
     Raises:
@@ -63,7 +63,7 @@ def check_finite(tensor: torch.Tensor, where: object) -> None:
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise HalfbyteError(
-            "not finite", where=where, expected="no NaN or Inf", got=f"{bad} of {tensor.numel()} values",
+            f"{what} not finite", where=where, expected="no NaN or Inf", got=f"{bad} of {tensor.numel()} values",
             fix="check the checkpoint; compute in bf16 or fp32, never fp16",
         )  # fmt: skip
 

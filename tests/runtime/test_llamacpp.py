@@ -426,7 +426,7 @@ def test_smollm2(engine: Engine, smollm2: Path) -> None:
         plain = loaded.generate("The capital of France is", 8, chat=False)
         assert "Paris" in plain.text
         assert (plain.prompt_tokens, plain.generated_tokens, plain.chat_template) == (5, 8, False)
-        chat = loaded.generate("What is the capital of France?", 40)
+        chat = loaded.generate("Name the capital city of France.", 40)
         assert "Paris" in chat.text
         assert "<|im" not in chat.text
         assert chat.chat_template

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.runtime.chat import render
 
 MAX_BATCH = 512  # tokens per llama_decode; fixed, because another split of a text rounds differently
 
@@ -31,7 +32,7 @@ class Generation:
         generated_tokens: tokens chosen, an end-of-generation token included; the first comes out of the prompt's pass.
         prompt_seconds: time to the first token.
         generation_seconds: time of the other ``generated_tokens - 1``.
-        chat_template: the file's chat template was used (False: asked for plain text, or none that llama.cpp knows).
+        chat_template: the file's chat template was used (False: asked for plain text, or the file has none that works).
     """
 
     text: str
@@ -168,8 +169,7 @@ class GGUFModel:
         """Continue ``prompt`` greedily, up to an end-of-generation token, ``max_tokens`` or the end of the context.
 
         Args:
-            chat: wrap the prompt as a user's turn in the file's chat template. llama.cpp recognises the common ones and
-                writes the turn itself, without the default system turn that some files' templates add.
+            chat: wrap the prompt as a user's turn in the file's chat template.
             seed: for engines that sample; greedy decoding has nothing to seed.
 
         Raises:
@@ -230,15 +230,15 @@ class GGUFModel:
         template = self._api.llama_model_chat_template(self._model, None)
         if not template:
             return None
-        message = (self._api.llama_chat_message * 1)()
-        message[0].role, message[0].content = b"user", prompt.encode()
-        size = 1024 + 2 * len(prompt.encode())
-        while True:
-            buffer = ctypes.create_string_buffer(size)
-            count = self._api.llama_chat_apply_template(template, message, 1, True, buffer, size)
-            if count <= size:
-                return buffer.raw[:count].decode("utf-8", "replace") if count >= 0 else None
-            size = count
+        bos, eos = (self._token_text(token) for token in (self.bos, int(self._api.llama_vocab_eos(self._vocab))))
+        wrapped = render(template.decode("utf-8", "replace"), prompt, bos=bos, eos=eos)
+        # BOS is put in front of the tokens where the vocabulary wants one; a template's own would be a second
+        return wrapped.removeprefix(bos) if wrapped and self.adds_bos and bos else wrapped
+
+    def _token_text(self, token: int) -> str:
+        if token < 0:
+            return ""
+        return (self._api.llama_vocab_get_text(self._vocab, token) or b"").decode("utf-8", "replace")
 
     def _read(self, ids: Sequence[int]) -> np.ndarray:
         """Append tokens to the cache; the logits after the last one, [n_vocab], valid until the next call."""

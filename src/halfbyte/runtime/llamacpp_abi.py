@@ -110,12 +110,6 @@ class llama_batch(c.Structure):
     ]
 
 
-class llama_chat_message(c.Structure):
-    """One turn of a conversation."""
-
-    _fields_ = [("role", c.c_char_p), ("content", c.c_char_p)]
-
-
 _TOKENS = c.POINTER(c.c_int32)
 # name -> (result, arguments); include/llama.h, and include/ggml.h for the last row
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
@@ -130,12 +124,10 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_free": (None, [c.c_void_p]),
     "llama_model_get_vocab": (c.c_void_p, [c.c_void_p]),
     "llama_model_chat_template": (c.c_char_p, [c.c_void_p, c.c_char_p]),
-    "llama_chat_apply_template": (
-        c.c_int32,
-        [c.c_char_p, c.POINTER(llama_chat_message), c.c_size_t, c.c_bool, c.c_char_p, c.c_int32],
-    ),
     "llama_vocab_n_tokens": (c.c_int32, [c.c_void_p]),
     "llama_vocab_bos": (c.c_int32, [c.c_void_p]),
+    "llama_vocab_eos": (c.c_int32, [c.c_void_p]),
+    "llama_vocab_get_text": (c.c_char_p, [c.c_void_p, c.c_int32]),
     "llama_vocab_get_add_bos": (c.c_bool, [c.c_void_p]),
     "llama_vocab_is_eog": (c.c_bool, [c.c_void_p, c.c_int32]),
     "llama_tokenize": (c.c_int32, [c.c_void_p, c.c_char_p, c.c_int32, _TOKENS, c.c_int32, c.c_bool, c.c_bool]),
@@ -184,7 +176,6 @@ def bind(library: Any, *, where: str) -> SimpleNamespace:
         llama_model_params=llama_model_params,
         llama_context_params=llama_context_params,
         llama_batch=llama_batch,
-        llama_chat_message=llama_chat_message,
         llama_log_callback=log_callback,
     )
     for name, (result, arguments) in _FUNCTIONS.items():

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TEXT = "pydoc"  # offline, and the same text on every machine
+TEXT = "pydoc"  # offline; the same text wherever the version of Python is the same
 PLAN, MIXED = "mixed_precision_config.pt", "models/smollm2-135m-mixed.gguf"
 COMMANDS = [
     "mixed_precision_ptq.py --model_id demo --device cpu --ga_pop 12 --ga_gen 6 --target_compression 0.75 "

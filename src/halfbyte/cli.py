@@ -150,10 +150,12 @@ def compare(options: CompareOptions, draw: Drawing) -> dict[str, Any]:
     rows = run(options, model_id, text, plan.hash if plan else None, draw.report)
     draw.finish()
     draw.say(comparison_table(rows))
-    draw.say(
-        f"text {text[0]}, {options.chunks} windows of {options.ctx}, second half scored; KLD and top-1 against the F16 "
-        "original in llama.cpp; speed-up: generation speed over the same"
+    against = (
+        ""
+        if options.skip_original
+        else "; KLD and top-1 against the F16 original in llama.cpp, speed-up over its generation"
     )
+    draw.say(f"text {text[0]}, {options.chunks} windows of {options.ctx}, second half scored{against}")
     draw.say(comparison_texts(rows, options.prompt))
     return {
         "model": model_id,

@@ -22,8 +22,10 @@ def mixed_gguf(model_id: str) -> Path:
 
 
 def q4km_gguf(model_id: str) -> Path:
-    """Where its Q4_K_M file is looked for: the name that download repositories use."""
-    return FOLDER / f"{short_name(model_id)}-Q4_K_M.gguf"
+    """Where its Q4_K_M file is looked for: the name that download repositories use, in whatever letter case."""
+    path = FOLDER / f"{short_name(model_id)}-Q4_K_M.gguf"
+    found = sorted(FOLDER.glob("*.gguf")) if not path.exists() else []
+    return next((other for other in found if other.name.lower() == path.name.lower()), path)
 
 
 def f16_gguf(model_id: str) -> Path:

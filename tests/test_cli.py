@@ -283,6 +283,24 @@ def test_missing_rows_are_named_and_the_others_run(tiny_folder, here, capsys):
     assert "original" not in out.split("mixed: no file")[0]
 
 
+def test_a_foreign_f16_file_is_neither_used_nor_replaced(tiny_folder, here, capsys):
+    from halfbyte.naming import f16_gguf
+
+    folder = str(tiny_folder("llama"))
+    f16 = f16_gguf(folder)
+    f16.parent.mkdir()
+    quick = ["--model_id", folder, *EVAL, "--json", "c.json", "--force"]
+    assert search(tiny_folder("qwen2")) == 0
+    assert cli.run("export", ["--output", str(f16)]) == 0
+    for content in (f16.read_bytes(), b"GGUF and then nonsense"):
+        f16.write_bytes(content)
+        assert cli.run("compare", ["--config", "mixed_precision_config.pt", *quick]) == 0
+        rows = {row["name"]: row for row in json.loads(Path("c.json").read_text())["rows"]}
+        assert "move it away" in rows["original, F16 GGUF"]["missing"]
+        assert rows["original"]["measured"]
+        assert f16.read_bytes() == content
+
+
 @pytest.mark.parametrize("what", ["model", "plan", "gguf"])
 def test_eval_is_one_ruler(what, tiny_folder, here):
     folder = tiny_folder("llama")

@@ -88,7 +88,11 @@ class Comparison:
         name = "original, F16 GGUF"
         if original is None:
             return CompareRow(name, str(path), missing="the original could not be measured")
-        if halfbyte_keys(path).get("fingerprint") != original["fingerprint"]:
+        try:
+            made_from = halfbyte_keys(path).get("fingerprint")
+        except HalfbyteError as error:
+            return CompareRow(name, str(path), missing=f"{error}; move it away")
+        if made_from != original["fingerprint"]:
             return CompareRow(name, str(path), missing=f"{path} was not made from this model; move it away")
         row = self._gguf(name, path, "")
         return replace(row, note=f"kept as {path} for the next comparison")

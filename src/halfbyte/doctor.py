@@ -113,7 +113,7 @@ def cuda_activations(major: int, minor: int) -> str:
         (
             9,
             0,
-        ): "fast int8; int4 has no fast path (53 TOPS against 1190 for int8, measured on one H100): A4 gains no speed",
+        ): "fast int8; int4 has no fast path (Hopper): A4 gains no speed",
     }
     if major >= 10:
         return "int8, and FP4 instead of int4 (Blackwell): an integer A4 plan gains no speed as it is"

@@ -14,7 +14,7 @@ from halfbyte.export.plan_file import load_codes, save_codes
 from halfbyte.files import write_text
 from halfbyte.formats.int_group import GroupedWeight, check_finite, fitting_group_size
 from halfbyte.models.loading import SourceModel
-from halfbyte.models.modules import linear
+from halfbyte.models.modules import head_dim, linear
 from halfbyte.models.surgery import SharedInput, replace_linear_, set_parameters_
 from halfbyte.options import SearchOptions
 from halfbyte.progress import Progress, Reporter
@@ -70,7 +70,6 @@ def prepare_(
 def smooth_(source: SourceModel, tokens: torch.Tensor, alpha: float, report: Reporter) -> None:
     """Fold SmoothQuant scales into every block, in place; ``tokens`` is ``[windows, length]``."""
     config, family = source.config, source.family
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     for step in walk_blocks(source.model, family, tokens, device=source.device):
         largest: dict[str, torch.Tensor] = {}
 
@@ -82,7 +81,7 @@ def smooth_(source: SourceModel, tokens: torch.Tensor, alpha: float, report: Rep
         step.forward({part: lambda x, part=part: see(x, part) for part in first_readers})
         for part, values in largest.items():
             check_finite(values, f"{family.blocks}.{step.index}.{part}", "activations are")
-        smooth_block_(step.block, family, largest, alpha=alpha, head_dim=head_dim)
+        smooth_block_(step.block, family, largest, alpha=alpha, head_dim=head_dim(config))
         report(Progress("SmoothQuant", step.index + 1, config.num_hidden_layers, f"block {step.index}"))
 
 

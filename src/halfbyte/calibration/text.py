@@ -16,7 +16,6 @@ from pathlib import Path
 from halfbyte import hub
 from halfbyte.errors import HalfbyteError
 
-PARTS = ("calib", "search", "eval")
 CUTS = {"calib": (0.0, 0.25), "search": (0.25, 0.70), "eval": (0.72, 1.0)}
 
 

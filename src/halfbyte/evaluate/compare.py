@@ -69,18 +69,17 @@ class Comparison:
         f16 = f16_gguf(self.model_id)
         made_q4km = ""
         if not self.options.skip_original:
-            original, result = self._original(f16)
-            f16_row = self._f16(f16, result)
-            if result and self.reference:
-                original = self._with_quality(original, result)
-            yield self._with_speed_up(original)
+            original = self._original(f16)
+            f16_row = self._f16(f16, original.measured)
+            yield self._compared(original)
             yield self._with_speed_up(f16_row)
             if f16_row.measured:
                 made_q4km = self._make_q4km(f16)
-        row = self._gguf("Q4_K_M", self._q4km, f"get it with: {download_command(self.model_id)}")
+        row = self._compared(self._gguf("Q4_K_M", self._q4km, f"get it with: {download_command(self.model_id)}"))
         yield replace(row, note=made_q4km)
         mixed = Path(self.options.mixed_path or mixed_gguf(self.model_id))
-        row = self._gguf("mixed", mixed, f"make it with: python export_gguf_official.py --output {mixed}")
+        how_to_make = f"make it with: python export_gguf_official.py --output {mixed}"
+        row = self._compared(self._gguf("mixed", mixed, how_to_make))
         yield replace(row, note=self._other_plan(mixed) if row.measured else "")
 
     def _f16(self, path: Path, original: dict[str, Any] | None) -> CompareRow:
@@ -95,7 +94,11 @@ class Comparison:
         if made_from != original["fingerprint"]:
             return CompareRow(name, str(path), missing=f"{path} was not made from this model; move it away")
         row = self._gguf(name, path, "")
-        return replace(row, note=f"kept as {path} for the next comparison")
+        if row.measured is None:
+            return row
+        self.reference = row.measured
+        quality = measure(row.measured["windows"], iter(self._logits(row.measured)))
+        return replace(row, quality=quality, note=f"kept as {path} for the next comparison")
 
     def _other_plan(self, path: Path) -> str:
         """Says so if the mixed file does not hold the plan at hand."""
@@ -131,7 +134,7 @@ class Comparison:
             "max_tokens": options.max_tokens, "stage": name,
         }  # fmt: skip
 
-    def _original(self, f16: Path) -> tuple[CompareRow, dict[str, Any] | None]:
+    def _original(self, f16: Path) -> CompareRow:
         name = "original"
         request = {
             **self._request(name, self.model_id), "device": self.options.device, "dtype": self.options.dtype,
@@ -140,9 +143,9 @@ class Comparison:
         try:
             result = run_worker("halfbyte.evaluate.measure_original", request, self.report)
         except HalfbyteError as error:
-            return CompareRow(name, self.model_id, missing=str(error)), None
+            return CompareRow(name, self.model_id, missing=str(error))
         result["logits_file"] = request["logits_file"]
-        return CompareRow(name, self.model_id, result["engine"], result), result
+        return CompareRow(name, self.model_id, result["engine"], result)
 
     def _gguf(self, name: str, path: Path, how_to_get: str) -> CompareRow:
         if not path.exists():
@@ -153,12 +156,11 @@ class Comparison:
         except HalfbyteError as error:
             return CompareRow(name, str(path), missing=str(error))
         result["logits_file"] = request["logits_file"]
-        row = CompareRow(name, str(path), result["engine"], result)
-        if name.startswith("original"):
-            row = replace(row, quality=measure(result["windows"], iter(self._logits(result))))
-            self.reference = result
-            return row
-        return self._with_speed_up(self._with_quality(row, result))
+        return CompareRow(name, str(path), result["engine"], result)
+
+    def _compared(self, row: CompareRow) -> CompareRow:
+        """A measured row with its quality and speed against the reference."""
+        return self._with_speed_up(self._with_quality(row, row.measured)) if row.measured else row
 
     def _with_quality(self, row: CompareRow, result: dict[str, Any]) -> CompareRow:
         reference = self.reference
@@ -171,8 +173,7 @@ class Comparison:
         except HalfbyteError as error:
             return replace(row, measured=None, missing=str(error))
         finally:
-            if result is not reference:
-                Path(result["logits_file"]).unlink()
+            Path(result["logits_file"]).unlink()
         return replace(row, quality=quality)
 
     def _logits(self, result: dict[str, Any]) -> LogitsFile:

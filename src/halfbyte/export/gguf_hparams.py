@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.models.modules import head_dim
 
 ROPE_FREQS = "rope_freqs.weight"
 # About the file that was read, not about the model; the writer says its own. The reader shows the header as `GGUF.`.
@@ -39,11 +40,6 @@ def copy_keys_(writer: GGUFWriter, reader: GGUFReader) -> None:
             writer.add_key_value(key, bytes(field.parts[-1]), kind)
         else:
             writer.add_key_value(key, field.contents(), kind)
-
-
-def head_dim(config: PretrainedConfig) -> int:
-    """Features of one attention head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def add_hparams_(writer: GGUFWriter, config: PretrainedConfig, *, where: object) -> None:

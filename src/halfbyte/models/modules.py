@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from torch import nn
+from transformers import PretrainedConfig
 
 from halfbyte.models.archs import Family
 
@@ -22,3 +23,8 @@ def blocks(model: nn.Module, family: Family) -> list[nn.Module]:
 def vocabulary(model: nn.Module, family: Family) -> int:
     """Rows of the output head."""
     return linear(model, family.head).weight.shape[0]
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Features of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

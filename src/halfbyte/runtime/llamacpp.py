@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.host import cores
 from halfbyte.runtime import llamacpp_abi, llamacpp_quantize
 from halfbyte.runtime.gguf_model import MAX_BATCH, Generation, GGUFModel, Speed
 from halfbyte.spec import Outcome
@@ -34,8 +35,7 @@ LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 def default_threads() -> int:
     """Physical cores of this machine, or fewer where the process may not use them all."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(usable, psutil.cpu_count(logical=False) or usable))
+    return max(1, min(cores(), psutil.cpu_count(logical=False) or cores()))
 
 
 def _threads(wanted: int | None) -> int:

@@ -137,7 +137,6 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llama_batch_get_one": (llama_batch, [_TOKENS, c.c_int32]),
     "llama_decode": (c.c_int32, [c.c_void_p, llama_batch]),
     "llama_get_logits": (c.POINTER(c.c_float), [c.c_void_p]),
-    "llama_synchronize": (None, [c.c_void_p]),
     "ggml_quantize_chunk": (
         c.c_size_t,
         [c.c_int, c.c_void_p, c.c_void_p, c.c_int64, c.c_int64, c.c_int64, c.c_void_p],

@@ -14,7 +14,7 @@ from halfbyte.calibration.windows import first_scored
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.quality import LogitsFile, measure, scratch_folder
 from halfbyte.evaluate.worker import run_worker
-from halfbyte.models.gguf_source import halfbyte_keys
+from halfbyte.formats.gguf_file import halfbyte_keys
 from halfbyte.naming import download_command, f16_gguf, mixed_gguf, q4km_gguf
 from halfbyte.numerics.metrics import Quality
 from halfbyte.options import CompareOptions

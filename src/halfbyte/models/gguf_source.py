@@ -6,11 +6,9 @@ Source of the layout: the GGUF specification in the ggml repository (docs/gguf.m
 from __future__ import annotations
 
 import shutil
-import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from gguf import GGUFReader, dequantize
@@ -19,37 +17,11 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
 from halfbyte.errors import HalfbyteError, first_line
 from halfbyte.files import cache_folder, sha256
+from halfbyte.formats.gguf_file import open_gguf
 from halfbyte.formats.gguf_pre import PRE_TOKENIZERS
 from halfbyte.models.archs import Family
 
-DAMAGED = (ValueError, KeyError, IndexError, EOFError, TypeError, AttributeError, OverflowError, struct.error)
 CONVERSION = 2  # of cached folders: raised when their content changes
-
-
-def open_gguf(path: Path) -> GGUFReader:
-    """Open and check a GGUF file.
-
-    Raises:
-        HalfbyteError: it is not GGUF, or shorter than its header says.
-    """
-    try:
-        with open(path, "rb") as handle:
-            if handle.read(4) != b"GGUF":
-                raise HalfbyteError("not a GGUF file", where=path, expected="a file that starts with GGUF")
-        reader = GGUFReader(path)
-    except DAMAGED as error:
-        raise HalfbyteError(
-            "GGUF file is truncated or corrupt", where=path, got=first_line(error), fix="download it again"
-        ) from error
-    except OSError as error:
-        raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
-    return reader
-
-
-def halfbyte_keys(path: str | Path) -> dict[str, Any]:
-    """What halfbyte wrote into a file it exported, without the prefix: ``plan.hash`` and so on."""
-    fields = open_gguf(Path(path)).fields.items()
-    return {key.removeprefix("halfbyte."): field.contents() for key, field in fields if key.startswith("halfbyte.")}
 
 
 def config_and_tokenizer_folder(path: Path) -> Path:

@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.formats.gguf_file import check_magic
 from halfbyte.host import cores
 from halfbyte.runtime import llamacpp_abi, llamacpp_quantize
 from halfbyte.runtime.gguf_model import MAX_BATCH, Generation, GGUFModel, Speed
@@ -131,7 +132,7 @@ class Engine:
             HalfbyteError: the file is missing, incomplete or not GGUF, or the arguments or the memory do not allow it.
         """
         path = Path(path)
-        llamacpp_quantize.check_gguf(path)
+        check_magic(path)
         if n_ctx < 1:
             raise HalfbyteError("context is too small", where="n_ctx", expected="at least 1 token", got=n_ctx)
         if n_gpu_layers != 0 and not self._api.llama_supports_gpu_offload():
@@ -186,7 +187,7 @@ class Engine:
             HalfbyteError: the file type is unknown, the source cannot be read, or the target cannot be written.
         """
         source, target = Path(source), Path(target)
-        llamacpp_quantize.check_gguf(source)
+        check_magic(source)
         if target.exists() and target.samefile(source):
             raise HalfbyteError("source and target are the same file", where=target, fix="name another target")
         threads = _threads(n_threads)

@@ -20,45 +20,12 @@ import numpy as np
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import whole_file
+from halfbyte.formats.gguf_file import open_gguf
 from halfbyte.runtime.file_types import Shape, block_size, file_type_number, is_quantised, tensor_type
 from halfbyte.spec import Outcome
 
 CHUNK_ELEMENTS = 1 << 22  # float32 values in memory per thread: 16 MiB
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
-# What gguf-py raises on a damaged file.
-_DAMAGED = (ValueError, IndexError, KeyError, OverflowError, TypeError, AttributeError)
-
-
-def check_gguf(path: Path) -> None:
-    """Raise HalfbyteError unless ``path`` is a file that starts like GGUF; llama.cpp itself checks the rest."""
-    try:
-        with open(path, "rb") as handle:
-            magic = handle.read(4)
-    except FileNotFoundError as error:
-        raise HalfbyteError("no such file", where=path, expected="a GGUF file") from error
-    except OSError as error:
-        raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
-    if magic != b"GGUF":
-        raise HalfbyteError(
-            "not a GGUF file", where=path, expected="it to start with GGUF", got=magic or "an empty file"
-        )
-
-
-def open_gguf(path: Path) -> gguf.GGUFReader:
-    """Read the header of a GGUF file and map its tensors.
-
-    Raises:
-        HalfbyteError: missing, not GGUF, or incomplete.
-    """
-    check_gguf(path)
-    try:
-        reader = gguf.GGUFReader(path)
-    except _DAMAGED as error:
-        raise HalfbyteError("GGUF file is damaged or incomplete", where=path, got=error) from error
-    short = [t.name for t in reader.tensors if t.data.nbytes != t.n_bytes]
-    if short:
-        raise HalfbyteError("GGUF file is incomplete", where=f"{path}, {short[0]}", fix="export or download it again")
-    return reader
 
 
 def read_importance(imatrix: str | Path | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

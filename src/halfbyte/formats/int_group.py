@@ -69,12 +69,15 @@ def check_finite(tensor: torch.Tensor, where: object, what: str = "weights are")
 
 
 def encode_with_scales(weight: torch.Tensor, scales: torch.Tensor, bits: int = 4) -> GroupedWeight:
-    """Round ``weight`` ``[out, in]`` to the grid of given fp16 ``scales`` ``[out, groups]``; scale 0 codes 0."""
+    """Round ``weight`` ``[out, in]`` to the grid of given fp16 ``scales`` ``[out, groups]``; scale 0 codes 0.
+
+    A scale may be negative: it turns the grid around, so that the one code more is on the other side.
+    """
     out_features, in_features = weight.shape
     top = 2 ** (bits - 1) - 1
     step = scales.float().unsqueeze(-1)  # [out, groups, 1]
-    grouped = weight.float().view(out_features, scales.shape[1], -1)
-    codes = torch.where(step > 0, grouped / step.clamp_min(torch.finfo(torch.float32).tiny), torch.zeros_like(grouped))
+    grouped = weight.float().reshape(out_features, scales.shape[1], -1)
+    codes = grouped / torch.where(step == 0, torch.full_like(step, torch.inf), step)
     codes = codes.round().clamp(-top - 1, top).to(torch.int8)
     return GroupedWeight(codes.view(out_features, in_features), scales, bits)
 
@@ -87,7 +90,7 @@ def absmax_scales(weight: torch.Tensor, group_size: int, bits: int = 4, *, where
     """
     check_finite(weight, where)
     out_features = weight.shape[0]
-    largest = weight.float().view(out_features, -1, group_size).abs().amax(dim=-1)
+    largest = weight.float().reshape(out_features, -1, group_size).abs().amax(dim=-1)
     scales = divided(largest, 2 ** (bits - 1) - 1).to(torch.float16)
     if bool(torch.isinf(scales).any()):
         raise HalfbyteError(

@@ -15,8 +15,13 @@ def divided(x: torch.Tensor, divisor: float) -> torch.Tensor:
     return x / torch.full_like(x, divisor)
 
 
-def quantise_asymmetric(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def quantise_asymmetric(
+    x: torch.Tensor, bits: int, *, clip: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scale and zero point of every row (last axis) of ``x`` ``[..., channels]``.
+
+    Args:
+        clip: share of the range that the codes span; what lies outside is cut off.
 
     Returns:
         codes fp32 integers in [0, 2^bits - 1], scale ``[..., 1]``, zero point ``[..., 1]``; a zero row gets scale 1.
@@ -25,26 +30,27 @@ def quantise_asymmetric(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch
     x = x.float()
     low = x.amin(dim=-1, keepdim=True).clamp_max_(0.0)
     high = x.amax(dim=-1, keepdim=True).clamp_min_(0.0)
-    scale = divided(high - low, top)
+    scale = divided((high - low) * clip if clip != 1 else high - low, top)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    zero = torch.round(-low / scale)
+    zero = torch.round((-low * clip if clip != 1 else -low) / scale)
     codes = torch.round(x / scale).add_(zero).clamp_(0, top)
     return codes, scale, zero
 
 
-def quantise_symmetric(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_symmetric(x: torch.Tensor, bits: int, *, clip: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes in [-2^(bits-1), 2^(bits-1) - 1] as fp32 integers, and scale ``[..., 1]``, of every row of ``x``."""
     half = 2 ** (bits - 1)
     x = x.float()
-    scale = divided(x.abs().amax(dim=-1, keepdim=True), (2**bits - 1) / 2)
+    largest = x.abs().amax(dim=-1, keepdim=True)
+    scale = divided(largest * clip if clip != 1 else largest, (2**bits - 1) / 2)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return torch.round(x / scale).clamp_(-half, half - 1), scale
 
 
-def fake_quantise(x: torch.Tensor, bits: int, *, symmetric: bool = False) -> torch.Tensor:
+def fake_quantise(x: torch.Tensor, bits: int, *, symmetric: bool = False, clip: float = 1.0) -> torch.Tensor:
     """``x`` as its ``bits``-bit codes stand for it, row by row, in ``x``'s dtype."""
     if symmetric:
-        codes, scale = quantise_symmetric(x, bits)
+        codes, scale = quantise_symmetric(x, bits, clip=clip)
         return codes.mul_(scale).to(x.dtype)
-    codes, scale, zero = quantise_asymmetric(x, bits)
+    codes, scale, zero = quantise_asymmetric(x, bits, clip=clip)
     return codes.sub_(zero).mul_(scale).to(x.dtype)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from halfbyte.weights.rtn import round_to_nearest
+from halfbyte.weights.awq import AWQ
+from halfbyte.weights.base import WeightQuantiser
+from halfbyte.weights.gptq import GPTQ
+from halfbyte.weights.rtn import RTN
 
-QUANTISERS = {"rtn": round_to_nearest}
+QUANTISERS: dict[str, WeightQuantiser] = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ}

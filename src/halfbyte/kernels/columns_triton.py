@@ -1,0 +1,89 @@
+"""Triton twins of :mod:`halfbyte.kernels.columns`."""
+
+from __future__ import annotations
+
+import torch
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+
+ROWS = 4  # per program
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and subtracting it rounds |x| < 2²² to even
+
+
+@triton.jit
+def _rounded(x, low, high):
+    x = tl.minimum(tl.maximum(x, low - 1.0), high + 1.0)
+    return tl.minimum(tl.maximum((x + ROUNDER) - ROUNDER, low), high)
+
+
+@triton.jit
+def _round_kernel(target, weight, step, mix, codes, errors, rows, low, high, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    at = row[:, None] * BLOCK + column[None, :]
+    inside = (row < rows)[:, None]
+    wanted = tl.load(target + at, mask=inside, other=0.0)
+    original = tl.load(weight + at, mask=inside, other=0.0)
+    width = tl.load(step + at, mask=inside, other=1.0)
+    code, error = tl.zeros_like(wanted), tl.zeros_like(wanted)
+    for k in range(BLOCK):
+        here = column[None, :] == k
+        w = tl.sum(tl.where(here, wanted, 0.0), axis=1)
+        s = tl.sum(tl.where(here, width, 0.0), axis=1)
+        q = _rounded(tl.div_rn(w, s), low, high)
+        e = tl.sum(tl.where(here, original, 0.0), axis=1) - q * s
+        wanted += e[:, None] * tl.load(mix + k * BLOCK + column)[None, :]
+        code = tl.where(here, q[:, None], code)
+        error = tl.where(here, e[:, None], error)
+    tl.store(codes + at, code, mask=inside)
+    tl.store(errors + at, error, mask=inside)
+
+
+@triton.jit
+def _descend_kernel(pull, codes, step, hessian, result, rows, low, high, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    at = row[:, None] * BLOCK + column[None, :]
+    inside = (row < rows)[:, None]
+    force = tl.load(pull + at, mask=inside, other=0.0)
+    code = tl.load(codes + at, mask=inside, other=0.0)
+    width = tl.load(step + at, mask=inside, other=1.0)
+    for k in range(BLOCK):
+        here = column[None, :] == k
+        line = tl.load(hessian + k * BLOCK + column)
+        diagonal = tl.load(hessian + k * BLOCK + k)
+        s = tl.sum(tl.where(here, width, 0.0), axis=1)
+        now = tl.sum(tl.where(here, code, 0.0), axis=1)
+        best = now + tl.div_rn(tl.div_rn(tl.sum(tl.where(here, force, 0.0), axis=1), diagonal), s)
+        new = _rounded(best, low, high)
+        force -= ((new - now) * s)[:, None] * line[None, :]
+        code = tl.where(here, new[:, None], code)
+    tl.store(result + at, code, mask=inside)
+
+
+def round_columns(
+    target: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, mix: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`halfbyte.kernels.columns.round_columns`; the block is a power of two wide."""
+    rows, block = target.shape
+    target, weight, step, mix = (tensor.contiguous() for tensor in (target, weight, step, mix))
+    codes, errors = torch.empty_like(target), torch.empty_like(target)
+    low, high = -float(2 ** (bits - 1)), float(2 ** (bits - 1) - 1)
+    _round_kernel[(triton.cdiv(rows, ROWS),)](  # pyright: ignore[reportIndexIssue]
+        target, weight, step, mix, codes, errors, rows, low, high, BLOCK=block, ROWS=ROWS
+    )
+    return codes, errors
+
+
+def descend_columns(
+    pull: torch.Tensor, codes: torch.Tensor, step: torch.Tensor, hessian: torch.Tensor, bits: int
+) -> torch.Tensor:
+    """See :func:`halfbyte.kernels.columns.descend_columns`; the block is a power of two wide."""
+    rows, block = pull.shape
+    pull, codes, step, hessian = (tensor.contiguous() for tensor in (pull, codes, step, hessian))
+    result = torch.empty_like(codes)
+    low, high = -float(2 ** (bits - 1)), float(2 ** (bits - 1) - 1)
+    _descend_kernel[(triton.cdiv(rows, ROWS),)](  # pyright: ignore[reportIndexIssue]
+        pull, codes, step, hessian, result, rows, low, high, BLOCK=block, ROWS=ROWS
+    )
+    return result

@@ -1,0 +1,20 @@
+"""AWQ: channel scales and clipped group scales by output error, then plain rounding.
+
+Lin et al. 2023 (arXiv:2306.00978). Its channel scales are powers of the activations' size alone; they are searched
+where smoothing is, and folded like it.
+"""
+
+from __future__ import annotations
+
+from halfbyte.formats.int_group import GroupedWeight, encode_with_scales
+from halfbyte.weights.base import WeightQuantiser
+from halfbyte.weights.moments import InputMoments
+from halfbyte.weights.scales import searched_scales
+
+
+def _encode(moments: InputMoments, group_size: int, where: object) -> tuple[GroupedWeight, str]:
+    scales = searched_scales(moments.weight, group_size, moments.hessian.diagonal(), where=where)
+    return encode_with_scales(moments.weight, scales), ""
+
+
+AWQ = WeightQuantiser(_encode, looks_at_inputs=True, rounding_share=0.7, scales_for_weights=True)

@@ -1,0 +1,40 @@
+"""What a weight quantiser knows of a layer's input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class InputMoments:
+    """Sums over calibration tokens, for linears that share an input.
+
+    Attributes:
+        weight: of those linears stacked, in stored form, fp32 ``[out, in]``.
+        hessian: mean of x̂ x̂ᵀ, with x̂ the input as it will be multiplied: from quantised blocks, rounded; ``[in, in]``.
+        drift: mean of W (x − x̂) x̂ᵀ, with x the same input in the unquantised model; ``[out, in]``.
+        tokens: how many were seen.
+    """
+
+    weight: torch.Tensor
+    hessian: torch.Tensor = field(init=False)
+    drift: torch.Tensor = field(init=False)
+    tokens: int = 0
+
+    def __post_init__(self) -> None:
+        self.hessian = self.weight.new_zeros(self.weight.shape[1], self.weight.shape[1])
+        self.drift = torch.zeros_like(self.weight)
+
+    def take_hessian(self) -> torch.Tensor:
+        """Hand the Hessian over and forget it, to make room."""
+        hessian, self.hessian = self.hessian, self.hessian.new_empty(0)
+        return hessian
+
+    def add(self, x: torch.Tensor, rounded: torch.Tensor) -> None:
+        """See one batch: the input in the unquantised model, and as it will be multiplied, fp32 ``[tokens, in]``."""
+        kept, self.tokens = self.tokens, self.tokens + len(x)
+        self.hessian.mul_(kept / self.tokens).addmm_(rounded.T, rounded, alpha=1 / self.tokens)
+        away = (x - rounded) @ self.weight.T  # [tokens, out]
+        self.drift.mul_(kept / self.tokens).addmm_(away.T, rounded, alpha=1 / self.tokens)

@@ -93,7 +93,12 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
             notes[outcome.note] = notes.get(outcome.note, 0) + 1
     for note, count in notes.items():
         draw.say(f"{count} layers: {note}")
-    measured = {"seconds": draw.seconds, "peak_memory": result.peak_memory, "peak_host": peak_process_memory()}
+    measured = {
+        "seconds": draw.seconds,
+        "peak_memory": result.peak_memory,
+        "preparation_memory": result.preparation_memory,
+        "peak_host": peak_process_memory(),
+    }
     draw.say(f"took {sum(draw.seconds.values()):.0f} s, peak memory {format_bytes(result.peak_memory)}")
     draw.files(result.files)
     files = [str(path) for path in result.files]

@@ -66,7 +66,7 @@ def _memory(model_id: str, device: torch.device) -> list[Finding]:
     with_codes = estimate_load(origin.config, origin.family, stored_dtype(origin), with_codes=True)
     export = with_codes.device + with_codes.linear_parameters
     there = available_memory(device)
-    on_device = need.device + (need.linear_parameters if device.type != "cuda" else 0)
+    on_device = need.on(device)
     fits = "fits" if on_device <= there else "DOES NOT FIT"
     sizes = (
         f"{need.parameters / 1e9:.2f} billion weights, {need.linear_parameters / 1e9:.2f} billion of them get 4 bits"

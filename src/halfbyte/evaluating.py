@@ -13,17 +13,17 @@ from halfbyte.evaluate.sampling import windows_for
 from halfbyte.evaluate.worker import run_worker
 from halfbyte.export.plan_file import codes_path, load_codes, load_plan
 from halfbyte.files import sha256
+from halfbyte.formats.gguf_file import halfbyte_keys
 from halfbyte.host import cores
 from halfbyte.models.device import resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_load
-from halfbyte.models.gguf_source import halfbyte_keys
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import vocabulary
 from halfbyte.models.surgery import set_activation_bits_
 from halfbyte.options import DEFAULT_MODEL, EvalOptions
 from halfbyte.progress import Progress, Reporter, silent
 from halfbyte.provenance import made_with
-from halfbyte.simulation import apply_codes_, check_same_model, evaluation_text, is_symmetric, plan_bits
+from halfbyte.simulation import become_simulation_, check_same_model, evaluation_text, plan_bits
 from halfbyte.spec import Plan
 
 
@@ -103,9 +103,8 @@ def _load(options: EvalOptions) -> SourceModel:
 
 def _become_(source: SourceModel, plan: Plan, options: EvalOptions) -> None:
     assert options.config is not None
-    weights, overrides = load_codes(codes_path(options.config))
-    apply_codes_(source, weights, overrides)
-    set_activation_bits_(source.model, plan_bits(plan), symmetric=is_symmetric(plan))
+    become_simulation_(source, load_codes(codes_path(options.config)), plan.layers, plan.transforms)
+    set_activation_bits_(source.model, plan_bits(plan))
 
 
 def _made_by(

@@ -23,7 +23,7 @@ from halfbyte.numerics.metrics import kl_per_token, same_top
 from halfbyte.options import ExportOptions
 from halfbyte.progress import Progress, Reporter, silent
 from halfbyte.runtime.llamacpp import Engine, open_engine
-from halfbyte.simulation import apply_codes_, is_symmetric, load_for_plan
+from halfbyte.simulation import become_simulation_, load_for_plan
 from halfbyte.spec import Plan
 
 CHECK_TOKENS = 256
@@ -66,7 +66,8 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
             fix="search again with --target gguf",
         )  # fmt: skip
     engine = open_engine(options.engine) if options.check else None
-    weights, overrides = load_codes(codes_path(options.config))
+    codes = load_codes(codes_path(options.config))
+    weights, overrides = codes.weights, codes.parameters
     report(Progress("load model", 0, 1, options.model_id or plan.model_id))
     source = load_for_plan(
         plan, options.model_id, device="cpu", dtype="stored", trust_remote_code=options.trust_remote_code
@@ -83,8 +84,8 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
         report(Progress("check", 0, 2, "read back"))
         check_gguf(unchecked, source, weights, overrides, types)
         report(Progress("check", 1, 2, "llama.cpp against the simulation"))
-        apply_codes_(source, weights, overrides)
-        set_activation_bits_(source.model, dict.fromkeys(weights, 8), symmetric=is_symmetric(plan))
+        become_simulation_(source, codes, plan.layers, plan.transforms)
+        set_activation_bits_(source.model, dict.fromkeys(weights, 8))
         as_in_file_(source, rows)
         kl, top1 = compare_engines(source, engine, unchecked)
         report(Progress("check", 2, 2, f"KL {kl:.2g}"))

@@ -44,15 +44,20 @@ class SearchOptions(ModelOptions):
     granularity: str = option("fused", "one choice per input tensor, or per layer", choices=("fused", "layer"))
     target: str = option("gguf", "where the plan will run", choices=("sim", "gguf"))
     transforms: str = option(
-        "smooth", "function-preserving rewrites before quantisation: smooth or none", metavar="LIST"
+        "auto",
+        "function-preserving rewrites before quantisation: smooth, rotate, r1, r2, r3, r4, online, learned, or none; "
+        "auto is the best that the target can run",
+        metavar="LIST",
     )
-    alpha: float = option(0.5, "SmoothQuant strength, 0 to 1", metavar="X")
-    weights: str = option("rtn", "how weight codes are chosen", choices=("rtn",))
+    alpha: str = option(
+        "auto", "SmoothQuant strength, 0 to 1; auto chooses each unit's scales by output error", metavar="X"
+    )
+    weights: str = option("gptq", "how weight codes are chosen", choices=("rtn", "gptq", "awq"))
     group_size: int = option(128, "weights that share one scale, along the input", metavar="N")
     symmetric: bool = option(False, "symmetric activation codes, as serving engines need them")
     calib: str = option("auto", "text: auto (wikitext2, else pydoc), wikitext2, pydoc, self, or a file", metavar="TEXT")
     ctx: int = option(512, "tokens per window of calibration and search text", metavar="N")
-    calib_tokens: int = option(4096, "tokens for calibration and layer sensitivity", metavar="N")
+    calib_tokens: int = option(32768, "tokens for calibration, at most; shorter texts are used whole", metavar="N")
     search_tokens: int = option(2048, "tokens for every fitness evaluation", metavar="N")
     seed: int = option(0, "seed of everything random", metavar="N")
     resume: bool = option(False, "go on where an interrupted search stopped")

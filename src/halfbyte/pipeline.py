@@ -1,6 +1,6 @@
 """The stages of a search as functions, each leaving a file that the next one, or ``--resume``, starts from.
 
-load → reference → smooth → W4 codes and layer sensitivity → KL per unit → genetic search → plan
+load → reference → transforms, W4 codes, layer sensitivity → KL per unit → genetic search → plan
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from halfbyte.calibration.gradients import output_gradient_power
 from halfbyte.calibration.self_written import write_with
 from halfbyte.calibration.text import Text, load_text
 from halfbyte.calibration.windows import cut
@@ -21,13 +22,15 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.export.gguf import check_exportable
 from halfbyte.export.plan_file import check_suffix, codes_path, save_plan
 from halfbyte.files import check_output, sha256, write_text
-from halfbyte.formats.int_group import GroupedWeight, fitting_group_size
+from halfbyte.formats.int_group import fitting_group_size
 from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_search
 from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
+from halfbyte.models.modules import is_tied
 from halfbyte.naming import short_name
 from halfbyte.options import SearchOptions
-from halfbyte.preparation import parse_transforms, prepare_
+from halfbyte.prepare.recipe import Recipe, recipe_of
+from halfbyte.prepare.walk import Prepared, load_prepared_, prepare_, save_prepared
 from halfbyte.progress import Progress, Reporter, silent
 from halfbyte.provenance import made_with
 from halfbyte.report.plots import convergence_plot, sensitivity_heatmap
@@ -38,8 +41,10 @@ from halfbyte.search.genetic import GeneticSettings
 from halfbyte.search.problem import Genome, Problem
 from halfbyte.search.runner import run_genetic
 from halfbyte.search.sensitivity import LayerSensitivity, unit_errors, unit_ratios
-from halfbyte.spec import Layer, LayerPlan, Outcome, Plan, Unit, mean_bits_fraction
+from halfbyte.spec import Layer, Outcome, Plan, Unit, mean_bits_fraction
 from halfbyte.stages import RECORD, Stages, refuse_waiting, work_folder
+
+FISHER_WINDOWS = 8  # for loss gradients
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class SearchResult:
         history: one dict per generation.
         files: everything written, in order.
         peak_memory: most bytes allocated on the device.
+        preparation_memory: the same until the W4 codes stood.
     """
 
     plan: Plan
@@ -63,6 +69,7 @@ class SearchResult:
     history: list[dict[str, Any]]
     files: list[Path]
     peak_memory: int
+    preparation_memory: int
 
 
 def check_search_options(options: SearchOptions) -> None:
@@ -72,13 +79,11 @@ def check_search_options(options: SearchOptions) -> None:
             "budget is out of range", where="--target_compression", expected="0.5 (all A4) to 1.0 (all A8)",
             got=options.target_compression,
         )  # fmt: skip
-    if not 0 <= options.alpha <= 1:
-        raise HalfbyteError("out of range", where="--alpha", expected="0 to 1", got=options.alpha)
     for flag in ("ga_pop", "ga_gen", "group_size", "ctx", "calib_tokens", "search_tokens"):
         if getattr(options, flag) < 1:
             raise HalfbyteError("must be positive", where=f"--{flag}", got=getattr(options, flag))
     check_suffix(Path(options.output))
-    parse_transforms(options.transforms)
+    recipe_of(options, tied=False)
 
 
 def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
@@ -103,25 +108,40 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
     check_memory(need, device)
 
     report(Progress("load model", 0, 1, options.model_id))
-    source = load(origin, device=device, dtype=dtype)
+    source = load(origin, device=torch.device("cpu"), dtype=dtype)
+    recipe = recipe_of(options, tied=is_tied(source.model, source.family))
     layers = layers_of(source.model, source.family)
     units = units_of(layers, source.family, options.granularity)
     if options.target == "gguf":
         _check_gguf_target(source, layers, options.group_size)
-    text, calib_tokens, search_tokens = _texts(source, options)
+    text, calib_tokens, search_tokens = _texts(source, options, device)
     used = {"calib_tokens": calib_tokens.numel(), "search_tokens": search_tokens.numel()}
     about = f"{len(layers)} linear layers, {len(units)} units, text {text.name}: "
     report(Progress("load model", 1, 1, about + ", ".join(f"{count} {name}" for name, count in used.items())))
-    with Stages(output, _settings(options, source, text), resume=options.resume) as stages:
-        known = reference(source.model, source.family, search_tokens) if options.fitness == "kl" else []
-        weights, sensitivity = prepare_(source, layers, calib_tokens, options, stages, report)
-        score, unit_gain = _fitness(source, units, search_tokens, known, sensitivity, options, stages, report)
+    with Stages(output, _settings(options, source, text, device), resume=options.resume) as stages:
+        known = []
+        if options.fitness == "kl":
+            known = reference(source.model, source.family, search_tokens, device=device)
+            if "r1" in recipe.transforms:
+                norm = source.model.get_parameter(f"{source.family.final_norm}.weight").to(device)
+                known = [batch.for_rotated(norm) for batch in known]
+        prepared = load_prepared_(source, stages, recipe, device=device)
+        if prepared is None:
+            # MPS has neither fp64 nor the factorisations of GPTQ
+            where = torch.device("cpu") if device.type == "mps" else device
+            prepared = prepare_(source, calib_tokens, recipe, report, device=where)
+            save_prepared(stages, prepared)
+        preparation_memory = peak_memory(device)
+        source.model.to(device)
+        if fisher:
+            _measure_gradients_(prepared, source, layers, calib_tokens, report)
+        score, unit_gain = _fitness(source, units, search_tokens, known, prepared.sensitivity, options, stages, report)
 
         problem = Problem(
             costs=tuple(unit.macs for unit in units), budget=options.target_compression, priority=tuple(unit_gain)
         )
         seeds = {
-            "rule": _rule(problem, units, unit_ratios(units, sensitivity)),
+            "rule": _rule(problem, units, unit_ratios(units, prepared.sensitivity)),
             "knapsack": problem.fill(knapsack_genome(problem, unit_gain)),
         }
         fixed = {"all A8": all_choice(problem, 8), "all A4": all_choice(problem, 4), **seeds}
@@ -138,9 +158,14 @@ def search(options: SearchOptions, report: Reporter = silent) -> SearchResult:
         )
         best, best_score = algorithm.best
         scores["plan"] = best_score
-        plan, outcomes = _plan(options, source, units, best, weights, text, scores, algorithm.history, stages, used)
-        files = _write(output, plan, outcomes, sensitivity, scores, algorithm.history, stages)
-        return SearchResult(plan, outcomes, sensitivity, scores, algorithm.history, files, peak_memory(device))
+        plan, outcomes = _plan(
+            options, recipe, source, units, best, prepared, text, scores, algorithm.history, stages, used
+        )
+        files = _write(output, plan, outcomes, prepared.sensitivity, scores, algorithm.history, stages)
+        return SearchResult(
+            plan, outcomes, prepared.sensitivity, scores, algorithm.history, files, peak_memory(device),
+            preparation_memory,
+        )  # fmt: skip
 
 
 def _check_gguf_target(source: SourceModel, layers: list[Layer], group_size: int) -> None:
@@ -155,10 +180,16 @@ def _check_gguf_target(source: SourceModel, layers: list[Layer], group_size: int
             )  # fmt: skip
 
 
-def _texts(source: SourceModel, options: SearchOptions) -> tuple[Text, torch.Tensor, torch.Tensor]:
-    text = load_text(
-        options.calib, written_by_model=lambda: write_with(source.model, source.tokenizer, seed=options.seed)
-    )
+def _texts(
+    source: SourceModel, options: SearchOptions, device: torch.device
+) -> tuple[Text, torch.Tensor, torch.Tensor]:
+    def written_by_model() -> str:
+        source.model.to(device)
+        text = write_with(source.model, source.tokenizer, seed=options.seed)
+        source.model.to("cpu")
+        return text
+
+    text = load_text(options.calib, written_by_model=written_by_model)
     found = {}
     for part, tokens in (("calib", options.calib_tokens), ("search", options.search_tokens)):
         ids = source.tokenizer(text.parts[part], add_special_tokens=False).input_ids
@@ -168,10 +199,22 @@ def _texts(source: SourceModel, options: SearchOptions) -> tuple[Text, torch.Ten
     return text, found["calib"], found["search"]
 
 
-def _settings(options: SearchOptions, source: SourceModel, text: Text) -> dict[str, Any]:
+def _settings(options: SearchOptions, source: SourceModel, text: Text, device: torch.device) -> dict[str, Any]:
     ignored = ("resume", "force", "json", "output", "device", "trust_remote_code")
     settings = {key: value for key, value in asdict(options).items() if key not in ignored}
-    return {**settings, "device": str(source.device.type), "fingerprint": source.fingerprint, "text": text.record()}
+    return {**settings, "device": device.type, "fingerprint": source.fingerprint, "text": text.record()}
+
+
+def _measure_gradients_(
+    prepared: Prepared, source: SourceModel, layers: list[Layer], tokens: torch.Tensor, report: Reporter
+) -> None:
+    """Add the loss gradients at the W4 simulation's outputs, which transforms have scaled, to the sensitivity."""
+    windows = tokens[:FISHER_WINDOWS]
+    power: dict[str, float] = {}
+    for done, power in enumerate(output_gradient_power(source.model, layers, windows), start=1):  # noqa: B007
+        report(Progress("loss gradients", done, len(windows), f"window {done}"))
+    for name, row in prepared.sensitivity.items():
+        prepared.sensitivity[name] = replace(row, grad_power=power[name])
 
 
 def _fitness(
@@ -186,7 +229,7 @@ def _fitness(
 ) -> tuple[Callable[[Genome], float], list[float]]:
     """The score to minimise, and what each unit gains by A8 on its own."""
     if options.fitness == "kl":
-        evaluator = KLEvaluator(source.model, source.family, units, tokens, known, symmetric=options.symmetric)
+        evaluator = KLEvaluator(source.model, source.family, units, tokens, known)
 
         def measure() -> dict[str, Any]:
             base = evaluator.score([8] * len(units))
@@ -216,10 +259,11 @@ def _rule(problem: Problem, units: list[Unit], ratios: list[float]) -> Genome:
 
 def _plan(
     options: SearchOptions,
+    recipe: Recipe,
     source: SourceModel,
     units: list[Unit],
     genome: Genome,
-    weights: dict[str, GroupedWeight],
+    prepared: Prepared,
     text: Text,
     scores: dict[str, float],
     history: list[dict[str, Any]],
@@ -228,14 +272,10 @@ def _plan(
 ) -> tuple[Plan, list[Outcome]]:
     bits = {layer.name: width for unit, width in zip(units, genome, strict=True) for layer in unit.layers}
     entries, outcomes = {}, []
-    for name, weight in weights.items():
-        note = ""
-        if weight.group_size != options.group_size:
-            note = f"group {weight.group_size}: {options.group_size} does not divide {weight.codes.shape[1]}"
-        entries[name] = LayerPlan(weight.bits, bits[name], weight.group_size, options.symmetric, note)
-        outcomes.append(
-            Outcome(name, f"W4 g{options.group_size}", f"W{weight.bits} g{weight.group_size} A{bits[name]}", note)
-        )
+    for name, made in prepared.layers.items():
+        entries[name] = replace(made, a_bits=bits[name])
+        asked, done = f"W4 g{options.group_size}", f"W{made.w_bits} g{made.group_size} A{bits[name]}"
+        outcomes.append(Outcome(name, asked, done, made.note))
     plan = Plan(
         model_id=options.model_id,
         fingerprint=source.fingerprint,
@@ -244,7 +284,7 @@ def _plan(
         layers=entries,
         budget_asked=options.target_compression,
         budget_reached=mean_bits_fraction(units, genome),
-        transforms=parse_transforms(options.transforms),
+        transforms=recipe.transforms,
         weights=options.weights,
         text=text.record(),
         search={
@@ -255,6 +295,7 @@ def _plan(
             **used,
             "ctx": options.ctx,
             "alpha": options.alpha,
+            "channel_scales": prepared.scales,
             "scores": scores,
         },
         seed=options.seed,

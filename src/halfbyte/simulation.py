@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from halfbyte.calibration.text import SOURCES, load_text
 from halfbyte.calibration.windows import first_scored
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits, scratch_folder
 from halfbyte.evaluate.sampling import sample_text, windows_for
-from halfbyte.export.plan_file import codes_path, load_codes, load_plan
-from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.export.plan_file import Codes, codes_path, load_codes, load_plan
 from halfbyte.models.device import resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, load, stored_dtype
-from halfbyte.models.modules import vocabulary
-from halfbyte.models.surgery import SharedInput, replace_linear_, set_activation_bits_, set_parameters_
+from halfbyte.models.modules import blocks, vocabulary
+from halfbyte.models.surgery import (
+    InputScheme,
+    SharedInput,
+    replace_linear_,
+    set_activation_bits_,
+    set_parameters_,
+)
 from halfbyte.numerics.metrics import Quality
 from halfbyte.options import SimulateOptions
 from halfbyte.progress import Progress, Reporter, silent
 from halfbyte.provenance import made_with
-from halfbyte.spec import Plan
+from halfbyte.spec import LayerPlan, Plan
+from halfbyte.transforms.attention import rotate_queries_and_keys_
 
 
 def load_for_plan(
@@ -63,24 +67,36 @@ def check_same_model(source: SourceModel, plan: Plan) -> None:
         )  # fmt: skip
 
 
-def apply_codes_(
-    source: SourceModel, weights: Mapping[str, GroupedWeight], overrides: Mapping[str, torch.Tensor]
+def become_simulation_(
+    source: SourceModel, codes: Codes, layers: Mapping[str, LayerPlan], transforms: Sequence[str]
 ) -> None:
-    """Make the model its W4A16 simulation, in place."""
-    set_parameters_(source.model, overrides)
+    """Make the unquantised model its W4A16 simulation, in place: codes, changed parameters, input schemes.
+
+    Args:
+        layers, transforms: as in the plan; activation bits are left to ``set_activation_bits_``.
+    """
+    model, family = source.model, source.family
+    if "r3" in transforms:
+        rotate_queries_and_keys_(model)
+    set_parameters_(model, codes.parameters)
     shared = SharedInput()
-    for name, weight in weights.items():
-        replace_linear_(source.model, name, weight, shared)
+    device = next(model.parameters()).device
+    for index in range(len(blocks(model, family))):
+        for group in family.groups:
+            names = [f"{family.blocks}.{index}.{part}" for part in group]
+            schemes: dict[tuple, InputScheme] = {}
+            for name in names:
+                entry = layers[name]
+                key = (entry.rotated, entry.rank, entry.a4_clip, entry.a_symmetric)
+                if key not in schemes:
+                    low_rank = codes.low_rank[names[0]].to(device) if entry.rank else None
+                    schemes[key] = InputScheme(entry.rotated, low_rank, entry.a4_clip, entry.a_symmetric)
+                replace_linear_(model, name, codes.weights[name], shared, schemes[key])
 
 
 def plan_bits(plan: Plan) -> dict[str, int | None]:
     """Layer name -> activation bits of the plan."""
     return {name: entry.a_bits for name, entry in plan.layers.items()}
-
-
-def is_symmetric(plan: Plan) -> bool:
-    """Whether the plan's activations are symmetric."""
-    return any(entry.a_symmetric for entry in plan.layers.values())
 
 
 def evaluation_text(name: str, searched: str | None) -> tuple[str, str]:
@@ -123,7 +139,7 @@ def simulate(options: SimulateOptions, report: Reporter = silent) -> SimulationR
         HalfbyteError: anything the user can put right.
     """
     plan = load_plan(options.config)
-    weights, overrides = load_codes(codes_path(options.config))
+    codes = load_codes(codes_path(options.config))
     text_name, text = evaluation_text(options.text, plan.text.get("search"))
     report(Progress("load model", 0, 1, options.model_id or plan.model_id))
     source = load_for_plan(
@@ -139,14 +155,14 @@ def simulate(options: SimulateOptions, report: Reporter = silent) -> SimulationR
         kept.write(token_windows, logits_of, report, "original")
         original = measure(token_windows, iter(kept))
         rows.append(SimulationRow("original", original, None, sample_text(source, options.prompt, options.max_tokens)))
-        apply_codes_(source, weights, overrides)
+        become_simulation_(source, codes, plan.layers, plan.transforms)
         choices: dict[str, dict[str, int | None]] = {
-            "all A8": dict.fromkeys(weights, 8),
-            "all A4": dict.fromkeys(weights, 4),
+            "all A8": dict.fromkeys(plan.layers, 8),
+            "all A4": dict.fromkeys(plan.layers, 4),
             "plan": plan_bits(plan),
         }
         for name, bits in choices.items():
-            set_activation_bits_(source.model, bits, symmetric=is_symmetric(plan))
+            set_activation_bits_(source.model, bits)
             quality = measure(token_windows, live(token_windows, logits_of, report, name), iter(kept))
             mean_bits = {"all A8": 8.0, "all A4": 4.0}.get(name, 8 * plan.budget_reached)
             rows.append(

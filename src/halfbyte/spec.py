@@ -13,7 +13,8 @@ from typing import Any
 
 from halfbyte.errors import HalfbyteError
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 knew no rotated inputs; what it lacks has defaults
 ACTIVATION_BITS = (4, 8)
 
 
@@ -63,6 +64,9 @@ class LayerPlan:
         a_bits: activation bits.
         group_size: weight group size that was really used.
         a_symmetric: activations quantised symmetrically.
+        a4_clip: share of a token's range that 4-bit activation codes span; 8-bit codes always span all of it.
+        rotated: the input is rotated at run time, and the weights are stored for that.
+        rank: of the low-rank part of the transform of the input at run time; 0 if there is none.
         note: empty, or why something differs from what was asked ("group 64: 128 does not divide 576").
     """
 
@@ -71,6 +75,9 @@ class LayerPlan:
     group_size: int
     a_symmetric: bool = False
     note: str = ""
+    a4_clip: float = 1.0
+    rotated: bool = False
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ class Plan:
         """
         if not isinstance(data, Mapping) or "layers" not in data:
             raise HalfbyteError("not a halfbyte plan", where=where, fix="make one with mixed_precision_ptq.py")
-        if data.get("version") != PLAN_VERSION:
+        if data.get("version") not in READABLE_VERSIONS:
             raise HalfbyteError(
                 "plan version is not readable", where=where, expected=PLAN_VERSION, got=data.get("version")
             )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -70,51 +71,14 @@ def call_block(block: nn.Module, hidden: torch.Tensor, kwargs: Mapping[str, Any]
     return output[0] if isinstance(output, tuple) else output
 
 
-@dataclass
-class BlockStep:
-    """One stop of :func:`walk_blocks`: look, run with hooks, then change the block if you like."""
-
-    index: int
-    block: nn.Module
-    inputs: BlockInputs
-    outputs: list[torch.Tensor] = field(default_factory=list)
-
-    def forward(self, hooks: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
-        """Run every batch; ``hooks`` maps a linear's path in the block to what sees its input ``[tokens, in]``."""
-        handles = []
-        for part, see in hooks.items():
-
-            def hook(_: nn.Module, args: tuple[torch.Tensor, ...], see: Callable[[torch.Tensor], None] = see) -> None:
-                see(args[0].flatten(0, -2))
-
-            handles.append(self.block.get_submodule(part).register_forward_pre_hook(hook))
-        try:
-            self.outputs = [call_block(self.block, hidden, self.inputs.kwargs) for hidden in self.inputs.hidden]
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-@contextmanager
-def _resident(block: nn.Module, device: torch.device) -> Iterator[None]:
-    home = next(block.parameters()).device
-    block.to(device)
-    try:
-        yield
-    finally:
-        block.to(home)
-
-
-def walk_blocks(
+def run_blocks(
     model: nn.Module, family: Family, tokens: torch.Tensor, *, device: torch.device, batch: int = 1
-) -> Iterator[BlockStep]:
-    """Yield a :class:`BlockStep` per block; the next block sees the outputs of the last ``step.forward``.
-
-    The consumer must call ``step.forward`` before it changes the block.
-    """
+) -> list[torch.Tensor]:
+    """Hidden states after the last block, ``[windows, length, hidden]`` per batch; blocks visit ``device`` in turn."""
     inputs = capture(model, family, tokens, device=device, batch=batch)
-    for index, block in enumerate(blocks(model, family)):
-        with _resident(block, device):
-            step = BlockStep(index, block, inputs)
-            yield step
-            inputs = BlockInputs(step.outputs, inputs.kwargs)
+    hidden = inputs.hidden
+    for block in blocks(model, family):
+        if next(block.parameters()).device != device:
+            block = copy.deepcopy(block).to(device)
+        hidden = [call_block(block, states, inputs.kwargs) for states in hidden]
+    return hidden

@@ -2,7 +2,7 @@
 
 A source is a name (``wikitext2``, ``pydoc``, ``self``) or a file. Each gives three disjoint parts: ``calib`` for
 statistics, ``search`` for fitness, ``eval`` for the final numbers. A single text is cut at line ends into the first
-25 %, the next 45 %, and, after a gap of 2 %, the rest.
+half, the next 20 %, and, after a gap of 2 %, the rest.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from halfbyte import hub
 from halfbyte.errors import HalfbyteError
 
-CUTS = {"calib": (0.0, 0.25), "search": (0.25, 0.70), "eval": (0.72, 1.0)}
+CUTS = {"calib": (0.0, 0.50), "search": (0.50, 0.70), "eval": (0.72, 1.0)}
 
 
 @dataclass(frozen=True)

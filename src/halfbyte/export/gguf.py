@@ -20,8 +20,9 @@ from halfbyte.export.gguf_tensors import TensorPlan, TensorRow, TensorTypes, pla
 from halfbyte.export.gguf_vocab import add_tokenizer_
 from halfbyte.files import check_output, check_space, whole_file
 from halfbyte.formats.ggml import decode
+from halfbyte.formats.gguf_file import open_gguf
 from halfbyte.formats.int_group import GroupedWeight
-from halfbyte.models.gguf_source import halves_from_pairs, open_gguf
+from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.loading import SourceModel
 from halfbyte.progress import Progress, Reporter, silent
 

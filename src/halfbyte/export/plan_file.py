@@ -1,8 +1,9 @@
 """A plan on disk: ``NAME.pt`` or ``NAME.json`` with the choice, and ``NAME.safetensors`` beside it with the W4 codes.
 
-The codes file holds, per layer, ``LAYER.codes`` (two int4 codes per byte) and ``LAYER.scales`` (fp16), and under their
-own names the parameters that transforms changed (norms, biases). Export and simulation read these numbers; nothing is
-quantised twice.
+The codes file holds, per layer, ``LAYER.codes`` (two int4 codes per byte) and ``LAYER.scales`` (fp16); per unit with a
+low-rank input transform ``LAYER.basis`` and ``LAYER.gain`` under its first layer's name; and under their own names the
+parameters that transforms changed (norms, biases, a rotated embedding). Export and simulation read these numbers;
+nothing is quantised twice.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,10 +21,26 @@ from safetensors.torch import save_file
 from halfbyte.errors import HalfbyteError, first_line
 from halfbyte.files import sha256, whole_file, write_error
 from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.numerics.balance import LowRank
 from halfbyte.numerics.packing import pack_int4, unpack_int4
 from halfbyte.spec import Plan
 
 SUFFIXES = (".pt", ".json")
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What a codes file holds.
+
+    Attributes:
+        weights: layer name -> codes.
+        parameters: name -> a parameter that transforms changed.
+        low_rank: first layer of a unit -> transform of the unit's input at run time.
+    """
+
+    weights: dict[str, GroupedWeight]
+    parameters: dict[str, torch.Tensor]
+    low_rank: dict[str, LowRank]
 
 
 def check_suffix(path: Path) -> None:
@@ -39,13 +56,16 @@ def codes_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".safetensors")
 
 
-def save_codes(path: str | Path, weights: Mapping[str, GroupedWeight], overrides: Mapping[str, torch.Tensor]) -> str:
-    """Write codes, scales and changed parameters to ``path`` (a ``.safetensors`` name); returns the file's sha256."""
+def save_codes(path: str | Path, codes: Codes) -> str:
+    """Write ``codes`` to ``path`` (a ``.safetensors`` name); returns the file's sha256."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, weight in weights.items():
+    for name, weight in codes.weights.items():
         tensors[f"{name}.codes"] = pack_int4(weight.codes.cpu())
         tensors[f"{name}.scales"] = weight.scales.cpu().contiguous()
-    for name, value in overrides.items():
+    for name, transform in codes.low_rank.items():
+        tensors[f"{name}.basis"] = transform.basis.cpu().contiguous()
+        tensors[f"{name}.gain"] = transform.gain.cpu().contiguous()
+    for name, value in codes.parameters.items():
         tensors[name] = value.detach().cpu().contiguous()
     with whole_file(path) as partial:
         try:
@@ -56,23 +76,25 @@ def save_codes(path: str | Path, weights: Mapping[str, GroupedWeight], overrides
     return sha256(path)
 
 
-def load_codes(path: str | Path) -> tuple[dict[str, GroupedWeight], dict[str, torch.Tensor]]:
-    """Codes and changed parameters from a codes file.
+def load_codes(path: str | Path) -> Codes:
+    """Read a codes file.
 
     Raises:
         HalfbyteError: the file is missing, truncated or corrupt.
     """
-    weights: dict[str, GroupedWeight] = {}
-    overrides: dict[str, torch.Tensor] = {}
+    codes = Codes({}, {}, {})
     try:
         with safe_open(path, framework="pt") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 if name.endswith(".codes"):
                     layer = name.removesuffix(".codes")
                     scales = handle.get_tensor(f"{layer}.scales")
-                    weights[layer] = GroupedWeight(unpack_int4(handle.get_tensor(name)), scales)
-                elif not name.endswith(".scales"):
-                    overrides[name] = handle.get_tensor(name)
+                    codes.weights[layer] = GroupedWeight(unpack_int4(handle.get_tensor(name)), scales)
+                elif name.endswith(".basis"):
+                    first = name.removesuffix(".basis")
+                    codes.low_rank[first] = LowRank(handle.get_tensor(name), handle.get_tensor(f"{first}.gain"))
+                elif not name.endswith((".scales", ".gain")):
+                    codes.parameters[name] = handle.get_tensor(name)
     except FileNotFoundError as error:
         raise HalfbyteError(
             "codes file is missing", where=path, fix="keep it beside the plan, or search again"
@@ -81,7 +103,7 @@ def load_codes(path: str | Path) -> tuple[dict[str, GroupedWeight], dict[str, to
         raise HalfbyteError(
             "codes file is truncated or corrupt", where=path, got=first_line(error), fix="search again"
         ) from error
-    return weights, overrides
+    return codes
 
 
 def save_plan(path: str | Path, plan: Plan) -> None:

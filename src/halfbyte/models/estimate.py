@@ -11,6 +11,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.models.archs import Family
 from halfbyte.models.device import available_memory
 from halfbyte.models.loading import layers_of
+from halfbyte.spec import Layer
 
 HEAD_CHUNK_TOKENS = 256  # tokens whose logits exist at once, in four fp32 copies
 
@@ -21,8 +22,9 @@ class MemoryEstimate:
 
     Attributes:
         device: weights in the compute dtype, activations and logits, where the model runs.
-        host: what stays in main memory beside them: the W4 codes, one byte each while they are being chosen, and the
-            weights while they are being read.
+        preparation: one block at a time with its statistics, where it is quantised, before the model is there.
+        host: main memory beside an accelerator: the W4 codes, one byte each while they are being chosen, the weights,
+            and the W4 simulation that replaces them.
         parameters, linear_parameters: how many weights there are, and how many of them get 4 bits.
     """
 
@@ -30,6 +32,13 @@ class MemoryEstimate:
     host: int
     parameters: int
     linear_parameters: int
+    preparation: int = 0
+
+    def on(self, device: torch.device) -> int:
+        """Bytes on ``device``: on an accelerator one stage after the other, otherwise one memory for everything."""
+        if device.type == "cuda":
+            return max(self.device, self.preparation)
+        return self.device + self.preparation + self.linear_parameters
 
 
 def estimate_search(
@@ -45,21 +54,34 @@ def estimate_search(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    linear = sum(layer.macs for layer in layers_of(model, family))
+    layers = layers_of(model, family)
+    linear = sum(layer.macs for layer in layers)
     width = 2 if dtype == torch.bfloat16 else 4
     hidden, vocab = config.hidden_size, config.vocab_size
-    block = 3 * 4 * linear // config.num_hidden_layers
-    activations = 3 * width * tokens * hidden + 8 * 4 * ctx * config.intermediate_size
     logits = 4 * 4 * HEAD_CHUNK_TOKENS * vocab
     if gradients:
         per_token = config.num_hidden_layers * (10 * hidden + 5 * config.intermediate_size)
         logits = ctx * (width * per_token + 3 * 4 * vocab)
+    search = width * parameters + 3 * width * tokens * hidden + 8 * 4 * ctx * config.intermediate_size + logits
     return MemoryEstimate(
-        device=width * parameters + block + activations + logits,
-        host=linear + width * parameters,
+        device=search,
+        preparation=_preparation(config, layers, tokens),
+        host=linear + 2 * width * parameters,
         parameters=parameters,
         linear_parameters=linear,
     )
+
+
+def _preparation(config: PretrainedConfig, layers: list[Layer], tokens: int) -> int:
+    """Bytes for one block and its statistics, all in fp32: two copies, both streams of hidden states, what is seen of
+    inputs, and for the widest layer its Hessian (twice, a factor and its workspace) and eight matrices like its weight.
+    """
+    block = [layer for layer in layers if layer.block == 0]
+    widest = max(layer.in_features for layer in block)
+    seen = tokens * (3 * config.hidden_size + widest)
+    matrices = 8 * max(layer.macs for layer in block)
+    copies = 2 * sum(layer.macs for layer in block)
+    return 4 * (copies + 4 * tokens * config.hidden_size + seen + 4 * widest**2 + matrices)
 
 
 def estimate_load(
@@ -80,11 +102,9 @@ def check_memory(estimate: MemoryEstimate, device: torch.device) -> None:
     Raises:
         HalfbyteError: saying how much is needed and how much there is.
     """
-    needs = {device: estimate.device}
+    needs = {device: estimate.on(device)}
     if device.type == "cuda":
         needs[torch.device("cpu")] = estimate.host
-    else:  # one memory for both
-        needs[device] += estimate.linear_parameters
     for where, need in needs.items():
         there = available_memory(where)
         if need > there:

@@ -14,8 +14,9 @@ from transformers.initialization import no_init_weights
 
 from halfbyte import hub
 from halfbyte.errors import HalfbyteError, first_line
+from halfbyte.formats.gguf_file import open_gguf
 from halfbyte.models.archs import Family, family_of
-from halfbyte.models.gguf_source import config_and_tokenizer_folder, open_gguf, read_tensors
+from halfbyte.models.gguf_source import config_and_tokenizer_folder, read_tensors
 from halfbyte.models.modules import blocks, linear
 from halfbyte.spec import Layer, Unit
 

@@ -28,3 +28,8 @@ def vocabulary(model: nn.Module, family: Family) -> int:
 def head_dim(config: PretrainedConfig) -> int:
     """Features of one attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def is_tied(model: nn.Module, family: Family) -> bool:
+    """Whether the output head is the embedding."""
+    return linear(model, family.head).weight is model.get_submodule(family.embedding).weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -11,22 +12,65 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.formats.int_group import GroupedWeight
 from halfbyte.models.modules import linear
 from halfbyte.numerics.affine import fake_quantise
+from halfbyte.numerics.balance import LowRank
+from halfbyte.numerics.hadamard import rotate
+
+
+@dataclass(frozen=True, eq=False)
+class InputScheme:
+    """What happens to a layer's input before it is multiplied; layers that share an input share one scheme object.
+
+    Attributes:
+        rotated: it is rotated at run time (:mod:`halfbyte.numerics.hadamard`); the weights are stored for that.
+        low_rank: a correction at run time, before the rotation; the weights are stored for that.
+        a4_clip: share of a token's range that 4-bit codes span; 8-bit codes span all of it.
+        symmetric: symmetric codes.
+    """
+
+    rotated: bool = False
+    low_rank: LowRank | None = None
+    a4_clip: float = 1.0
+    symmetric: bool = False
+
+    @property
+    def changes_input(self) -> bool:
+        """Whether the layer's weights are stored for another input than the model's."""
+        return self.rotated or self.low_rank is not None
+
+    def transform(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., in]
+        """The input that the stored weights expect, before rounding; fp32 if anything changes."""
+        if self.low_rank is not None:
+            x = self.low_rank.forward(x.float())
+        return rotate(x) if self.rotated else x
+
+    def stored_weight(self, weight: torch.Tensor) -> torch.Tensor:  # [out, in] -> [out, in]
+        """``weight`` for the transformed input, fp32: the product stays the same."""
+        weight = weight.float()
+        if self.low_rank is not None:
+            weight = self.low_rank.backward(weight)
+        return rotate(weight) if self.rotated else weight
+
+    def rounded(self, x: torch.Tensor, bits: int | None) -> torch.Tensor:
+        """A transformed input as its codes stand for it; ``bits`` None leaves it as it is."""
+        if bits is None:
+            return x
+        return fake_quantise(x, bits, symmetric=self.symmetric, clip=self.a4_clip if bits == 4 else 1.0)
 
 
 class SharedInput:
-    """Remembers the last quantised activation, so that q, k and v quantise their common input once."""
+    """Remembers the last treated activation, so that q, k and v treat their common input once."""
 
     def __init__(self) -> None:
         self._source: torch.Tensor | None = None
-        self._key: tuple[int, bool] | None = None
+        self._key: tuple[int | None, InputScheme] | None = None
         self._result: torch.Tensor | None = None
 
-    def quantised(self, x: torch.Tensor, bits: int, symmetric: bool) -> torch.Tensor:
-        """``x`` fake-quantised per token; the result of the last call is reused for the same tensor object."""
-        if self._source is x and self._key == (bits, symmetric) and self._result is not None:
+    def treated(self, x: torch.Tensor, bits: int | None, scheme: InputScheme) -> torch.Tensor:
+        """``scheme`` applied to ``x``; the result of the last call is reused for the same tensor object."""
+        if self._source is x and self._key == (bits, scheme) and self._result is not None:  # schemes by identity
             return self._result
-        result = fake_quantise(x, bits, symmetric=symmetric)
-        self._source, self._key, self._result = x, (bits, symmetric), result
+        result = scheme.rounded(scheme.transform(x), bits).to(x.dtype)
+        self._source, self._key, self._result = x, (bits, scheme), result
         return result
 
 
@@ -35,17 +79,18 @@ class QuantLinear(nn.Module):
 
     Attributes:
         weight: decoded codes in the compute dtype, ``[out, in]``.
+        scheme: what happens to the input.
         a_bits: activation bits, or None to leave activations alone (W4A16).
-        a_symmetric: symmetric activation codes.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, shared: SharedInput) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, scheme: InputScheme, shared: SharedInput
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.shared = shared
+        self.scheme, self.shared = scheme, shared
         self.a_bits: int | None = None
-        self.a_symmetric = False
 
     @property
     def in_features(self) -> int:
@@ -58,13 +103,15 @@ class QuantLinear(nn.Module):
         return self.weight.shape[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., out]
-        """Quantise the input if asked, then multiply."""
-        if self.a_bits is not None:
-            x = self.shared.quantised(x, self.a_bits, self.a_symmetric)
+        """Treat the input, then multiply."""
+        if self.a_bits is not None or self.scheme.changes_input:
+            x = self.shared.treated(x, self.a_bits, self.scheme)
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def replace_linear_(model: nn.Module, name: str, weight: GroupedWeight, shared: SharedInput) -> None:
+def replace_linear_(
+    model: nn.Module, name: str, weight: GroupedWeight, shared: SharedInput, scheme: InputScheme | None = None
+) -> None:
     """Put a :class:`QuantLinear` with decoded ``weight`` where the linear layer ``name`` is.
 
     Raises:
@@ -79,29 +126,36 @@ def replace_linear_(model: nn.Module, name: str, weight: GroupedWeight, shared: 
     device, dtype = old.weight.device, old.weight.dtype
     decoded = GroupedWeight(weight.codes.to(device), weight.scales.to(device), weight.bits).decode().to(dtype)
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, QuantLinear(decoded, old.bias, shared))
+    setattr(model.get_submodule(parent), leaf, QuantLinear(decoded, old.bias, scheme or InputScheme(), shared))
 
 
-def set_activation_bits_(model: nn.Module, bits: Mapping[str, int | None], *, symmetric: bool = False) -> None:
+def set_activation_bits_(model: nn.Module, bits: Mapping[str, int | None]) -> None:
     """Set the activation bits of quantised layers by name."""
     for name, width in bits.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantLinear), name
-        layer.a_bits, layer.a_symmetric = width, symmetric
+        layer.a_bits = width
 
 
 def set_parameters_(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Overwrite parameters by name (folded norms and biases).
+    """Overwrite parameters by name (folded norms and biases, a rotated embedding).
+
+    A value for an output head that is tied to the embedding unties it.
 
     Raises:
         HalfbyteError: the model has no such parameter, or of another shape.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in values.items():
         target = parameters.get(name)
         if target is None or target.shape != value.shape:
             raise HalfbyteError(
                 "parameter does not fit the model", where=name, fix="this plan was made for another model"
             )
+        if any(other is target for known, other in parameters.items() if known != name):
+            parent, _, leaf = name.rpartition(".")
+            target = nn.Parameter(torch.empty_like(target), requires_grad=False)
+            setattr(model.get_submodule(parent), leaf, target)
+            parameters[name] = target
         with torch.no_grad():
             target.copy_(value)

@@ -1,134 +1,180 @@
-"""Turn a loaded model into its W4 simulation, block by block: smooth, choose codes, measure layers."""
+"""Turn a loaded model into its W4 simulation, block by block, and keep the result."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from halfbyte.calibration.blocks import walk_blocks
-from halfbyte.calibration.gradients import output_gradient_power
+from halfbyte.calibration.twins import TwinStep, walk_twins
 from halfbyte.errors import HalfbyteError
-from halfbyte.export.plan_file import load_codes, save_codes
+from halfbyte.export.plan_file import Codes, load_codes, save_codes
 from halfbyte.files import write_text
-from halfbyte.formats.int_group import GroupedWeight, check_finite, fitting_group_size
+from halfbyte.formats.int_group import GroupedWeight
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import head_dim, linear
-from halfbyte.models.surgery import SharedInput, replace_linear_, set_parameters_
-from halfbyte.options import SearchOptions
+from halfbyte.models.surgery import InputScheme, SharedInput, replace_linear_, set_activation_bits_
+from halfbyte.numerics.hadamard import rotation_matrix
+from halfbyte.prepare.learned import learn_low_rank
+from halfbyte.prepare.recipe import Recipe
+from halfbyte.prepare.scales import scale_unit_
+from halfbyte.prepare.units import STREAM_BITS, quantise_unit
 from halfbyte.progress import Progress, Reporter
-from halfbyte.search.sensitivity import LayerSensitivity, measure_block
-from halfbyte.spec import Layer
+from halfbyte.search.sensitivity import LayerSensitivity
+from halfbyte.simulation import become_simulation_
+from halfbyte.spec import LayerPlan
 from halfbyte.stages import Stages
-from halfbyte.transforms import TRANSFORMS
-from halfbyte.transforms.smoothquant import smooth_block_
-from halfbyte.weights import QUANTISERS
+from halfbyte.transforms.attention import rotate_queries_and_keys_
+from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, transform_heads_
+
+PREPARED = "prepared.json"
+BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
 
 
-def parse_transforms(names: str) -> tuple[str, ...]:
-    """``--transforms``: a comma list of names, or ``none``."""
-    if names == "none":
-        return ()
-    chosen = tuple(name.strip() for name in names.split(","))
-    for name in chosen:
-        if name not in TRANSFORMS:
-            raise HalfbyteError(
-                "unknown transform", where="--transforms", expected=", ".join((*TRANSFORMS, "none")), got=name
-            )
-    return chosen
+@dataclass
+class Prepared:
+    """What preparation leaves.
+
+    Attributes:
+        codes: for the plan's codes file.
+        layers: layer name -> its entry in the plan, with 8-bit activations until a search decides.
+        sensitivity: layer name -> measured errors.
+        scales: unit (its first layer's name) -> which channel scales were chosen.
+    """
+
+    codes: Codes
+    layers: dict[str, LayerPlan] = field(default_factory=dict)
+    sensitivity: dict[str, LayerSensitivity] = field(default_factory=dict)
+    scales: dict[str, str] = field(default_factory=dict)
 
 
 def prepare_(
-    source: SourceModel,
-    layers: list[Layer],
-    tokens: torch.Tensor,
-    options: SearchOptions,
-    stages: Stages,
-    report: Reporter,
-) -> tuple[dict[str, GroupedWeight], dict[str, LayerSensitivity]]:
-    """Smooth, quantise weights and measure layers, block by block; the model becomes its W4 simulation."""
-    codes_file = stages.codes
-    rows_file = stages.folder / "sensitivity.json"
-    if codes_file.exists() and rows_file.exists():
-        weights, overrides = load_codes(codes_file)
-        set_parameters_(source.model, overrides)
-        rows = [LayerSensitivity(**row) for row in json.loads(rows_file.read_text(encoding="utf-8"))]
-    else:
-        if "smooth" in parse_transforms(options.transforms):
-            smooth_(source, tokens, options.alpha, report)
-        gradients = _gradients(source, layers, tokens, report) if options.fitness == "fisher" else {}
-        weights, rows = _quantise_and_measure(source, layers, tokens, options, gradients, report)
-        save_codes(codes_file, weights, _changed_parameters(source, options))
-        write_text(rows_file, json.dumps([asdict(row) for row in rows]))
+    source: SourceModel, tokens: torch.Tensor, recipe: Recipe, report: Reporter, *, device: torch.device
+) -> Prepared:
+    """Transform and quantise ``source.model`` in place; it becomes its W4 simulation, where it was.
+
+    Blocks visit ``device`` one at a time, in fp32.
+
+    Args:
+        tokens: calibration text, int64 ``[windows, length]``.
+
+    Raises:
+        HalfbyteError: values that are not finite, with the layer's name.
+    """
+    family, model = source.family, source.model
+    if "r3" in recipe.transforms:
+        rotate_queries_and_keys_(model)
+    if "r1" in recipe.transforms:
+        rotate_ends_(model, family, device)
+    made = Prepared(Codes({}, {}, {}))
     shared = SharedInput()
-    for name, weight in weights.items():
-        replace_linear_(source.model, name, weight, shared)
-    return weights, {row.layer: row for row in rows}
+    batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
+    for step in walk_twins(model, family, tokens, device=device, batch=batch):
+        _fold_rotations_(step, source, recipe)
+        step.observe([group[0] for group in family.groups])
+        schemes = {group: _scheme(step, source, group, recipe, made) for group in family.groups}
+        step.split()
+        for group, scheme in schemes.items():
+            _quantise_(step, source, group, recipe, scheme, shared, made)
+        report(
+            Progress("transforms and W4 codes", step.index + 1, source.config.num_hidden_layers, f"block {step.index}")
+        )
+    set_activation_bits_(model, dict.fromkeys(made.layers, None))
+    made.codes = replace(made.codes, parameters=_changed_parameters(source, recipe))
+    return made
 
 
-def smooth_(source: SourceModel, tokens: torch.Tensor, alpha: float, report: Reporter) -> None:
-    """Fold SmoothQuant scales into every block, in place; ``tokens`` is ``[windows, length]``."""
-    config, family = source.config, source.family
-    for step in walk_blocks(source.model, family, tokens, device=source.device):
-        largest: dict[str, torch.Tensor] = {}
-
-        def see(x: torch.Tensor, part: str, largest: dict[str, torch.Tensor] = largest) -> None:
-            here = x.abs().amax(dim=0)
-            largest[part] = torch.maximum(largest[part], here) if part in largest else here
-
-        first_readers = [group[0] for group in family.groups]
-        step.forward({part: lambda x, part=part: see(x, part) for part in first_readers})
-        for part, values in largest.items():
-            check_finite(values, f"{family.blocks}.{step.index}.{part}", "activations are")
-        smooth_block_(step.block, family, largest, alpha=alpha, head_dim=head_dim(config))
-        report(Progress("SmoothQuant", step.index + 1, config.num_hidden_layers, f"block {step.index}"))
+def _fold_rotations_(step: TwinStep, source: SourceModel, recipe: Recipe) -> None:
+    family, size = source.family, head_dim(source.config)
+    if "r1" in recipe.transforms:
+        rotate_block_(step.original, family)
+    if "r2" in recipe.transforms:
+        value = linear(step.original, family.value).weight
+        turn = rotation_matrix(size).to(value).expand(value.shape[0] // size, -1, -1)
+        transform_heads_(step.original, family, turn, turn.mT, size)
 
 
-def _gradients(source: SourceModel, layers: list[Layer], tokens: torch.Tensor, report: Reporter) -> dict[str, float]:
-    power: dict[str, float] = {}
-    for done, power in enumerate(output_gradient_power(source.model, layers, tokens), start=1):  # noqa: B007
-        report(Progress("loss gradients", done, len(tokens), f"window {done}"))
-    return power
+def _scheme(step: TwinStep, source: SourceModel, group: tuple[str, ...], recipe: Recipe, made: Prepared) -> InputScheme:
+    """Fold the unit's channel scales and decide what happens to its input at run time."""
+    family = source.family
+    scheme = InputScheme(rotated=recipe.rotated(group[0], family.down), symmetric=recipe.symmetric)
+    behind_norm = any(group == readers for _, readers in family.norm_readers)
+    if recipe.scales_channels and not (behind_norm and "r1" in recipe.transforms):  # R1 needs norms without scales
+        name = f"{family.blocks}.{step.index}.{group[0]}"
+        made.scales[name] = scale_unit_(step, family, group, recipe, scheme, head_dim(source.config))
+    if "learned" in recipe.transforms:
+        return replace(scheme, low_rank=learn_low_rank(step, group))
+    return scheme
 
 
-def _quantise_and_measure(
-    source: SourceModel,
-    layers: list[Layer],
-    tokens: torch.Tensor,
-    options: SearchOptions,
-    gradients: dict[str, float],
-    report: Reporter,
-) -> tuple[dict[str, GroupedWeight], list[LayerSensitivity]]:
-    quantise = QUANTISERS[options.weights]
-    weights: dict[str, GroupedWeight] = {}
-    rows: list[LayerSensitivity] = []
-    by_block: dict[int, dict[str, Layer]] = {}
-    for layer in layers:
-        prefix = f"{source.family.blocks}.{layer.block}."
-        by_block.setdefault(layer.block, {})[layer.name.removeprefix(prefix)] = layer
-    for step in walk_blocks(source.model, source.family, tokens, device=source.device):
-        members = by_block[step.index]
-        codes = {}
-        for part, layer in members.items():
-            group = fitting_group_size(layer.in_features, options.group_size)
-            codes[part] = quantise(linear(step.block, part).weight, group, where=layer.name)
-        for row in measure_block(step, members, codes, symmetric=options.symmetric):
-            rows.append(LayerSensitivity(**{**asdict(row), "grad_power": gradients.get(row.layer, 0.0)}))
-        for part, layer in members.items():
-            weights[layer.name] = GroupedWeight(codes[part].codes.cpu(), codes[part].scales.cpu(), codes[part].bits)
-        report(Progress("W4 codes and layer sensitivity", step.index + 1, len(by_block), f"block {step.index}"))
-    return weights, rows
+def _quantise_(
+    step: TwinStep, source: SourceModel, group: tuple[str, ...], recipe: Recipe, scheme: InputScheme,
+    shared: SharedInput, made: Prepared,
+) -> None:  # fmt: skip
+    prefix = f"{source.family.blocks}.{step.index}."
+    unit = quantise_unit(step, group, recipe, scheme, where=prefix + group[0])
+    low_rank = unit.scheme.low_rank
+    if low_rank is not None:
+        made.codes.low_rank[prefix + group[0]] = low_rank.to("cpu")
+    for part in group:
+        name, codes = prefix + part, unit.codes[part]
+        made.codes.weights[name] = GroupedWeight(codes.codes.cpu(), codes.scales.cpu())
+        notes = [unit.note] if unit.note else []
+        if codes.group_size != recipe.group_size:
+            notes.append(f"group {codes.group_size}: {recipe.group_size} does not divide {codes.codes.shape[1]}")
+        made.layers[name] = LayerPlan(
+            w_bits=codes.bits, a_bits=8, group_size=codes.group_size, a_symmetric=unit.scheme.symmetric,
+            note="; ".join(notes), a4_clip=unit.scheme.a4_clip, rotated=unit.scheme.rotated,
+            rank=low_rank.rank if low_rank else 0,
+        )  # fmt: skip
+        row = LayerSensitivity(name, *unit.errors[part])
+        if not all(value < float("inf") for value in (row.mse_a4, row.mse_a8, row.power)):
+            raise HalfbyteError(
+                "activations are not finite", where=name, got="NaN or Inf during calibration",
+                fix="compute in fp32 (--dtype fp32) or check the checkpoint",
+            )  # fmt: skip
+        made.sensitivity[name] = row
+        replace_linear_(step.quantised, part, codes, shared, unit.scheme)
+    set_activation_bits_(step.quantised, dict.fromkeys(group, STREAM_BITS))
 
 
-def _changed_parameters(source: SourceModel, options: SearchOptions) -> dict[str, torch.Tensor]:
-    """Norms and biases that a transform may have rewritten."""
-    if not parse_transforms(options.transforms):
-        return {}
-    prefix, linears = source.family.blocks + ".", source.family.linears
+def _changed_parameters(source: SourceModel, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Norms and biases that a transform may have rewritten; with R1 also embedding, final norm and head."""
+    family = source.family
     changed = {}
+    if not (recipe.transforms or recipe.scales_channels):
+        return changed
+    ends = tuple(f"{part}." for part in (family.embedding, family.final_norm, family.head))
     for name, parameter in source.model.named_parameters():
-        is_weight = name.endswith(".weight") and any(name.endswith(f"{part}.weight") for part in linears)
-        if name.startswith(prefix) and not is_weight:
+        is_weight = any(name.endswith(f"{part}.weight") for part in family.linears)
+        if name.startswith(family.blocks + ".") and not is_weight:
             changed[name] = parameter.detach().float().cpu()
+        elif "r1" in recipe.transforms and name.startswith(ends):
+            changed[name] = parameter.detach().cpu()
     return changed
+
+
+def save_prepared(stages: Stages, made: Prepared) -> None:
+    """Keep what a resumed run needs."""
+    save_codes(stages.codes, made.codes)
+    record = {
+        "layers": {name: asdict(entry) for name, entry in made.layers.items()},
+        "sensitivity": [asdict(row) for row in made.sensitivity.values()],
+        "scales": made.scales,
+    }
+    write_text(stages.folder / PREPARED, json.dumps(record))
+
+
+def load_prepared_(source: SourceModel, stages: Stages, recipe: Recipe, *, device: torch.device) -> Prepared | None:
+    """What an interrupted run has prepared, if it came that far: ``source.model`` becomes its W4 simulation there."""
+    record_file = stages.folder / PREPARED
+    if not (stages.codes.exists() and record_file.exists()):
+        return None
+    source.model.to(device)
+    record = json.loads(record_file.read_text(encoding="utf-8"))
+    layers = {name: LayerPlan(**entry) for name, entry in record["layers"].items()}
+    rows = [LayerSensitivity(**row) for row in record["sensitivity"]]
+    made = Prepared(load_codes(stages.codes), layers, {row.layer: row for row in rows}, record["scales"])
+    become_simulation_(source, made.codes, made.layers, recipe.transforms)
+    return made

@@ -13,17 +13,19 @@ reference's head is never multiplied again.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from halfbyte.calibration.blocks import BlockInputs, call_block, capture
+from halfbyte.calibration.blocks import BlockInputs, call_block, capture, run_blocks
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.archs import Family
 from halfbyte.models.modules import blocks, linear
 from halfbyte.models.surgery import set_activation_bits_
+from halfbyte.numerics.hadamard import rotate
 from halfbyte.spec import Unit
 
 CHUNK_TOKENS = 128  # whose logits exist at once
@@ -42,15 +44,29 @@ class Reference:
     projected: torch.Tensor
     negentropy: torch.Tensor
 
+    def for_rotated(self, final_norm: torch.Tensor) -> Reference:
+        """The same for a model whose residual stream is rotated, its final norm's scale ``[hidden]`` in the head.
 
-def reference(model: nn.Module, family: Family, tokens: torch.Tensor, *, batch: int = 1) -> list[Reference]:
-    """Run the unquantised model on ``tokens`` ``[windows, length]``; one Reference per batch."""
-    device = next(model.parameters()).device
-    head = linear(model, family.head)
-    inputs = capture(model, family, tokens, device=device, batch=batch)
+        W h = W diag(norm) Qᵀ · Q h/norm, so Wᵀ p becomes Q diag(norm) Wᵀ p.
+        """
+        return Reference(rotate(self.projected * final_norm.float()), self.negentropy)
+
+
+def reference(
+    model: nn.Module, family: Family, tokens: torch.Tensor, *, device: torch.device, batch: int = 1
+) -> list[Reference]:
+    """Run the unquantised model on ``tokens`` ``[windows, length]``, block by block on ``device``.
+
+    Returns:
+        one Reference per batch, on ``device``.
+    """
+    hidden = run_blocks(model, family, tokens, device=device, batch=batch)
+    norm = copy.deepcopy(model.get_submodule(family.final_norm)).to(device)
+    head = copy.deepcopy(linear(model, family.head)).to(device)
     found = []
-    for hidden in inputs.hidden:
-        final = _run_blocks(model, family, hidden, inputs, start=0).flatten(0, 1)
+    for states in hidden:
+        with torch.no_grad():
+            final = norm(states).flatten(0, 1)
         parts = [_project(head, part) for part in final.split(CHUNK_TOKENS)]
         found.append(Reference(torch.cat([part.projected for part in parts]), torch.cat([p.negentropy for p in parts])))
     return found
@@ -97,7 +113,6 @@ class KLEvaluator:
         units: one gene per unit.
         tokens: search text, int64 ``[windows, length]``.
         reference: from :func:`reference` of the unquantised model on the same tokens and batch size.
-        symmetric: symmetric activation codes.
         batch: windows that go through the model at once; always the same, so that scores are reproducible.
     """
 
@@ -109,10 +124,9 @@ class KLEvaluator:
         tokens: torch.Tensor,
         reference: Sequence[Reference],
         *,
-        symmetric: bool = False,
         batch: int = 1,
     ) -> None:
-        self.model, self.family, self.units, self.symmetric = model, family, list(units), symmetric
+        self.model, self.family, self.units = model, family, list(units)
         self.reference = reference
         self.head = linear(model, family.head)
         self.inputs = capture(model, family, tokens, device=next(model.parameters()).device, batch=batch)
@@ -146,7 +160,7 @@ class KLEvaluator:
 
     def _set(self, bits: dict[Unit, int]) -> None:
         by_layer: dict[str, int | None] = {layer.name: width for unit, width in bits.items() for layer in unit.layers}
-        set_activation_bits_(self.model, by_layer, symmetric=self.symmetric)
+        set_activation_bits_(self.model, by_layer)
 
     def _kl(self, hidden: torch.Tensor, batch: int, *, start: int) -> float:
         """Summed KL of one batch, from block ``start`` on."""

@@ -1,0 +1,82 @@
+"""What is done to a model before the search, as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.options import SearchOptions
+from halfbyte.transforms import expand
+from halfbyte.weights import QUANTISERS
+from halfbyte.weights.base import WeightQuantiser
+
+A4_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Transforms, weight quantiser and activation ranges.
+
+    Attributes:
+        transforms: expanded names, see :mod:`halfbyte.transforms`.
+        weights: name of the weight quantiser.
+        alpha: SmoothQuant strength for all units, or None to choose each unit's channel scales by output error.
+        group_size: weights that share a scale.
+        symmetric: symmetric activation codes.
+        clip: choose the range of 4-bit activations by output error; otherwise it is the token's whole range.
+        scale_bits: activation bits whose error counts when channel scales are chosen.
+    """
+
+    transforms: tuple[str, ...] = ()
+    weights: str = "rtn"
+    alpha: float | None = None
+    group_size: int = 128
+    symmetric: bool = False
+    clip: bool = True
+    scale_bits: int = 4
+
+    @property
+    def quantiser(self) -> WeightQuantiser:
+        """The weight quantiser."""
+        return QUANTISERS[self.weights]
+
+    @property
+    def scales_channels(self) -> bool:
+        """Whether channel scales are folded: by ``smooth``, or because AWQ brings its own."""
+        return "smooth" in self.transforms or self.quantiser.scales_for_weights
+
+    def rotated(self, part: str, down: str) -> bool:
+        """Whether the input of the linear at ``part`` is rotated at run time."""
+        return "online" in self.transforms or ("r4" in self.transforms and part == down)
+
+
+def parse_alpha(text: str) -> float | None:
+    """``--alpha``: a number from 0 to 1, or ``auto``."""
+    if text == "auto":
+        return None
+    try:
+        alpha = float(text)
+    except ValueError:
+        alpha = -1.0
+    if not 0 <= alpha <= 1:
+        raise HalfbyteError("out of range", where="--alpha", expected="0 to 1, or auto", got=text)
+    return alpha
+
+
+def recipe_of(options: SearchOptions, *, tied: bool) -> Recipe:
+    """The recipe that the options ask for.
+
+    Args:
+        tied: the model's output head is its embedding.
+
+    Raises:
+        HalfbyteError: something the target cannot run.
+    """
+    return Recipe(
+        transforms=expand(options.transforms, options.target, tied=tied),
+        weights=options.weights,
+        alpha=parse_alpha(options.alpha),
+        group_size=options.group_size,
+        symmetric=options.symmetric,
+        scale_bits=8 if options.target == "gguf" else 4,
+    )

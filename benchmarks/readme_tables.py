@@ -1,4 +1,7 @@
-"""Put the demo's tables into the READMEs: ``make demo``, then ``python benchmarks/readme_tables.py``."""
+"""Put measured tables into the READMEs: ``make demo``, then ``python benchmarks/readme_tables.py [FOLDER]``.
+
+``accuracy.json`` and ``peers.json`` of the benchmarks of that name are used too, where FOLDER (default demo) has them.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+import accuracy
+import peers
 
 from halfbyte.report.tables import format_bytes, format_ratio, format_seconds, markdown_table, significant
 
@@ -45,9 +51,11 @@ def simulation(rows: list[dict[str, Any]]) -> str:
 
 def main(folder: Path) -> int:
     """Replace what stands between the markers."""
+    kinds = {"comparison": comparison, "simulation": simulation, "accuracy": accuracy.table, "peers": peers.table}
     tables = {
-        "comparison": comparison(json.loads((folder / "comparison.json").read_text(encoding="utf-8"))["rows"]),
-        "simulation": simulation(json.loads((folder / "simulation.json").read_text(encoding="utf-8"))["rows"]),
+        name: make(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["rows"])
+        for name, make in kinds.items()
+        if (folder / f"{name}.json").exists()
     }
     for readme in (ROOT / "README.md", ROOT / "README.zh-CN.md"):
         text = readme.read_text(encoding="utf-8")

@@ -68,6 +68,7 @@ def main() -> int:
         print(f"{options.layers} blocks on {where}: {time.monotonic() - started:.0f} s in all, of these")
         for stage, seconds in measured["seconds"].items():
             print(f"  {stage}: {seconds:.1f} s")
+        print(f"peak device memory until the W4 codes stood: {measured['preparation_memory'] / 1e9:.1f} GB")
         print(f"peak memory: device {measured['peak_memory'] / 1e9:.1f} GB, host {measured['peak_host'] / 1e9:.1f} GB")
     return code
 

@@ -1,0 +1,205 @@
+"""halfbyte and llm-compressor on the same model, the same tokens, the same scheme and one ruler.
+
+    python benchmarks/peers.py [--model demo] [--only both] [--json OUT]
+
+llm-compressor runs in an environment of its own (``--env``), which the first run makes. Each row runs in a process of
+its own, in fp32 on the CPU. Time is that of the quantisation alone, without loading and evaluation; peak memory is the
+process's until the quantisation ends. The scheme is W4 symmetric, groups of 128 (the largest power of two that divides,
+where 128 does not), activations symmetric per token. KL (nats per token), top-1 agreement and perplexity are taken as
+everywhere here: the second half of each window is scored. How a weight scale is chosen is each tool's own;
+llm-compressor's are the group's largest value / 7.5 in fp32, ours are fp16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers_env import peer_python
+from transformers.utils.logging import disable_progress_bar
+
+from halfbyte.calibration.text import load_text
+from halfbyte.calibration.windows import cut
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.sampling import windows_for
+from halfbyte.files import check_output, write_text
+from halfbyte.host import cores, cpu_name
+from halfbyte.models.loading import find, load
+from halfbyte.report.tables import Cell, format_bytes, format_seconds, markdown_table, significant
+
+HERE = Path(__file__).resolve().parent
+TEXT, LINES_SHOWN = "pydoc", 30
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What llm-compressor is asked to do."""
+
+    label: str
+    transform: str
+    rounding: str
+    a_bits: int
+
+
+RECIPES = {
+    "smooth-gptq": Recipe("SmoothQuant, GPTQ", "smooth", "gptq", 8),
+    "spin-rtn": Recipe("SpinQuant R1+R2+R4, plain rounding", "rotate", "rtn", 4),
+    "spin-gptq": Recipe("SpinQuant R1+R2+R4, GPTQ", "rotate", "gptq", 4),
+}
+
+OURS = [  # label, name in peers_ours.py, activation bits
+    ("folded scales, GPTQ", "smooth", 8),
+    ("scales, rotations at run time, GPTQ", "online", 8),
+    ("R1+R2+R4, GPTQ", "r1r2r4", 4),
+    ("scales, rotations at run time, GPTQ", "online", 4),
+    ("the same + learned", "learned", 4),
+]
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="Hugging Face id, local folder, .gguf file, or demo")
+    parser.add_argument("--calib_windows", type=int, default=8, help="windows for calibration")
+    parser.add_argument("--eval_windows", type=int, default=16, help="windows to score")
+    parser.add_argument("--ctx", type=int, default=512, help="tokens per window")
+    parser.add_argument("--only", choices=("peer", "ours", "both"), default="both")
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="the peer's")
+    parser.add_argument("--env", type=Path, default=Path(".venv-peers"), help="llm-compressor's environment")
+    parser.add_argument("--json", help="also write the rows here, after each one")
+    parser.add_argument("--force", action="store_true", help="overwrite an existing --json file")
+    return parser.parse_args()
+
+
+def write_original(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Save the model for both sides; what every request has in common, and what made the numbers."""
+    source = load(find(options.model), device=torch.device("cpu"), dtype=torch.float32)
+    source.model.save_pretrained(folder)
+    source.tokenizer.save_pretrained(folder)
+    text = load_text(TEXT)
+    ids = source.tokenizer(text.parts["calib"], add_special_tokens=False).input_ids
+    request = {
+        "folder": str(folder),
+        "calib": cut(ids, options.ctx, options.calib_windows, spread=True, where="calibration text"),
+        "evaluation": windows_for(source, text.parts["eval"], options.ctx, options.eval_windows, where="eval text"),
+    }
+    made_by = {
+        "model": options.model,
+        "fingerprint": source.fingerprint,
+        "text": text.record(),
+        "ctx": options.ctx,
+        "calib_windows": len(request["calib"]),
+        "eval_windows": len(request["evaluation"]),
+        "machine": f"{cpu_name()}, {cores()} cores",
+    }
+    return request, made_by
+
+
+def run(python: Path, script: str, request: dict[str, Any], folder: Path, log: Path) -> dict[str, Any]:
+    """One request in a process of its own; what it prints goes to ``log``.
+
+    Raises:
+        SystemExit: the process failed.
+    """
+    request = {**request, "result": str(folder / "result.json")}
+    (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+    ours_first = os.pathsep.join(filter(None, [str(HERE.parent / "src"), os.environ.get("PYTHONPATH")]))
+    settings = {"PYTHONPATH": ours_first, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "PYTHONUTF8": "1"}
+    command = [str(python), str(HERE / script), str(folder / "request.json")]
+    with open(log, "w", encoding="utf-8") as noise:
+        code = subprocess.call(command, env={**os.environ, **settings}, stdout=noise, stderr=subprocess.STDOUT)
+    if code:
+        last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:])
+        raise SystemExit(f"{last}\n{script} failed with exit code {code}")
+    return json.loads(Path(request["result"]).read_text(encoding="utf-8"))
+
+
+def peer_row(name: str, request: dict[str, Any], folder: Path, python: Path, env: Path) -> dict[str, Any]:
+    """One recipe of llm-compressor, and what its worker saw."""
+    recipe = RECIPES[name]
+    log = env / f"{name}.log"
+    print(f"llm-compressor: {recipe.label}, W4A{recipe.a_bits} (log: {log}) …", flush=True)
+    asked = {"transform": recipe.transform, "rounding": recipe.rounding, "a_bits": recipe.a_bits}
+    result = run(python, "peers_worker.py", {**request, **asked}, folder, log)
+    seen = result["checks"]
+    print(
+        f"  checked: {seen['layers']} layers multiply at most {seen['activation_levels']} activation levels per token "
+        f"and {seen['weight_levels']} weight levels per group; R4 online in {seen['r4_layers']}; "
+        f"first window's KL {significant(seen['kl'])}, activations left alone {significant(seen['kl_activations_off'])}"
+        f", R4 taken out {significant(seen['kl_r4_off'])}, nothing quantised {significant(seen['kl_unquantised'])}"
+    )
+    tool = f"llm-compressor {result['versions']['llmcompressor']}"
+    return {"tool": tool, "recipe": recipe.label, "scheme": f"W4A{recipe.a_bits}", **result}
+
+
+def our_row(label: str, recipe: str, a_bits: int, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """halfbyte, every layer at the same activation bits."""
+    print(f"halfbyte: {label}, W4A{a_bits} …", flush=True)
+    asked = {"recipe": recipe, "a_bits": a_bits}
+    result = run(Path(sys.executable), "peers_ours.py", {**request, **asked}, folder, folder / "log")
+    tool = f"halfbyte {result['versions']['halfbyte']}"
+    return {"tool": tool, "recipe": label, "scheme": f"W4A{a_bits}", **result}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as Markdown, by scheme."""
+    headers = ["tool", "recipe", "scheme", "time", "peak memory", "KL", "top-1", "ppl"]
+    cells: list[list[Cell]] = [
+        [
+            row["tool"], row["recipe"], row["scheme"], format_seconds(row["seconds"]), format_bytes(row["peak_memory"]),
+            f"{significant(row['kld_mean'])} ± {significant(row['kld_error'], 2)}",
+            f"{100 * row['top1_agreement']:.1f}%", significant(row["ppl"], 4),
+        ]
+        for row in sorted(rows, key=lambda row: row["scheme"], reverse=True)
+    ]  # fmt: skip
+    return markdown_table(headers, cells)
+
+
+def main() -> int:
+    """Run every row, check that both sides used one ruler, print one table."""
+    options = parse()
+    disable_progress_bar()
+    output = check_output(options.json, force=options.force) if options.json else None
+    python = peer_python(options.env) if options.only != "ours" else None
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="halfbyte-") as name:
+        folder = Path(name)
+        request, made_by = write_original(options, folder / "original")
+
+        def add(row: dict[str, Any]) -> None:
+            rows.append(row)
+            if output:
+                write_text(output, json.dumps({"made_by": made_by, "rows": rows}, indent=1))
+
+        if options.only != "peer":
+            asked = {RECIPES[name].a_bits for name in options.recipes}
+            for label, recipe, a_bits in OURS:
+                if a_bits in asked:
+                    add(our_row(label, recipe, a_bits, request, folder))
+        if python:
+            for recipe in options.recipes:
+                add(peer_row(recipe, request, folder, python, options.env))
+    references = [row["ppl_reference"] for row in rows]
+    if max(references) > 1.001 * min(references):
+        raise SystemExit(f"the sides disagree about the original's perplexity: {references}")
+    print(f"\n{table(rows)}\n")
+    print(
+        f"{made_by['machine']}; {options.model}, original perplexity {significant(references[0], 4)}; text {TEXT}: "
+        f"{made_by['calib_windows']} windows for calibration, {made_by['eval_windows']} scored, of {options.ctx} tokens"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except HalfbyteError as error:
+        sys.exit(str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,22 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from halfbyte.formats.int_group import GroupedWeight
 from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.models.surgery import set_activation_bits_
+from halfbyte.prepare.recipe import Recipe
+from halfbyte.prepare.walk import Prepared, prepare_
+from halfbyte.progress import silent
+from halfbyte.weights import QUANTISERS
+from halfbyte.weights.base import WeightQuantiser
 from tests.tiny_models import MODELS, SIZE, hf_byte_level, hf_sentencepiece, randomise_
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread, here and in the processes that tests start: tiny tensors only wait for a second one."""
+    if "not slow" in config.option.markexpr:
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +74,25 @@ def tiny(tiny_folder) -> Callable[..., SourceModel]:
         return loaded[family]
 
     return get
+
+
+@pytest.fixture
+def transformed(monkeypatch) -> Callable[..., Prepared]:
+    """Preparation in place without rounding, so that only what transforms do is left."""
+
+    def keep(moments, group_size, _):
+        rows, width = moments.weight.shape
+        return GroupedWeight(moments.weight, torch.ones(rows, width // group_size)), ""  # every "code" is the weight
+
+    monkeypatch.setitem(QUANTISERS, "exact", WeightQuantiser(keep, looks_at_inputs=False, rounding_share=1.0))
+
+    def transform(source: SourceModel, tokens: torch.Tensor, names: str, alpha: float | None = None) -> Prepared:
+        recipe = Recipe(tuple(names.split(",")), "exact", alpha, clip=False)
+        made = prepare_(source, tokens, recipe, silent, device=source.device)
+        set_activation_bits_(source.model, dict.fromkeys(made.layers))
+        return made
+
+    return transform
 
 
 @pytest.fixture

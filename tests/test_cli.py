@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from halfbyte import cli, files
+from halfbyte import cli, files, pipeline
 from halfbyte.export.plan_file import codes_path, load_codes, load_plan
 from halfbyte.options import CompareOptions, EvalOptions, ExportOptions, SearchOptions, SimulateOptions
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--device", "cpu", "--calib", "pydoc", "--ctx", "64", "--calib_tokens", "128", "--search_tokens", "128"]
+CODES = "mixed_precision_config.safetensors"
 EVAL = ["--text", "pydoc", "--ctx", "64", "--chunks", "2", "--max_tokens", "4"]
 GA = ["--ga_pop", "6", "--ga_gen", "3"]
 
@@ -31,6 +34,16 @@ def here(tmp_path, monkeypatch):
 
 def search(folder, *more):
     return cli.run("search", ["--model_id", str(folder), *QUICK, *GA, *more])
+
+
+def changed(folder, tmp_path_factory, *names, factor):
+    """A copy of a saved model with some tensors multiplied."""
+    copied = shutil.copytree(folder, tmp_path_factory.mktemp("changed") / "m")
+    tensors = load_file(copied / "model.safetensors")
+    for name in names:
+        tensors[name] *= factor
+    save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
+    return copied
 
 
 def fails(capsys, code, *, match):
@@ -87,13 +100,15 @@ def test_simulated_weights_are_the_exported_weights(tiny_folder, here):
     from gguf import GGUFReader, dequantize
 
     from halfbyte.models.gguf_source import halves_from_pairs
-    from halfbyte.simulation import apply_codes_, load_for_plan
+    from halfbyte.simulation import become_simulation_, load_for_plan
 
     assert search(tiny_folder("llama"), "--output", "plan.json") == 0
     assert cli.run("export", ["--config", "plan.json", "--output", "m.gguf"]) == 0
     plan = load_plan("plan.json")
     source = load_for_plan(plan, None, device="cpu", dtype="fp32")
-    apply_codes_(source, *load_codes(codes_path("plan.json")))
+    codes = load_codes(codes_path("plan.json"))
+    assert any(bool((weight.scales < 0).any()) for weight in codes.weights.values())
+    become_simulation_(source, codes, plan.layers, plan.transforms)
     tensors = {tensor.name: tensor for tensor in GGUFReader("m.gguf").tensors}
     for name in plan.layers:
         tensor = tensors[source.family.gguf_name(f"{name}.weight")]
@@ -102,6 +117,38 @@ def test_simulated_weights_are_the_exported_weights(tiny_folder, here):
         heads = {"q_proj": 4, "k_proj": 2}.get(name.rpartition(".")[2])
         values = halves_from_pairs(values, heads) if heads else values
         assert torch.equal(values, source.model.get_submodule(name).weight), name
+
+
+@pytest.mark.parametrize("transforms", ["auto", "r1,r3,r4", "none"])
+def test_plans_for_the_simulation(transforms, tiny_folder, here):
+    """What the search scored is near what the simulation measures on other text."""
+    assert search(tiny_folder("qwen2-tied"), "--target", "sim", "--transforms", transforms) == 0
+    plan = load_plan("mixed_precision_config.pt")
+    assert all(entry.rank > 0 and entry.rotated for entry in plan.layers.values()) == (transforms == "auto")
+    assert set(plan.search["channel_scales"]) == (set(load_codes(CODES).low_rank) if transforms == "auto" else set())
+    assert cli.run("simulate", [*EVAL, "--json", "s.json"]) == 0
+    measured = {row["name"]: row["quality"]["kld_mean"] for row in json.loads(Path("s.json").read_text())["rows"]}
+    assert measured["all A8"] < measured["plan"] < measured["all A4"]
+    for name in ("all A8", "all A4", "plan"):
+        assert plan.search["scores"][name] == pytest.approx(measured[name], rel=0.5)
+
+
+def test_a_tied_model_may_be_rotated_for_gguf(tiny_folder, here, capsys):
+    """R1 gives the file an output matrix of its own; llama.cpp must agree with the simulation."""
+    from gguf import GGUFReader
+
+    assert search(tiny_folder("llama-tied"), "--transforms", "smooth,r1,r2") == 0
+    assert cli.run("export", ["--output", "m.gguf"]) == 0
+    assert "output.weight" in {tensor.name for tensor in GGUFReader("m.gguf").tensors}
+
+
+@pytest.mark.parametrize("target", ["gguf", "sim"])
+def test_dead_inputs_are_in_the_outcome_table(target, tiny_folder, here, tmp_path_factory):
+    folder = changed(tiny_folder("llama"), tmp_path_factory, "model.layers.1.mlp.up_proj.weight", factor=0)
+    assert search(folder, "--target", target) == 0
+    rows = Path("mixed_precision_config.outcome.csv").read_text().splitlines()
+    noted = [row.split(",")[0] for row in rows if "rounded to nearest: the Hessian is not positive definite" in row]
+    assert noted == ["model.layers.1.mlp.down_proj"]
 
 
 def test_tiered_policy_puts_a8_layers_in_q8_0(tiny_folder, here, capsys):
@@ -162,6 +209,26 @@ def test_killed_and_resumed_ends_in_the_same_plan(tiny_folder, here):
     assert whole.search["scores"] == killed.search["scores"]
 
 
+@pytest.mark.parametrize("fitness", ["kl", "fisher"])
+def test_resumed_at_the_start_of_the_search_ends_in_the_same_plan(fitness, tiny_folder, here, monkeypatch):
+    """Everything that runs at run time is there again: rotations, low-rank transforms, ranges."""
+    arguments = ["--target", "sim", "--transforms", "smooth,r3,online,learned", "--fitness", fitness]
+    folder = tiny_folder("qwen2-tied")
+    assert search(folder, *arguments, "--output", "whole.json") == 0
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_genetic", interrupt)
+        assert search(folder, *arguments, "--output", "stopped.json") == 2
+    assert (here / ".stopped.json.work" / "prepared.json").exists()
+    assert search(folder, *arguments, "--output", "stopped.json", "--resume") == 0
+    whole, stopped = load_plan("whole.json"), load_plan("stopped.json")
+    assert whole.hash == stopped.hash
+    assert whole.search == stopped.search
+
+
 def test_resume_with_other_settings_is_refused(tiny_folder, here, capsys):
     folder = tiny_folder("qwen2")
     work = here / ".mixed_precision_config.pt.work"
@@ -179,7 +246,7 @@ def test_ctrl_c_is_one_line(tiny_folder, here):
     process = subprocess.Popen(
         [*command, "--ga_gen", "500"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
-    while "SmoothQuant" not in process.stderr.readline():
+    while "transforms and W4 codes" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -196,6 +263,8 @@ def test_bad_values(tiny_folder, here, capsys):
         (["--target_compression", "1.01"], "budget is out of range"),
         (["--output", "plan.yaml"], "unknown plan format"),
         (["--transforms", "rotated"], "unknown transform"),
+        (["--transforms", "smooth,online"], "the target gguf cannot run this transform"),
+        (["--alpha", "2"], "--alpha: out of range, expected 0 to 1, or auto, got 2"),
         (["--ga_pop", "0"], "must be positive"),
         (["--calib", "nowhere.txt"], "no such text"),
         (["--group_size", "16"], "Q4_0 blocks need groups of 32"),
@@ -230,7 +299,7 @@ def test_text_too_short(tiny_folder, here, capsys):
 
 def test_full_disk_is_one_line_and_leaves_nothing(tiny_folder, here, capsys, monkeypatch):
     """The W4 codes meet a full disk (a link to /dev/full stands for it)."""
-    from halfbyte import preparation
+    from halfbyte.prepare import walk
 
     def full(path, *_):
         with files.whole_file(path) as partial:
@@ -239,7 +308,7 @@ def test_full_disk_is_one_line_and_leaves_nothing(tiny_folder, here, capsys, mon
 
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full on this system")
-    monkeypatch.setattr(preparation, "save_codes", full)
+    monkeypatch.setattr(walk, "save_codes", full)
     fails(capsys, search(tiny_folder("qwen2")), match="disk is full")
     assert list(here.iterdir()) == []
 
@@ -376,14 +445,7 @@ def test_the_contract_of_flags():
 
 
 def test_activations_that_overflow_name_the_layer(tiny_folder, here, capsys, tmp_path_factory):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    folder = shutil.copytree(tiny_folder("llama"), tmp_path_factory.mktemp("hot") / "m")
-    tensors = load_file(folder / "model.safetensors")
-    for part in ("gate_proj", "up_proj"):
-        tensors[f"model.layers.0.mlp.{part}.weight"] *= 1e25
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    hot = [f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up")]
+    folder = changed(tiny_folder("llama"), tmp_path_factory, *hot, factor=1e25)
     fails(capsys, search(folder), match="model.layers.0.mlp.down_proj: activations are not finite")
     assert list(here.iterdir()) == []

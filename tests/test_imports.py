@@ -18,7 +18,7 @@ TIERS = [
     ("calibration",),
     ("search", "export", "runtime"),
     ("evaluate", "report"),
-    ("provenance", "stages", "preparation", "simulation", "exporting", "evaluating", "doctor", "pipeline"),
+    ("provenance", "stages", "prepare", "simulation", "exporting", "evaluating", "doctor", "pipeline"),
     ("drawing", "cli"),
 ]
 TIER = {name: index for index, names in enumerate(TIERS) for name in names}

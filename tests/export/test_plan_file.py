@@ -10,36 +10,64 @@ import pytest
 import torch
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.export.plan_file import codes_path, load_codes, load_plan, save_codes, save_plan
+from halfbyte.export.plan_file import Codes, codes_path, load_codes, load_plan, save_codes, save_plan
+from halfbyte.numerics.balance import LowRank
 from halfbyte.spec import LayerPlan, Plan
 from halfbyte.weights.rtn import round_to_nearest
 
-NAME = "model.layers.0.mlp.down_proj"
+NAME, NORM = "model.layers.0.mlp.down_proj", "model.layers.0.input_layernorm.weight"
 
 
 @pytest.fixture(params=[".pt", ".json"])
 def saved(request, tmp_path):
     path = tmp_path / f"plan{request.param}"
     weight = round_to_nearest(torch.randn(8, 64), 32)
-    norm = torch.randn(8)
-    digest = save_codes(codes_path(path), {NAME: weight}, {"model.layers.0.input_layernorm.weight": norm})
+    codes = Codes({NAME: weight}, {NORM: torch.randn(8)}, {NAME: LowRank(torch.randn(64, 4), torch.randn(4, 4))})
+    digest = save_codes(codes_path(path), codes)
+    entry = LayerPlan(4, 8, 32, a4_clip=0.9, rank=4)
     plan = Plan(
-        "demo", "abc", "gguf", "fused", {NAME: LayerPlan(4, 8, 32)}, 0.75, 0.74, ("smooth",), text={"name": "pydoc"},
-        seed=3, codes_sha256=digest,
+        "demo", "abc", "gguf", "fused", {NAME: entry}, 0.75, 0.74, ("smooth",), text={"name": "pydoc"}, seed=3,
+        codes_sha256=digest,
     )  # fmt: skip
     save_plan(path, plan)
-    return path, plan, weight, norm
+    return path, plan, codes
 
 
 def test_round_trip(saved):
-    path, plan, weight, norm = saved
+    path, plan, codes = saved
     assert load_plan(path) == plan
     assert load_plan(path).hash == plan.hash
-    weights, overrides = load_codes(codes_path(path))
-    assert torch.equal(weights[NAME].codes, weight.codes)
-    assert torch.equal(weights[NAME].scales, weight.scales)
-    assert torch.equal(weights[NAME].decode(), weight.decode())
-    assert torch.equal(overrides["model.layers.0.input_layernorm.weight"], norm)
+    found = load_codes(codes_path(path))
+    assert [list(part) for part in (found.weights, found.parameters, found.low_rank)] == [[NAME], [NORM], [NAME]]
+    assert torch.equal(found.weights[NAME].codes, codes.weights[NAME].codes)
+    assert torch.equal(found.weights[NAME].scales, codes.weights[NAME].scales)
+    assert torch.equal(found.weights[NAME].decode(), codes.weights[NAME].decode())
+    assert torch.equal(found.parameters[NORM], codes.parameters[NORM])
+    assert torch.equal(found.low_rank[NAME].basis, codes.low_rank[NAME].basis)
+    assert torch.equal(found.low_rank[NAME].gain, codes.low_rank[NAME].gain)
+
+
+def test_a_plan_of_version_1_is_read(tmp_path):
+    """As halfbyte 0.1 wrote it: nothing about rotated inputs or ranges."""
+    entry = {
+        "w_bits": 4,
+        "a_bits": 4,
+        "group_size": 32,
+        "a_symmetric": True,
+        "note": "group 32: 128 does not divide 96",
+    }
+    old = {
+        "model_id": "demo", "fingerprint": "abc", "target": "gguf", "granularity": "fused", "layers": {NAME: entry},
+        "budget_asked": 0.75, "budget_reached": 0.5, "transforms": ["smooth"], "weights": "rtn",
+        "text": {"name": "pydoc", "note": "", "calib": "0", "search": "1", "eval": "2"},
+        "search": {"algorithm": "genetic", "fitness": "kl", "scores": {"plan": 0.1}}, "seed": 0,
+        "versions": {"halfbyte": "0.1"}, "codes_sha256": "", "version": 1,
+    }  # fmt: skip
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(old))
+    plan = load_plan(path, with_codes=False)
+    assert plan.layers == {NAME: LayerPlan(4, 4, 32, True, entry["note"], a4_clip=1.0, rotated=False, rank=0)}
+    assert plan.transforms == ("smooth",)
 
 
 def test_hash_is_of_the_choice(saved):
@@ -57,7 +85,7 @@ def test_truncated(saved):
 
 def test_codes_of_another_plan(saved):
     path = saved[0]
-    save_codes(codes_path(path), {NAME: round_to_nearest(torch.randn(8, 64), 32)}, {})
+    save_codes(codes_path(path), Codes({NAME: round_to_nearest(torch.randn(8, 64), 32)}, {}, {}))
     with pytest.raises(HalfbyteError, match="codes file belongs to another plan"):
         load_plan(path)
     codes_path(path).unlink()

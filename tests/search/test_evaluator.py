@@ -8,8 +8,11 @@ import pytest
 import torch
 
 from halfbyte.models.loading import layers_of, units_of
-from halfbyte.models.surgery import SharedInput, replace_linear_
+from halfbyte.models.surgery import InputScheme, SharedInput, replace_linear_
 from halfbyte.numerics.metrics import kl_per_token
+from halfbyte.prepare.recipe import Recipe
+from halfbyte.prepare.walk import prepare_
+from halfbyte.progress import silent
 from halfbyte.search.evaluator import KLEvaluator, reference
 from halfbyte.weights.rtn import round_to_nearest
 from tests.tiny_models import FAMILIES
@@ -18,14 +21,14 @@ from tests.tiny_models import FAMILIES
 def quantised(tiny, family, granularity="fused"):
     source = copy.deepcopy(tiny(family))
     tokens = torch.randint(source.config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
-    known = reference(source.model, source.family, tokens)
+    known = reference(source.model, source.family, tokens, device=source.device)
     expected = source.model(tokens).logits
     layers = layers_of(source.model, source.family)
     units = units_of(layers, source.family, granularity)
-    shared = SharedInput()
+    shared, scheme = SharedInput(), InputScheme()
     for layer in layers:
         weight = round_to_nearest(source.model.get_submodule(layer.name).weight, 32)
-        replace_linear_(source.model, layer.name, weight, shared)
+        replace_linear_(source.model, layer.name, weight, shared, scheme)
     evaluator = KLEvaluator(source.model, source.family, units, tokens, known)
     return source, tokens, expected, units, evaluator
 
@@ -40,6 +43,27 @@ def test_score_is_the_kl_of_whole_forward_passes(tiny, family):
     direct = kl_per_token(expected.flatten(0, 1), logits.flatten(0, 1)).mean()
     assert score == pytest.approx(float(direct), rel=1e-3)
     assert score > 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("transforms", [("r1",), ("smooth", "r1", "r2", "r3", "online", "learned")])
+def test_score_of_a_rotated_model_is_the_kl_of_whole_forward_passes(tiny, family, transforms):
+    """R1 moves the final norm's scale into a head that reads a rotated stream."""
+    source = copy.deepcopy(tiny(family))
+    tokens = torch.randint(source.config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
+    norm = source.model.get_parameter(f"{source.family.final_norm}.weight").clone()
+    known = reference(source.model, source.family, tokens, device=source.device)
+    with torch.no_grad():
+        expected = source.model(tokens).logits
+    units = units_of(layers_of(source.model, source.family), source.family, "fused")
+    prepare_(source, tokens, Recipe(transforms, group_size=32), silent, device=source.device)
+    rotated = [batch.for_rotated(norm) for batch in known]
+    score = KLEvaluator(source.model, source.family, units, tokens, rotated).score([4, 8] * (len(units) // 2))
+    with torch.no_grad():
+        logits = torch.cat([source.model(row.unsqueeze(0)).logits for row in tokens])
+    direct = float(kl_per_token(expected.flatten(0, 1), logits.flatten(0, 1)).mean())
+    assert score == pytest.approx(direct, abs=1e-4)
+    assert 0.01 < score < 0.5
 
 
 @pytest.mark.parametrize("granularity", ["fused", "layer"])
@@ -58,7 +82,8 @@ def test_a_model_has_no_distance_to_itself(tiny, dtype):
     model = copy.deepcopy(tiny("qwen2").model).to(dtype)
     family = tiny("qwen2").family
     tokens = torch.randint(tiny("qwen2").config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
-    evaluator = KLEvaluator(model, family, [], tokens, reference(model, family, tokens))
+    known = reference(model, family, tokens, device=torch.device("cpu"))
+    evaluator = KLEvaluator(model, family, [], tokens, known)
     assert abs(evaluator.score([])) < 2e-5
 
 
@@ -77,8 +102,6 @@ def test_shared_input_is_quantised_once(tiny, monkeypatch):
     _, _, _, units, evaluator = quantised(tiny, "llama")
     calls = []
     real = surgery.fake_quantise
-    monkeypatch.setattr(
-        surgery, "fake_quantise", lambda x, bits, symmetric: calls.append(bits) or real(x, bits, symmetric=symmetric)
-    )
+    monkeypatch.setattr(surgery, "fake_quantise", lambda x, bits, **more: calls.append(bits) or real(x, bits, **more))
     evaluator.score([8] * len(units))
     assert len(calls) == 3 * len(units)  # three windows, one quantisation per unit

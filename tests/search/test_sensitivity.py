@@ -1,46 +1,17 @@
-"""Layer sensitivity: the errors are what they say, and A4 costs more than A8."""
+"""What units make of their layers' errors; loss gradients."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from halfbyte.calibration.blocks import walk_blocks
 from halfbyte.calibration.gradients import output_gradient_power
 from halfbyte.models.loading import layers_of, units_of
-from halfbyte.numerics.affine import fake_quantise
-from halfbyte.search.sensitivity import LayerSensitivity, measure_block, unit_errors, unit_ratios
-from halfbyte.weights.rtn import round_to_nearest
-from tests.tiny_models import FAMILIES
+from halfbyte.search.sensitivity import LayerSensitivity, unit_errors, unit_ratios
 
 
 def tokens_for(source, windows=2):
     return torch.randint(source.config.vocab_size, (windows, 24), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_mse_against_a_direct_computation(tiny, family):
-    source = tiny(family)
-    tokens = tokens_for(source)
-    layers = layers_of(source.model, source.family)
-    name = "model.layers.1.mlp.down_proj"
-    seen = []
-    linear = source.model.get_submodule(name)
-    handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    source.model(tokens)
-    handle.remove()
-    x = seen[0].flatten(0, 1)
-    coded = round_to_nearest(linear.weight, 32)
-    rows = {}
-    for step in walk_blocks(source.model, source.family, tokens, device=source.device):
-        members = {layer.name.split(".", 3)[3]: layer for layer in layers if layer.block == step.index}
-        codes = {part: round_to_nearest(step.block.get_submodule(part).weight, 32) for part in members}
-        rows.update({row.layer: row for row in measure_block(step, members, codes)})
-    assert len(rows) == len(layers)
-    for bits, got in ((4, rows[name].mse_a4), (8, rows[name].mse_a8)):
-        direct = (fake_quantise(x, bits) @ coded.decode().T - x @ linear.weight.T).square().mean()
-        assert got == pytest.approx(float(direct), rel=1e-3)
-    assert all(row.ratio > 1 for row in rows.values())
 
 
 def test_units_take_the_largest_ratio_and_the_sum_of_errors(tiny):

@@ -1,0 +1,75 @@
+"""The loops over columns: the Triton twins against torch. On CUDA: ``tests/test_gpu.py``."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from halfbyte.kernels import columns
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def block(rows=37, width=32):
+    """target, weight, step (of either sign), mix, hessian of one block."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, width, generator=generator)
+    target = weight + 0.1 * torch.randn(rows, width, generator=generator)
+    step = (0.1 + 0.3 * torch.rand(rows, width, generator=generator)) * torch.randn(rows, 1, generator=generator).sign()
+    mix = 0.2 * torch.randn(width, width, generator=generator).triu(1)
+    x = torch.randn(3 * width, width, generator=generator)
+    return target, weight, step, mix, x.T @ x / len(x)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_rounding_feeds_errors_to_later_columns(bits):
+    target, weight, step, mix, _ = block()
+    codes, errors = columns.round_columns(target, weight, step, mix, bits)
+    assert torch.allclose(errors, weight - codes * step, atol=1e-6)
+    wanted = (target + errors @ mix) / step  # mix is strictly upper: column k sees the columns before it
+    half = 2 ** (bits - 1)
+    assert float((wanted.clamp(-half, half - 1) - codes).abs().max()) <= 0.5 + 1e-4
+    assert codes.min() == -half
+    assert codes.max() == half - 1
+
+
+def test_descent_only_lowers_the_error():
+    _, weight, step, _, hessian = block()
+    before = (weight / step).round().clamp(-8, 7)
+    error = weight - before * step
+    after = columns.descend_columns(error @ hessian, before, step, hessian, 4)
+    better = weight - after * step
+    costs = [((e @ hessian) * e).sum(-1) for e in (error, better)]
+    assert bool((costs[1] <= costs[0] + 1e-5).all())
+    assert float(costs[1].sum()) < 0.8 * float(costs[0].sum())
+
+
+def test_twins_agree_in_tritons_interpreter():
+    """In a process of its own: Triton decides at its import whether it interprets."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed; torch for CPUs comes without it")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    subprocess.run([sys.executable, "-c", TWINS], check=True, cwd=ROOT, env=environment)
+
+
+TWINS = """
+import torch
+from halfbyte.kernels.columns import descend_columns, forced, round_columns
+from tests.kernels.test_columns import block
+
+for bits, rows, width in ((4, 37, 32), (3, 4, 1)):
+    target, weight, step, mix, hessian = block(rows, width)
+    found = {}
+    for name in ("torch", "triton"):
+        with forced(name):
+            codes, errors = round_columns(target, weight, step, mix, bits)
+            found[name] = codes, errors, descend_columns(errors @ hessian, codes, step, hessian, bits)
+    for one, other in zip(found["torch"], found["triton"]):
+        assert ((one - other).abs() < 1e-4).float().mean() > 0.999, (bits, rows, width)
+"""

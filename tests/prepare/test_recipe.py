@@ -1,0 +1,33 @@
+"""Options as a recipe."""
+
+from __future__ import annotations
+
+import pytest
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.options import SearchOptions
+from halfbyte.prepare.recipe import Recipe, parse_alpha, recipe_of
+
+
+def test_alpha():
+    assert parse_alpha("auto") is None
+    assert [parse_alpha(text) for text in ("0", "0.5", "1")] == [0.0, 0.5, 1.0]
+    for text in ("1.5", "-0.1", "strong", "nan"):
+        with pytest.raises(HalfbyteError, match=rf"--alpha: out of range, expected 0 to 1, or auto, got {text}"):
+            parse_alpha(text)
+
+
+def test_the_target_decides_which_activations_count():
+    sim, gguf = (recipe_of(SearchOptions(target=target), tied=True) for target in ("sim", "gguf"))
+    assert (sim.scale_bits, gguf.scale_bits) == (4, 8)  # llama.cpp computes with 8-bit activations
+    assert gguf.transforms == ("smooth", "r2")
+    assert recipe_of(SearchOptions(target="sim", symmetric=True), tied=True).symmetric
+
+
+def test_who_is_rotated_and_scaled():
+    assert Recipe(("online",)).rotated("q", "down")
+    assert [Recipe(("r4",)).rotated(part, "down") for part in ("q", "down")] == [False, True]
+    assert not Recipe(("r1", "r2", "r3")).rotated("down", "down")
+    assert Recipe(("smooth",)).scales_channels
+    assert Recipe((), "awq").scales_channels
+    assert not Recipe(("r1",), "gptq").scales_channels

@@ -1,0 +1,36 @@
+"""AWQ: plain rounding on scales that the inputs chose."""
+
+from __future__ import annotations
+
+import torch
+
+from halfbyte.formats.int_group import encode_with_scales
+from halfbyte.weights import QUANTISERS
+from halfbyte.weights.gptq import output_error
+from halfbyte.weights.moments import InputMoments
+from halfbyte.weights.scales import searched_scales
+
+
+def encoded(name, weight, x):
+    moments = InputMoments(weight)
+    moments.add(x, x)
+    codes, note = QUANTISERS[name].encode(moments, 32, "here")
+    assert note == ""
+    return codes
+
+
+def test_awq_lies_between_rounding_and_gptq():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 96, generator=generator) * torch.rand(96, generator=generator).square()
+    x += torch.randn(400, 4, generator=generator) @ torch.randn(4, 96, generator=generator)
+    weight, hessian = torch.randn(24, 96, generator=generator), x.T @ x / len(x)
+    codes = {name: encoded(name, weight, x) for name in QUANTISERS}
+    errors = {name: output_error(weight, found, hessian) for name, found in codes.items()}
+    assert errors["gptq"] < errors["awq"] < 0.95 * errors["rtn"]
+    scales = searched_scales(weight, 32, hessian.diagonal())
+    assert torch.equal(codes["awq"].codes, encode_with_scales(weight, scales).codes)
+
+
+def test_who_needs_calibration_text():
+    assert {name for name, quantiser in QUANTISERS.items() if quantiser.looks_at_inputs} == {"gptq", "awq"}
+    assert {name for name, quantiser in QUANTISERS.items() if quantiser.scales_for_weights} == {"awq"}

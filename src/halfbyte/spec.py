@@ -129,7 +129,11 @@ class Plan:
     @property
     def hash(self) -> str:
         """First 12 hex digits of the digest of the choice itself: the same plan has the same hash."""
-        choice = {name: asdict(entry) for name, entry in self.layers.items()}
+        later = {"a4_clip": 1.0, "rotated": False, "rank": 0}  # version 1 had none of them: its hashes stay
+        choice = {
+            name: {key: value for key, value in asdict(entry).items() if later.get(key, ...) != value}
+            for name, entry in self.layers.items()
+        }
         text = json.dumps([self.fingerprint, self.codes_sha256, choice], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -8,11 +8,11 @@ import torch
 from halfbyte.numerics.balance import EXACT_UP_TO, balancing_matrices, balancing_scales, low_rank_balance
 
 
-def correlated(rows, n, seed):
+def correlated(rows, n, seed, strength=3.0):
     """Rows with a few strong directions, fp32 ``[rows, n]``."""
     generator = torch.Generator().manual_seed(seed)
     loud = torch.randn(rows, 4, generator=generator) @ torch.randn(4, n, generator=generator)
-    return 3 * loud + torch.randn(rows, n, generator=generator) * torch.rand(n, generator=generator)
+    return strength * loud + torch.randn(rows, n, generator=generator) * torch.rand(n, generator=generator)
 
 
 def moment(rows):
@@ -56,7 +56,7 @@ def cost(forward, backward, cx, cw):
 
 @pytest.mark.parametrize(("n", "rank"), [(64, 8), (EXACT_UP_TO + 64, 16)])
 def test_low_rank_keeps_the_product_and_lowers_the_error(n, rank):
-    x, weight = correlated(400, n, 0), correlated(80, n, 1)
+    x, weight = correlated(400, n, 0), correlated(2 * n, n, 1, strength=0.5)
     cx, cw = moment(x), weight.T @ weight
     found = low_rank_balance(cx, cw, rank)
     assert found.basis.shape == (n, rank)
@@ -66,7 +66,12 @@ def test_low_rank_keeps_the_product_and_lowers_the_error(n, rank):
     assert float((got - expected).norm() / expected.norm()) < 1e-4
     forward, backward = found.forward(torch.eye(n)).T, found.backward(torch.eye(n))
     eye = torch.eye(n)
-    assert cost(forward, backward, cx, cw) < 0.5 * cost(eye, eye, cx, cw)
+    least = cost(forward, backward, cx, cw)
+    assert least < 0.5 * cost(eye, eye, cx, cw)
+    inside = found.basis @ found.basis.T  # its span is in balance with what is outside
+    for factor in (0.7, 1.4):
+        other = (eye + (factor - 1) * inside) @ forward, backward @ (eye + (1 / factor - 1) * inside)
+        assert least < cost(*other, cx, cw)
 
 
 def test_full_rank_is_the_exact_balance():

@@ -93,8 +93,12 @@ def low_rank_balance(x_moment: torch.Tensor, w_moment: torch.Tensor, rank: int) 
     Args:
         x_moment, w_moment: Cx and Cw, ``[in, in]``.
         rank: even, at most ``in``.
+
+    If either moment is zero there is nothing to balance, and T is I.
     """
     n = x_moment.shape[0]
+    if not (x_moment.diagonal().sum() > 0 and w_moment.diagonal().sum() > 0):
+        return LowRank(torch.eye(n, rank, device=x_moment.device), x_moment.new_zeros(rank, rank))
     leading = [_leading(moment, rank // 2) for moment in (x_moment, w_moment)]
     basis, _ = torch.linalg.qr(torch.cat(leading, dim=1))  # fp64 [in, rank]
     # inside the span of the basis; both moments scaled to mean 1 on the diagonal
@@ -106,7 +110,7 @@ def low_rank_balance(x_moment: torch.Tensor, w_moment: torch.Tensor, rank: int) 
     outer_x, outer_w = n - inner_x.trace(), n - inner_w.trace()
     outside = (outer_w / outer_x).clamp(1e-6, 1e6).pow(0.25) if rank < n else torch.ones((), dtype=torch.float64)
     gain = forward.double() / outside - torch.eye(rank, dtype=torch.float64, device=forward.device)
-    return LowRank(basis.float(), gain.float())
+    return LowRank(basis.float().contiguous(), gain.float().contiguous())  # as they will be read back
 
 
 def _leading(moment: torch.Tensor, count: int) -> torch.Tensor:

@@ -185,6 +185,6 @@ def _blocks(columns: int) -> list[slice]:
 
 
 def _per_column(scales: torch.Tensor, columns: int) -> torch.Tensor:
-    """Scales repeated for every column, fp32 ``[out, in]``; 0 (an empty group) becomes 1."""
+    """Scales repeated for every column, fp32 ``[out, in]``; 0 (an empty group) becomes so wide that its codes are 0."""
     step = scales.float().repeat_interleave(columns // scales.shape[1], dim=1)
-    return torch.where(step == 0, torch.ones_like(step), step)
+    return torch.where(step == 0, torch.full_like(step, 1e30), step)

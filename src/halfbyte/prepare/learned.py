@@ -12,15 +12,15 @@ from halfbyte.calibration.twins import TwinStep
 from halfbyte.models.modules import linear
 from halfbyte.numerics.balance import LowRank, low_rank_balance
 
-RANK_SHARE, LARGEST_RANK = 16, 256
+RANK_SHARE, LARGEST_RANK = 4, 512
 
 
 def learn_low_rank(step: TwinStep, group: tuple[str, ...]) -> LowRank:
-    """The transform of a unit's input, of rank in / 16 and at most 256."""
+    """The transform of a unit's input, of rank in / 4 and at most 512."""
     weight = torch.cat([linear(step.original, part).weight for part in group])
     inputs = weight.shape[1]
     rank = max(2, min(LARGEST_RANK, inputs // RANK_SHARE) // 2 * 2)
     x_moment = weight.new_zeros(inputs, inputs)
     for batch in step.seen[group[0]]:
-        x_moment.addmm_(batch.T, batch, alpha=1 / len(batch))
+        x_moment.addmm_(batch.T, batch)
     return low_rank_balance(x_moment, weight.T @ weight, rank)

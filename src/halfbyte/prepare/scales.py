@@ -42,8 +42,9 @@ def scale_unit_(
     block, seen = step.original, step.seen[group[0]]
     layers = [linear(block, part) for part in group]
     weight = torch.cat([layer.weight for layer in layers])  # [out, in]
-    x_power = torch.stack([batch.square().mean(0) for batch in seen]).mean(0)
-    check_finite(x_power, f"{family.blocks}.{step.index}.{group[0]}", "activations are")
+    where = f"{family.blocks}.{step.index}.{group[0]}"
+    x_power = torch.stack([batch.square().sum(0) for batch in seen]).sum(0) / sum(len(batch) for batch in seen)
+    check_finite(x_power, where, "activations are")
     statistics = {
         "x_power": x_power,
         "w_power": weight.square().mean(0),
@@ -57,7 +58,7 @@ def scale_unit_(
     if len(candidates) == 1:
         name, scales = candidates[0]
     else:
-        error = _output_error(sample(seen, SAMPLE), weight, recipe, scheme)
+        error = _output_error(sample(seen, SAMPLE), weight, recipe, scheme, where)
         name, scales = min(candidates, key=lambda candidate: error(candidate[1]))
     fold_scales_(block, family, group, scales, head_dim=head_dim)
     step.seen[group[0]] = [batch / scales for batch in seen]
@@ -80,7 +81,7 @@ def _candidates(recipe: Recipe, known: dict[str, torch.Tensor]) -> Iterator[tupl
 
 
 def _output_error(
-    x: torch.Tensor, weight: torch.Tensor, recipe: Recipe, scheme: InputScheme
+    x: torch.Tensor, weight: torch.Tensor, recipe: Recipe, scheme: InputScheme, where: str
 ) -> Callable[[torch.Tensor], float]:
     """Squared error of ``x Wᵀ`` from rounding activations, plus that from rounding weights, as a function of scales."""
     group_size = fitting_group_size(weight.shape[1], recipe.group_size)
@@ -88,7 +89,7 @@ def _output_error(
 
     def error(scales: torch.Tensor) -> float:
         inputs, stored = scheme.transform(x / scales), scheme.stored_weight(weight * scales)
-        rounded = round_to_nearest(stored, group_size).decode()
+        rounded = round_to_nearest(stored, group_size, where=where).decode()
         total = quantiser.rounding_share * float((inputs @ (rounded - stored).T).square().sum())
         if not quantiser.scales_for_weights:
             noise = fake_quantise(inputs, recipe.scale_bits, symmetric=recipe.symmetric) - inputs

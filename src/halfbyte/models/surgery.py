@@ -10,10 +10,12 @@ from torch import nn
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.kernels.activations import fake_quantise_rows
 from halfbyte.models.modules import linear
-from halfbyte.numerics.affine import fake_quantise
 from halfbyte.numerics.balance import LowRank
 from halfbyte.numerics.hadamard import rotate
+
+Bits = int | torch.Tensor | None  # activation bits: for all, int32 [rows] for a batch [rows, ...], or not rounded
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,11 +52,11 @@ class InputScheme:
             weight = self.low_rank.backward(weight)
         return rotate(weight) if self.rotated else weight
 
-    def rounded(self, x: torch.Tensor, bits: int | None) -> torch.Tensor:
-        """A transformed input as its codes stand for it; ``bits`` None leaves it as it is."""
+    def rounded(self, x: torch.Tensor, bits: Bits) -> torch.Tensor:
+        """A transformed input as its codes stand for it."""
         if bits is None:
             return x
-        return fake_quantise(x, bits, symmetric=self.symmetric, clip=self.a4_clip if bits == 4 else 1.0)
+        return fake_quantise_rows(x, bits, a4_clip=self.a4_clip, symmetric=self.symmetric)
 
 
 class SharedInput:
@@ -62,16 +64,17 @@ class SharedInput:
 
     def __init__(self) -> None:
         self._source: torch.Tensor | None = None
-        self._key: tuple[int | None, InputScheme] | None = None
+        self._bits: Bits = None
+        self._scheme: InputScheme | None = None
         self._result: torch.Tensor | None = None
 
-    def treated(self, x: torch.Tensor, bits: int | None, scheme: InputScheme) -> torch.Tensor:
-        """``scheme`` applied to ``x``; the result of the last call is reused for the same tensor object."""
-        if self._source is x and self._key == (bits, scheme) and self._result is not None:  # schemes by identity
-            return self._result
-        result = scheme.rounded(scheme.transform(x), bits).to(x.dtype)
-        self._source, self._key, self._result = x, (bits, scheme), result
-        return result
+    def treated(self, x: torch.Tensor, bits: Bits, scheme: InputScheme) -> torch.Tensor:
+        """``scheme`` applied to ``x``; the result of the last call is reused for the same objects."""
+        same = self._source is x and self._bits is bits and self._scheme is scheme
+        if not same or self._result is None:
+            self._source, self._bits, self._scheme = x, bits, scheme
+            self._result = scheme.rounded(scheme.transform(x), bits).to(x.dtype)
+        return self._result
 
 
 class QuantLinear(nn.Module):
@@ -80,7 +83,7 @@ class QuantLinear(nn.Module):
     Attributes:
         weight: decoded codes in the compute dtype, ``[out, in]``.
         scheme: what happens to the input.
-        a_bits: activation bits, or None to leave activations alone (W4A16).
+        a_bits: activation bits: one number, one for each row of a batch, or None to leave activations alone (W4A16).
     """
 
     def __init__(
@@ -90,7 +93,7 @@ class QuantLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.scheme, self.shared = scheme, shared
-        self.a_bits: int | None = None
+        self.a_bits: Bits = None
 
     @property
     def in_features(self) -> int:
@@ -129,8 +132,8 @@ def replace_linear_(
     setattr(model.get_submodule(parent), leaf, QuantLinear(decoded, old.bias, scheme or InputScheme(), shared))
 
 
-def set_activation_bits_(model: nn.Module, bits: Mapping[str, int | None]) -> None:
-    """Set the activation bits of quantised layers by name."""
+def set_activation_bits_(model: nn.Module, bits: Mapping[str, Bits]) -> None:
+    """Set the activation bits of quantised layers by name; layers that share an input share the object."""
     for name, width in bits.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, QuantLinear), name

@@ -35,8 +35,9 @@ from halfbyte.prepare.walk import prepare_
 from halfbyte.progress import silent
 from halfbyte.report.tables import Cell, markdown_table, significant
 from halfbyte.search.baselines import knapsack_genome
-from halfbyte.search.evaluator import KLEvaluator, reference
+from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.problem import Problem
+from halfbyte.search.reference import reference
 from halfbyte.transforms import expand
 
 PLAIN = Recipe(weights="rtn", clip=False)
@@ -88,13 +89,13 @@ class Bench:
         source = self._load()
         self.text = load_text(options.text)
         self.calib, self.search = (
-            torch.tensor(cut(ids, options.ctx, max(1, count // options.ctx), spread=True, where=part))
-            for part, count in (("calib", options.calib_tokens), ("search", options.search_tokens))
-            for ids in [source.tokenizer(self.text.parts[part], add_special_tokens=False).input_ids]
+            torch.tensor(cut(ids, options.ctx, max(1, count // options.ctx), spread=True, where=parts[0]))
+            for count, parts in ((options.calib_tokens, ("calib",)), (options.search_tokens, ("search", "valid")))
+            for text in ["".join(self.text.parts[part] for part in parts)]
+            for ids in [source.tokenizer(text, add_special_tokens=False).input_ids]
         )
         self.windows = windows_for(source, self.text.parts["eval"], options.ctx, options.windows, where="eval text")
-        self.batch = 1 if self.device.type == "cpu" else len(self.search)  # windows at once
-        self.known = reference(source.model, source.family, self.search, device=self.device, batch=self.batch)
+        self.known = reference(source.model, source.family, self.search, device=self.device)
         self.tied = is_tied(source.model, source.family)
         scored = options.ctx - first_scored(options.ctx) - 1
         self.kept = LogitsFile(scratch / "reference", vocabulary(source.model, source.family), scored)
@@ -124,14 +125,14 @@ class Bench:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         source.model.to(self.device)
-        known = [batch.for_rotated(norm) for batch in self.known] if "r1" in recipe.transforms else self.known
+        known = self.known.for_rotated(norm) if "r1" in recipe.transforms else self.known
         layers = list(made.layers)
         qualities = {}
         for column, bits in (("W4A16", None), ("W4A8", 8), ("W4A4", 4)):
             qualities[column] = self._score(source, dict.fromkeys(layers, bits))
         units = units_of(layers_of(source.model, source.family), source.family, "fused")
-        evaluator = KLEvaluator(source.model, source.family, units, self.search, known, batch=self.batch)
-        base = evaluator.score([8] * len(units))
+        evaluator = KLEvaluator(source.model, source.family, units, self.search, known)
+        base = evaluator.score((8,) * len(units))
         gain = [loss - base for loss in evaluator.one_at_a_time(8, 4)]
         problem = Problem(costs=tuple(unit.macs for unit in units), budget=self.options.budget, priority=tuple(gain))
         genome = problem.fill(knapsack_genome(problem, gain))

@@ -84,6 +84,7 @@ def transformed(monkeypatch) -> Callable[..., Prepared]:
         rows, width = moments.weight.shape
         return GroupedWeight(moments.weight, torch.ones(rows, width // group_size)), ""  # every "code" is the weight
 
+    monkeypatch.setattr(GroupedWeight, "pack", lambda weight: weight)
     monkeypatch.setitem(QUANTISERS, "exact", WeightQuantiser(keep, looks_at_inputs=False, rounding_share=1.0))
 
     def transform(source: SourceModel, tokens: torch.Tensor, names: str, alpha: float | None = None) -> Prepared:

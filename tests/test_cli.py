@@ -8,14 +8,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from halfbyte import cli, files, pipeline
+from halfbyte import allocation, cli, files
 from halfbyte.export.plan_file import codes_path, load_codes, load_plan
 from halfbyte.options import CompareOptions, EvalOptions, ExportOptions, SearchOptions, SimulateOptions
 
@@ -187,28 +186,6 @@ def test_text_the_model_writes_itself(tiny_folder, here, capsys):
     assert load_plan("mixed_precision_config.pt").text["name"] == "self"
 
 
-def test_killed_and_resumed_ends_in_the_same_plan(tiny_folder, here):
-    """kill -9 at several moments; --resume must end where an undisturbed run ends."""
-    folder = tiny_folder("qwen2")
-    long_search = ["--model_id", str(folder), *QUICK, "--ga_pop", "10", "--ga_gen", "12"]
-    assert cli.run("search", [*long_search, "--output", "whole.json"]) == 0
-    script = str(ROOT / "mixed_precision_ptq.py")
-    work = here / ".killed.json.work"
-    for wait_for in ("codes.safetensors", "unit_kl.json", "genetic.json"):
-        command = [sys.executable, script, *long_search, "--output", "killed.json", "--resume"]
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until = time.monotonic() + 120
-        while process.poll() is None and not (work / wait_for).exists() and time.monotonic() < until:
-            time.sleep(0.01)
-        process.kill()
-        process.wait()
-    assert cli.run("search", [*long_search, "--output", "killed.json", "--resume"]) == 0
-    whole, killed = load_plan("whole.json"), load_plan("killed.json")
-    assert whole.layers == killed.layers
-    assert whole.hash == killed.hash
-    assert whole.search["scores"] == killed.search["scores"]
-
-
 @pytest.mark.parametrize("fitness", ["kl", "fisher"])
 def test_resumed_at_the_start_of_the_search_ends_in_the_same_plan(fitness, tiny_folder, here, monkeypatch):
     """Everything that runs at run time is there again: rotations, low-rank transforms, ranges."""
@@ -220,7 +197,7 @@ def test_resumed_at_the_start_of_the_search_ends_in_the_same_plan(fitness, tiny_
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "run_genetic", interrupt)
+        patch.setattr(allocation, "run_genetic", interrupt)
         assert search(folder, *arguments, "--output", "stopped.json") == 2
     assert (here / ".stopped.json.work" / "prepared.json").exists()
     assert search(folder, *arguments, "--output", "stopped.json", "--resume") == 0

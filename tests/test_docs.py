@@ -32,7 +32,7 @@ def test_every_flag_in_the_readme_exists(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     ours = [line for line in text.splitlines() if not line.lstrip("- ").startswith(("pip ", "hf "))]
     used = set(re.findall(r"--([a-z0-9_]+)\b", "\n".join(ours)))
-    assert used - FLAGS <= {"index", "no"}  # of pip: --index-url, --no-deps
+    assert used - FLAGS <= {"index", "no", "nproc"}  # of pip and torchrun: --index-url, --no-deps, --nproc-per-node
     assert {"ga_pop", "ga_gen", "target_compression", "skip_original", "q4km_path", "mixed_path", "max_tokens"} <= used
 
 

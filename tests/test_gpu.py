@@ -11,7 +11,9 @@ import torch
 
 from halfbyte import cli
 from halfbyte.export.plan_file import load_plan
-from halfbyte.kernels.columns import forced
+from halfbyte.kernels.activations import fake_quantise_rows
+from halfbyte.kernels.choice import forced
+from halfbyte.kernels.codes import decode_packed
 from halfbyte.models.loading import layers_of, units_of
 from halfbyte.models.surgery import InputScheme, SharedInput, replace_linear_, set_activation_bits_
 from halfbyte.numerics.affine import fake_quantise
@@ -19,11 +21,14 @@ from halfbyte.numerics.hadamard import rotate
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import load_prepared_, prepare_, save_prepared
 from halfbyte.progress import silent
-from halfbyte.search.evaluator import KLEvaluator, reference
+from halfbyte.search.evaluator import KLEvaluator
+from halfbyte.search.reference import reference
 from halfbyte.stages import Stages
 from halfbyte.weights.gptq import Ordered, improve_codes, output_error, round_with_feedback
 from halfbyte.weights.rtn import round_to_nearest
 from halfbyte.weights.scales import searched_scales
+from tests.kernels.test_activations import DTYPES, batch, same_bits
+from tests.kernels.test_codes import SHAPES, packed_weight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 QUICK = ["--calib", "pydoc", "--ctx", "64", "--calib_tokens", "128", "--search_tokens", "128", "--ga_pop", "6"]
@@ -107,10 +112,11 @@ def test_scores_are_pure_and_near_those_of_the_cpu(tiny, dtype):
             coded = round_to_nearest(model.get_submodule(layer.name).weight, 32)
             replace_linear_(model, layer.name, coded, shared, scheme)
         evaluator = KLEvaluator(model, family, units, tokens, known)
-        genomes = [[8] * len(units), [4] * len(units), [4, 8] * (len(units) // 2)]
+        genomes = [(8,) * len(units), (4,) * len(units), (4, 8) * (len(units) // 2)]
         scores[device] = [evaluator.score(genome) for genome in genomes]
-        assert [evaluator.score(genome) for genome in reversed(genomes)] == scores[device][::-1]
-        assert next(evaluator.one_at_a_time(8, 4)) == evaluator.score([4] + [8] * (len(units) - 1))
+        fresh, other = (KLEvaluator(model, family, units, tokens, known) for _ in range(2))
+        assert (fresh.losses(genomes[::-1])[::-1] == evaluator.losses(genomes)).all()
+        assert next(other.one_at_a_time(8, 4)) == evaluator.score((4,) + (8,) * (len(units) - 1))
     assert scores["cuda"] == pytest.approx(scores["cpu"], rel=0.02 if dtype == torch.float32 else 0.1)
 
 
@@ -120,7 +126,7 @@ def test_a_bf16_model_has_no_distance_to_itself(tiny):
     tokens = torch.randint(tiny("qwen2").config.vocab_size, (2, 32), generator=torch.Generator().manual_seed(0))
     known = reference(model, family, tokens, device=torch.device("cuda"))
     evaluator = KLEvaluator(model, family, [], tokens, known)
-    assert abs(evaluator.score([])) < 2e-5
+    assert abs(evaluator.score(())) < 2e-5
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -145,3 +151,58 @@ def test_a_search_on_on_the_device_is_exported_from_the_host(tiny_folder, tmp_pa
     assert cli.run("export", ["--output", "m.gguf", "--json", "export.json"]) == 0
     assert json.loads(Path("export.json").read_text())["kl"] < 0.05
     assert cli.run("simulate", ["--text", "pydoc", "--ctx", "64", "--chunks", "2", "--max_tokens", "4"]) == 0
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_every_kind_are_rounded_alike(dtype, symmetric):
+    for width in (1, 33, 896, 5000):
+        x, bits = batch(width, dtype)
+        for widths in (bits, 12 - bits, 4, 8):
+            here = fake_quantise_rows(x, widths, a4_clip=0.85, symmetric=symmetric)
+            there = widths if isinstance(widths, int) else widths.cuda()
+            for name in ("torch", "triton"):
+                with forced(name):
+                    got = fake_quantise_rows(x.cuda(), there, a4_clip=0.85, symmetric=symmetric)
+                assert same_bits(got.cpu(), here), (name, width, widths)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("clip", [1.0, 0.85])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 64, 18944), (4, 64, 3584), (6, 896)])
+def test_rows_of_real_sizes_are_rounded_alike(shape, dtype, clip, symmetric):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator) * torch.randn(shape[-1], generator=generator).exp()
+    x = x.to("cuda", dtype)
+    mixed = torch.tensor([4, 8, 8, 4, 4, 8][: shape[0]], dtype=torch.int32, device="cuda")
+    for bits in (mixed, 4, 8):
+        found = []
+        for name in ("torch", "triton"):
+            with forced(name):
+                found.append(fake_quantise_rows(x, bits, a4_clip=clip, symmetric=symmetric))
+        assert same_bits(*found)
+        assert same_bits(found[1], fake_quantise_rows(x, bits, a4_clip=clip, symmetric=symmetric))  # by default
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so(bad):
+    x = torch.ones(2, 5000, device="cuda", dtype=torch.bfloat16)
+    x[0, 4999] = bad
+    for symmetric in (False, True):
+        result = fake_quantise_rows(x, 4, symmetric=symmetric)
+        assert not bool(result[0].isfinite().all())
+        assert bool(result[1].isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (3584, 18944, 148), (4864, 896, 7)], ids=str)
+def test_packed_codes_are_decoded_alike(shape, dtype):
+    packed, scales = (tensor.cuda() for tensor in packed_weight(*shape))
+    found = []
+    for name in ("torch", "triton"):
+        with forced(name):
+            buffer = torch.full(shape[:2], torch.nan, dtype=dtype, device="cuda")
+            found.append(decode_packed(packed, scales, dtype, out=buffer))
+    assert same_bits(*found)
+    assert same_bits(found[0].cpu(), decode_packed(packed.cpu(), scales.cpu(), dtype))

@@ -10,7 +10,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "halfbyte"
 # Lowest first. A module imports from its own tier or from a lower one.
 TIERS = [
-    ("errors", "progress", "files", "hub", "host", "options", "naming", "spec", "__init__"),
+    ("errors", "progress", "files", "hub", "host", "options", "naming", "spec", "parallel", "__init__"),
     ("numerics",),
     ("kernels", "formats"),
     ("weights", "transforms"),
@@ -18,7 +18,18 @@ TIERS = [
     ("calibration",),
     ("search", "export", "runtime"),
     ("evaluate", "report"),
-    ("provenance", "stages", "prepare", "simulation", "exporting", "evaluating", "doctor", "pipeline"),
+    (
+        "provenance",
+        "stages",
+        "prepare",
+        "results",
+        "allocation",
+        "simulation",
+        "exporting",
+        "evaluating",
+        "doctor",
+        "pipeline",
+    ),
     ("drawing", "cli"),
 ]
 TIER = {name: index for index, names in enumerate(TIERS) for name in names}

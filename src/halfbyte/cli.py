@@ -69,18 +69,31 @@ def parse(options: type[Options], arguments: Sequence[str], *, prog: str | None,
 
 def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
     """Search an allocation and write the plan."""
-    from halfbyte.pipeline import score_label
+    from halfbyte.parallel import joined
     from halfbyte.pipeline import search as run
-    from halfbyte.report.tables import format_bytes, text_table
+    from halfbyte.report.tables import Cell, format_bytes, text_table
+    from halfbyte.results import score_label
 
     _check_json(options.json, options.force)
     if options.json and Path(options.json).resolve() == Path(options.output).resolve():
         raise HalfbyteError("two outputs in one file", where=options.json, fix="give --json another name")
-    result = run(options, draw.report)
+    with joined() as group:
+        draw.quiet = not group.first
+        result = run(options, draw.report, group)
     draw.finish()
-    plan = result.plan
-    rows = [[name, result.scores[name]] for name in ("all A8", "all A4", "rule", "knapsack", "plan")]
-    draw.say(text_table(["allocation", f"{score_label(options.fitness)} (search text)"], rows))
+    plan, found = result.plan, result.found
+    headers = ["allocation", "search text"]
+    rows: list[list[Cell]] = [[name, score] for name, score in found.scores.items()]
+    if "validation" in found.about:
+        headers.append("validation text")
+        rows = [[*row, found.about["validation"][row[0]]] for row in rows]
+    draw.say(score_label(options.fitness))
+    draw.say(text_table(headers, rows))
+    if "validation" in found.about:
+        draw.say(
+            f"the plan is from: {found.about['winner']}; {found.about['ties']} of {found.about['finalists']} finalists "
+            f"are ties on the validation text (noise floor {found.about['noise_floor']:.2g})"
+        )
     a8 = [name for name, entry in plan.layers.items() if entry.a_bits == 8]
     draw.say(
         f"plan {plan.hash}: {len(a8)} of {len(plan.layers)} layers A8, mean activation bits "
@@ -103,7 +116,7 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
     draw.files(result.files)
     files = [str(path) for path in result.files]
     return {
-        "plan": plan.to_dict(), "hash": plan.hash, "scores": result.scores, "measured": measured, "files": files,
+        "plan": plan.to_dict(), "hash": plan.hash, "scores": found.scores, "measured": measured, "files": files,
     }  # fmt: skip
 
 
@@ -262,7 +275,7 @@ def run(command: str, arguments: Sequence[str] | None = None, *, prog: str | Non
     started = time.monotonic()
     try:
         result = work(options, draw)
-        if options.json:
+        if options.json and not draw.quiet:
             write_text(options.json, json.dumps(result, indent=1, default=str))
             draw.files([Path(options.json)])
     except HalfbyteError as error:

@@ -60,11 +60,14 @@ def _memory(model_id: str, device: torch.device) -> list[Finding]:
         return [Finding("model", str(error))]
     defaults = SearchOptions()
     dtype = resolve_dtype("auto", device)
-    tokens = max(defaults.calib_tokens, defaults.search_tokens)
-    need = estimate_search(origin.config, origin.family, dtype, tokens, defaults.ctx)
+    tokens = max(defaults.calib_tokens, 2 * defaults.search_tokens)
+    need, packed = (
+        estimate_search(origin.config, origin.family, dtype, tokens, defaults.ctx, packed=packed)
+        for packed in (False, True)
+    )
     load = estimate_load(origin.config, origin.family, dtype)
-    with_codes = estimate_load(origin.config, origin.family, stored_dtype(origin), with_codes=True)
-    export = with_codes.device + with_codes.linear_parameters
+    with_codes = estimate_load(origin.config, origin.family, stored_dtype(origin), with_codes=True, packed=True)
+    export = with_codes.on(torch.device("cpu"))
     there = available_memory(device)
     on_device = need.on(device)
     fits = "fits" if on_device <= there else "DOES NOT FIT"
@@ -74,6 +77,7 @@ def _memory(model_id: str, device: torch.device) -> list[Finding]:
     lines = [
         Finding("model", f"{model_id}: {sizes}"),
         Finding("memory, search", f"{on_device / 1e9:.1f} GB on {device.type} of {there / 1e9:.1f} GB free: {fits}"),
+        Finding("memory, packed", f"{packed.on(device) / 1e9:.1f} GB with --codes packed"),
         Finding("memory, export", f"{export / 1e9:.1f} GB of main memory"),
         Finding("memory, original", f"{load.device / 1e9:.1f} GB to run the original"),
     ]

@@ -27,12 +27,15 @@ class Drawing:
         self._started = self._said = time.monotonic()
         self._since = self._started
         self.seconds: dict[str, float] = {}  # spent in each stage so far
+        self.quiet = False  # one of several processes, and not the one that speaks
 
     def report(self, progress: Progress) -> None:
         """Show one report."""
         now = time.monotonic()
         self.seconds[progress.stage] = self.seconds.get(progress.stage, 0.0) + now - self._since
         self._since = now
+        if self.quiet:
+            return
         if self._console.is_terminal:
             self._live(progress)
         else:
@@ -72,9 +75,10 @@ class Drawing:
 
     def say(self, text: str) -> None:
         """A result, on standard output."""
-        print(text, flush=True)
+        if not self.quiet:
+            print(text, flush=True)
 
     def files(self, paths: Iterable[Path]) -> None:
         """The files that were written."""
         for path in paths:
-            print(f"wrote {path}", flush=True)
+            self.say(f"wrote {path}")

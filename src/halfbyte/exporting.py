@@ -70,7 +70,7 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
     weights, overrides = codes.weights, codes.parameters
     report(Progress("load model", 0, 1, options.model_id or plan.model_id))
     source = load_for_plan(
-        plan, options.model_id, device="cpu", dtype="stored", trust_remote_code=options.trust_remote_code
+        plan, options.model_id, device="cpu", dtype="stored", trust_remote_code=options.trust_remote_code, packed=True
     )
     types = {name: "Q8_0" for name, entry in plan.layers.items() if options.policy == "tiered" and entry.a_bits == 8}
     with whole_file(path) as unchecked:
@@ -84,7 +84,7 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
         report(Progress("check", 0, 2, "read back"))
         check_gguf(unchecked, source, weights, overrides, types)
         report(Progress("check", 1, 2, "llama.cpp against the simulation"))
-        become_simulation_(source, codes, plan.layers, plan.transforms)
+        become_simulation_(source, codes, plan.layers, plan.transforms, packed=True)  # run once: memory counts
         set_activation_bits_(source.model, dict.fromkeys(weights, 8))
         as_in_file_(source, rows)
         kl, top1 = compare_engines(source, engine, unchecked)

@@ -58,7 +58,15 @@ class SearchOptions(ModelOptions):
     calib: str = option("auto", "text: auto (wikitext2, else pydoc), wikitext2, pydoc, self, or a file", metavar="TEXT")
     ctx: int = option(512, "tokens per window of calibration and search text", metavar="N")
     calib_tokens: int = option(32768, "tokens for calibration, at most; shorter texts are used whole", metavar="N")
-    search_tokens: int = option(2048, "tokens for every fitness evaluation", metavar="N")
+    search_tokens: int = option(
+        4096, "tokens to compare candidates on; as many of other text decide between the best", metavar="N"
+    )
+    pareto: bool = option(False, "also search the front: the best allocation of each budget from 0.5 to 1")
+    codes: str = option(
+        "auto",
+        "W4 codes on the device: packed, decoded layer by layer, or decoded once; auto decodes where that fits",
+        choices=("auto", "packed", "decoded"),
+    )
     seed: int = option(0, "seed of everything random", metavar="N")
     resume: bool = option(False, "go on where an interrupted search stopped")
     force: bool = option(False, "overwrite an existing output")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from halfbyte.calibration.text import SOURCES, load_text
 from halfbyte.calibration.windows import first_scored
 from halfbyte.errors import HalfbyteError
@@ -33,12 +35,13 @@ from halfbyte.transforms.attention import rotate_queries_and_keys_
 
 
 def load_for_plan(
-    plan: Plan, model_id: str | None, *, device: str, dtype: str, trust_remote_code: bool = False
+    plan: Plan, model_id: str | None, *, device: str, dtype: str, trust_remote_code: bool = False, packed: bool = False
 ) -> SourceModel:
     """The model a plan was made for, unquantised.
 
     Args:
         dtype: ``auto``, ``bf16``, ``fp32``, or ``stored``: bf16 if the checkpoint is, else fp32.
+        packed: it will only become a packed simulation, so less memory is enough.
 
     Raises:
         HalfbyteError: the model at hand is another one.
@@ -47,7 +50,7 @@ def load_for_plan(
     where = resolve_device(device)
     origin = find(name, trust_remote_code=trust_remote_code)
     chosen = stored_dtype(origin) if dtype == "stored" else resolve_dtype(dtype, where)
-    check_memory(estimate_load(origin.config, origin.family, chosen, with_codes=True), where)
+    check_memory(estimate_load(origin.config, origin.family, chosen, with_codes=True, packed=packed), where)
     source = load(origin, device=where, dtype=chosen)
     check_same_model(source, plan)
     return source
@@ -68,20 +71,29 @@ def check_same_model(source: SourceModel, plan: Plan) -> None:
 
 
 def become_simulation_(
-    source: SourceModel, codes: Codes, layers: Mapping[str, LayerPlan], transforms: Sequence[str]
+    source: SourceModel,
+    codes: Codes,
+    layers: Mapping[str, LayerPlan],
+    transforms: Sequence[str],
+    *,
+    device: torch.device | None = None,
+    packed: bool = False,
 ) -> None:
     """Make the unquantised model its W4A16 simulation, in place: codes, changed parameters, input schemes.
 
     Args:
         layers, transforms: as in the plan; activation bits are left to ``set_activation_bits_``.
+        device: where the blocks go, one after the other; by default where the model is.
+        packed: keep the codes packed, for the same numbers from a quarter of the memory.
     """
     model, family = source.model, source.family
     if "r3" in transforms:
         rotate_queries_and_keys_(model)
     set_parameters_(model, codes.parameters)
     shared = SharedInput()
-    device = next(model.parameters()).device
-    for index in range(len(blocks(model, family))):
+    device = device or source.device
+    for index, block in enumerate(blocks(model, family)):
+        block.to(device)
         for group in family.groups:
             names = [f"{family.blocks}.{index}.{part}" for part in group]
             schemes: dict[tuple, InputScheme] = {}
@@ -91,7 +103,7 @@ def become_simulation_(
                 if key not in schemes:
                     low_rank = codes.low_rank[names[0]].to(device) if entry.rank else None
                     schemes[key] = InputScheme(entry.rotated, low_rank, entry.a4_clip, entry.a_symmetric)
-                replace_linear_(model, name, codes.weights[name], shared, schemes[key])
+                replace_linear_(model, name, codes.weights[name], shared, schemes[key], packed=packed)
 
 
 def plan_bits(plan: Plan) -> dict[str, int | None]:

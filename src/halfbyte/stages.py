@@ -10,6 +10,7 @@ from typing import Any
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import write_text
+from halfbyte.parallel import ALONE, Group
 
 RECORD, CODES = "settings.json", "codes.safetensors"
 
@@ -39,16 +40,23 @@ class Stages:
         output: the plan to be written; the folder is ``.NAME.work`` beside it.
         settings: everything the results depend on; a resumed run must have the same.
         resume: keep what is there; otherwise start empty.
+        group: processes that share the search. The first one's folder counts; the others keep none of their own.
 
     Raises:
         HalfbyteError: resuming with other settings.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any], *, resume: bool) -> None:
-        self.folder = work_folder(output)
+    def __init__(self, output: Path, settings: dict[str, Any], *, resume: bool, group: Group = ALONE) -> None:
+        self.folder, self.group = work_folder(output), group
+        if group.first:
+            resume = self._open(settings, resume=resume)
+        self.resumed = group.from_first(resume)
+        self.shared = (self.folder / RECORD).exists()  # else what arrives in the folder is this process's own
+
+    def _open(self, settings: dict[str, Any], *, resume: bool) -> bool:
+        """Whether there is something to go on with; otherwise the folder is empty."""
         record = self.folder / RECORD
-        self.resumed = resume and record.exists()
-        if self.resumed:
+        if resume and record.exists():
             before = json.loads(record.read_text(encoding="utf-8"))
             changed = [key for key in settings if before.get(key) != settings[key]]
             if changed:
@@ -57,17 +65,21 @@ class Stages:
                     expected=f"{changed[0]}={before.get(changed[0])}", got=settings[changed[0]],
                     fix="use the same settings, or start over with --force",
                 )  # fmt: skip
-            return
+            return True
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         write_text(record, json.dumps(settings, indent=1))
+        return False
 
     def value(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A JSON value, computed once and read back by a resumed run."""
+        """A JSON value, computed once (by all processes together) and read back by a resumed run."""
         path = self.folder / f"{name}.json"
-        if not path.exists():
-            write_text(path, json.dumps(compute()))
-        return json.loads(path.read_text(encoding="utf-8"))
+        text = self.group.from_first(path.read_text(encoding="utf-8") if path.exists() else None)
+        if text is None:
+            text = self.group.from_first(json.dumps(compute()))  # equal to the last bit everywhere
+            if self.group.first:
+                write_text(path, text)
+        return json.loads(text)
 
     @property
     def codes(self) -> Path:
@@ -79,5 +91,5 @@ class Stages:
 
     def __exit__(self, *_: object) -> None:
         """Leave the folder only if there is something to resume."""
-        if not self.codes.exists():
+        if not self.codes.exists() if self.group.first else not self.shared:
             shutil.rmtree(self.folder, ignore_errors=True)

@@ -14,18 +14,14 @@ def test_parts_of_a_text_do_not_overlap():
     lines = [f"line {number:04}\n" for number in range(1000)]
     parts = split("".join(lines))
     found = [set(part.splitlines()) for part in parts.values()]
-    assert all(found)
-    assert not found[0] & found[1]
-    assert not found[1] & found[2]
-    assert not found[0] & found[2]
-    assert len(found[0]) == 500
-    assert len(found[1]) == 200
-    assert 270 < len(found[2]) <= 280
+    assert sum(map(len, found)) == len(set.union(*found))
+    assert [len(part) for part in found[:3]] == [500, 100, 100]
+    assert 270 < len(found[3]) <= 280
 
 
 def test_pydoc_parts_are_long_and_disjoint():
     text = load_text("pydoc")
-    assert all(len(part) > 50_000 for part in text.parts.values())
+    assert all(len(part) > 40_000 for part in text.parts.values())
     assert text.parts["search"][:2000] not in text.parts["eval"]
     assert text.record()["search"] != text.record()["eval"]
 

@@ -23,7 +23,8 @@ F32 = {"embedding_type": "F32", "output_type": "F32"}
 
 def codes_of(source, group_size=128):
     layers = layers_of(source.model, source.family)
-    return {layer.name: round_to_nearest(source.model.get_submodule(layer.name).weight, group_size) for layer in layers}
+    weights = {layer.name: source.model.get_submodule(layer.name).weight for layer in layers}
+    return {name: round_to_nearest(weight, group_size).pack() for name, weight in weights.items()}
 
 
 def all_f32(source):
@@ -202,7 +203,7 @@ def test_layers_that_cannot_be_q4_0_are_named_before_writing(tiny, tmp_path):
     source = tiny("llama")
     good = codes_of(source)
     name = "model.layers.1.mlp.down_proj"
-    fine = round_to_nearest(source.model.get_submodule(name).weight, 16)
+    fine = round_to_nearest(source.model.get_submodule(name).weight, 16).pack()
     with pytest.raises(HalfbyteError, match=r"layers\.1\.mlp\.down_proj.*multiple of 32"):
         write_gguf(tmp_path / "m.gguf", source, weights={**good, name: fine})
     with pytest.raises(HalfbyteError, match=r"layers\.1\.mlp\.down_proj.*do not fit"):

@@ -21,7 +21,7 @@ NAME, NORM = "model.layers.0.mlp.down_proj", "model.layers.0.input_layernorm.wei
 @pytest.fixture(params=[".pt", ".json"])
 def saved(request, tmp_path):
     path = tmp_path / f"plan{request.param}"
-    weight = round_to_nearest(torch.randn(8, 64), 32)
+    weight = round_to_nearest(torch.randn(8, 64), 32).pack()
     codes = Codes({NAME: weight}, {NORM: torch.randn(8)}, {NAME: LowRank(torch.randn(64, 4), torch.randn(4, 4))})
     digest = save_codes(codes_path(path), codes)
     entry = LayerPlan(4, 8, 32, a4_clip=0.9, rank=4)
@@ -39,7 +39,7 @@ def test_round_trip(saved):
     assert load_plan(path).hash == plan.hash
     found = load_codes(codes_path(path))
     assert [list(part) for part in (found.weights, found.parameters, found.low_rank)] == [[NAME], [NORM], [NAME]]
-    assert torch.equal(found.weights[NAME].codes, codes.weights[NAME].codes)
+    assert torch.equal(found.weights[NAME].packed, codes.weights[NAME].packed)
     assert torch.equal(found.weights[NAME].scales, codes.weights[NAME].scales)
     assert torch.equal(found.weights[NAME].decode(), codes.weights[NAME].decode())
     assert torch.equal(found.parameters[NORM], codes.parameters[NORM])
@@ -85,7 +85,7 @@ def test_truncated(saved):
 
 def test_codes_of_another_plan(saved):
     path = saved[0]
-    save_codes(codes_path(path), Codes({NAME: round_to_nearest(torch.randn(8, 64), 32)}, {}, {}))
+    save_codes(codes_path(path), Codes({NAME: round_to_nearest(torch.randn(8, 64), 32).pack()}, {}, {}))
     with pytest.raises(HalfbyteError, match="codes file belongs to another plan"):
         load_plan(path)
     codes_path(path).unlink()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.formats.int_group import fitting_group_size
+from halfbyte.formats.int_group import GroupedWeight, check_packable, fitting_group_size
 from halfbyte.weights.rtn import round_to_nearest
 
 WEIGHTS = hnp.arrays("float32", st.just((4, 64)), elements=st.floats(-100, 100, width=32))
@@ -76,6 +76,30 @@ def test_not_finite_is_refused_by_name(bad):
 def test_scales_beyond_fp16_are_refused():
     with pytest.raises(HalfbyteError, match="too large for fp16"):
         round_to_nearest(torch.full((1, 32), 1e6), 32)
+
+
+@pytest.mark.parametrize("shape", [(5, 64), (3, 2)])
+def test_packed_codes_are_the_same_in_half_the_memory(shape):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, shape, generator=generator, dtype=torch.int8)
+    known = GroupedWeight(codes, torch.randn(shape[0], 2, generator=generator).half())
+    packed = known.pack()
+    assert (packed.shape, packed.group_size) == (known.shape, known.group_size) == (shape, shape[1] // 2)
+    assert packed.packed.dtype == torch.uint8
+    assert packed.packed.numel() == codes.numel() / 2
+    assert torch.equal(packed.unpack().codes, codes)
+    assert torch.equal(packed.decode(), known.decode())
+    assert packed.to("cpu").packed is packed.packed
+
+
+def test_what_cannot_be_packed_is_refused():
+    with pytest.raises(HalfbyteError, match=r"only 4-bit codes.*got 8"):
+        round_to_nearest(torch.ones(2, 64), 32, 8).pack()
+    with pytest.raises(HalfbyteError, match="odd number"):
+        round_to_nearest(torch.ones(2, 7), 7).pack()
+    check_packable(64, where="a.b")
+    with pytest.raises(HalfbyteError, match=r"a\.b: an odd number of inputs.*got 7"):
+        check_packable(7, where="a.b")
 
 
 def test_bits_per_weight():

@@ -39,6 +39,24 @@ def test_rounding_feeds_errors_to_later_columns(bits):
     assert codes.max() == half - 1
 
 
+@pytest.mark.parametrize("width", [1, 32, 80])
+def test_the_loops_are_those_of_the_definition(width):
+    """One column after the other, each with all that came before; also across what torch does in one product."""
+    target, weight, step, mix, hessian = block(width=width)
+    codes, errors = columns.round_columns(target, weight, step, mix, 4)
+    moved = columns.descend_columns(errors @ hessian, codes, step, hessian, 4)
+    error, pull, best = torch.zeros_like(target), errors @ hessian, codes.clone()
+    expected = torch.zeros_like(codes)
+    for k in range(width):
+        expected[:, k] = ((target[:, k] + error @ mix[:, k]) / step[:, k]).round().clamp(-8, 7)
+        error[:, k] = weight[:, k] - expected[:, k] * step[:, k]
+        best[:, k] = (codes[:, k] + pull[:, k] / hessian[k, k] / step[:, k]).round().clamp(-8, 7)
+        pull -= ((best[:, k] - codes[:, k]) * step[:, k]).unsqueeze(1) * hessian[k]
+    assert float((codes == expected).float().mean()) > 0.99  # a tie may fall either way, and all after it
+    assert float((moved == best).float().mean()) > 0.99
+    assert float((moved != codes).float().mean()) > 0.02 or width == 1
+
+
 def test_descent_only_lowers_the_error():
     _, weight, step, _, hessian = block()
     before = (weight / step).round().clamp(-8, 7)
@@ -60,7 +78,8 @@ def test_twins_agree_in_tritons_interpreter():
 
 TWINS = """
 import torch
-from halfbyte.kernels.columns import descend_columns, forced, round_columns
+from halfbyte.kernels.choice import forced
+from halfbyte.kernels.columns import descend_columns, round_columns
 from tests.kernels.test_columns import block
 
 for bits, rows, width in ((4, 37, 32), (3, 4, 1)):

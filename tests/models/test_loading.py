@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from halfbyte import hub
 from halfbyte.errors import HalfbyteError
+from halfbyte.files import sha256
 from halfbyte.models.archs import families
 from halfbyte.models.loading import find, fingerprint, layers_of, load, units_of
+from halfbyte.prepare.recipe import Recipe
+from halfbyte.prepare.walk import prepare_
+from halfbyte.progress import silent
 from tests.tiny_models import FAMILIES
 
 CPU = torch.device("cpu")
+IDS = torch.randint(800, (2, 24), generator=torch.Generator().manual_seed(0))
 
 
 def load_fp32(folder):
@@ -102,13 +109,59 @@ def test_corrupt_gguf(tmp_path):
         find(str(path))
 
 
-def test_too_little_memory_is_said_before_the_work(tiny_folder, monkeypatch):
-    from halfbyte.models import estimate
+def logits(model):
+    with torch.no_grad():
+        return model(IDS).logits
 
-    origin = find(str(tiny_folder("llama")))
-    need = estimate.estimate_search(origin.config, origin.family, torch.float32, 4096, 512)
-    model = load(origin, device=CPU, dtype=torch.float32).model
-    assert need.parameters == sum(p.numel() for p in model.parameters())
-    monkeypatch.setattr(estimate, "available_memory", lambda device: 1000)
-    with pytest.raises(HalfbyteError, match=r"too little memory on cpu.*expected 0.* GB"):
-        estimate.check_memory(need, CPU)
+
+def mapped_files(tensor):
+    """Files whose mapping holds the tensor's data."""
+    if not Path("/proc/self/maps").exists():
+        pytest.skip("only Linux tells what is mapped")
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, _, end = line.split()[0].partition("-")
+        if int(start, 16) <= tensor.data_ptr() < int(end, 16) and "/" in line:
+            found.append(Path(line[line.index("/") :]).name)
+    return found
+
+
+def test_parameters_are_mapped_in_the_stored_dtype_and_copied_in_another(tiny_folder):
+    folder = tiny_folder("qwen2-tied")
+    for name, parameter in load_fp32(folder).model.named_parameters():
+        assert mapped_files(parameter) == ["model.safetensors"], name
+    for parameter in load(find(str(folder)), device=CPU, dtype=torch.bfloat16).model.parameters():
+        assert mapped_files(parameter) == []
+
+
+def test_shards_are_mapped_and_none_may_be_missing(tiny_folder, tmp_path):
+    folder = tiny_folder("llama")
+    whole = load_fp32(folder)
+    whole.model.save_pretrained(tmp_path / "shards", max_shard_size="300KB")
+    for file in folder.glob("token*"):
+        shutil.copy(file, tmp_path / "shards")
+    shards = sorted(file.name for file in (tmp_path / "shards").glob("*.safetensors"))
+    parts = load_fp32(tmp_path / "shards")
+    assert parts.fingerprint == whole.fingerprint
+    assert torch.equal(logits(parts.model), logits(whole.model))
+    assert {name for value in parts.model.parameters() for name in mapped_files(value)} == set(shards)
+    (tmp_path / "shards" / shards[1]).unlink()
+    with pytest.raises(HalfbyteError, match="weights cannot be read"):
+        load_fp32(tmp_path / "shards")
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen2-tied"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_mapped_model_is_rotated_and_its_file_is_not(tiny_folder, family, packed):
+    """R1 writes to embedding, head and norms in place."""
+    folder = tiny_folder(family)
+    before = sha256(folder / "model.safetensors")
+    mapped, copied = load_fp32(folder), load_fp32(folder)
+    copied.model = copy.deepcopy(copied.model)
+    assert mapped_files(mapped.model.model.embed_tokens.weight)
+    assert not mapped_files(copied.model.model.embed_tokens.weight)
+    recipe = Recipe(("smooth", "r1", "r2"), "rtn", group_size=32)
+    for source in (mapped, copied):
+        prepare_(source, IDS, recipe, silent, device=CPU, packed=packed)
+    assert torch.equal(logits(mapped.model), logits(copied.model))
+    assert sha256(folder / "model.safetensors") == before

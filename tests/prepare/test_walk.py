@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from halfbyte.errors import HalfbyteError
 from halfbyte.models import surgery
 from halfbyte.models.loading import layers_of
-from halfbyte.models.surgery import QuantLinear, set_activation_bits_
+from halfbyte.models.surgery import PackedLinear, QuantLinear, set_activation_bits_
 from halfbyte.numerics.metrics import kl_per_token
+from halfbyte.prepare import walk
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import load_prepared_, prepare_, save_prepared
 from halfbyte.progress import silent
@@ -33,9 +35,10 @@ def logits(source):
         return source.model(HELD_OUT).logits
 
 
-def prepared(tiny, family, recipe, windows=2):
+def prepared(tiny, family, recipe, windows=2, dtype=torch.float32, packed=False):
     source = copy.deepcopy(tiny(family))
-    return source, prepare_(source, CALIB[:windows], recipe, silent, device=source.device)
+    source.model.to(dtype)
+    return source, prepare_(source, CALIB[:windows], recipe, silent, device=source.device, packed=packed)
 
 
 @pytest.mark.parametrize("family", ["qwen2-tied", "llama"])
@@ -61,6 +64,38 @@ def test_what_is_saved_is_the_model(tiny, tmp_path, family, name):
         for model in (fresh.model, source.model):
             set_activation_bits_(model, dict.fromkeys(made.layers, bits))
         assert torch.equal(logits(fresh), logits(source))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["GGUF", "everything"])
+def test_a_packed_model_says_the_same_bits(tiny, tmp_path, name, dtype):
+    decoded, made = prepared(tiny, "qwen2-tied", RECIPES[name], dtype=dtype)
+    packed, again = prepared(tiny, "qwen2-tied", RECIPES[name], dtype=dtype, packed=True)
+    assert again.layers == made.layers
+    assert again.sensitivity == made.sensitivity
+    stages = Stages(tmp_path / "plan.pt", {}, resume=False)
+    save_prepared(stages, again)
+    resumed = copy.deepcopy(tiny("qwen2-tied"))
+    resumed.model.to(dtype)
+    loaded = load_prepared_(resumed, stages, RECIPES[name], device=resumed.device, packed=True)
+    for model, codes in ((packed.model, again.codes), (resumed.model, loaded.codes)):
+        for layer, weight in codes.weights.items():
+            module = model.get_submodule(layer)
+            assert isinstance(module, PackedLinear)
+            assert module.packed.data_ptr() == weight.packed.data_ptr()  # not a second copy
+            assert module.scales.data_ptr() == weight.scales.data_ptr()
+    for bits in (None, 4, 8):
+        for source in (decoded, packed, resumed):
+            set_activation_bits_(source.model, dict.fromkeys(made.layers, bits))
+        assert torch.equal(logits(packed), logits(decoded))
+        assert torch.equal(logits(resumed), logits(decoded))
+
+
+def test_what_cannot_be_packed_is_refused_before_the_work(tiny, monkeypatch):
+    source = tiny("llama", intermediate_size=255)
+    monkeypatch.setattr(walk, "walk_twins", None)
+    with pytest.raises(HalfbyteError, match=r"layers\.0\.mlp\.down_proj: an odd number of inputs"):
+        prepare_(source, CALIB[:2], Recipe(), silent, device=source.device)
 
 
 def test_nothing_is_loaded_before_it_is_complete(tiny, tmp_path):

@@ -8,8 +8,10 @@ import pytest
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.search.baselines import knapsack_genome, random_genome
+from halfbyte.search.evolution import Evolution, EvolutionSettings
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
 from halfbyte.search.problem import Problem
+from halfbyte.search.surrogate import best_for, fit
 
 
 def additive(gain):
@@ -264,6 +266,7 @@ def test_history_tells_the_story():
         {"mutation_rate": 0.9},
         {"patience": 0},
         {"tolerance": float("nan")},
+        {"model_share": 1.1},
     ],
 )
 def test_wrong_settings_are_refused(wrong):
@@ -279,3 +282,104 @@ def test_wrong_seeds_and_generators_are_refused():
         GeneticAlgorithm(problem, GeneticSettings(), np.random.Generator(np.random.MT19937(0)))
     with pytest.raises(HalfbyteError, match="nothing is scored"):
         _ = start(problem).best
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_share_of_the_children_comes_from_the_model(share, monkeypatch):
+    problem, gain = small(3, size=40, budget=0.6)
+    search = start(problem, GeneticSettings(model_share=share, elite=2, population=12))
+    score = additive(gain)
+    search.tell({genome: score(genome) for genome in search.ask()})
+    expected = best_for(problem, fit(problem, search.scores).mean)
+    monkeypatch.setattr(search, "_child", lambda ranked: pytest.fail("bred") if share == 1.0 else search.best[0])
+    genomes = search._candidates = search._breed()
+    assert len(genomes) == 12
+    assert share == 0.0 or genomes[2] == expected
+    assert sum(genome not in search.scores for genome in genomes) >= round(10 * share)
+
+
+def test_more_than_two_choices_have_no_model(monkeypatch):
+    monkeypatch.setattr("halfbyte.search.genetic.proposals", lambda *_: pytest.fail("model"))
+    search = start(Problem((2, 3, 4, 5) * 4, 0.75, choices=(3, 4, 6, 8)), GeneticSettings(generations=2))
+    run(search, lambda genome: sum(4.0**-b for b in genome))
+
+
+def test_shares_of_the_text_survive_a_resume_and_matter():
+    problem, gain = small(4, size=24)
+    settings = GeneticSettings(population=12, generations=6)
+    score = additive(gain)
+
+    def partial(genomes):
+        return {genome: 0.25 for genome in genomes if hash(genome) % 2}
+
+    def go(search, generations, shares):
+        for _ in range(generations):
+            genomes = search.ask()
+            search.tell(
+                {genome: score(genome) + 0.5 * (genome in shares(genomes)) for genome in genomes}, shares(genomes)
+            )
+        return search
+
+    whole = go(start(problem, settings), 5, partial)
+    assert whole.shares
+    assert set(whole.shares.values()) == {0.25}
+    state = json.loads(json.dumps(go(start(problem, settings), 2, partial).state()))
+    assert go(GeneticAlgorithm.from_state(problem, settings, state), 3, partial).state() == whole.state()
+    search = start(problem, settings)
+    genomes = search.ask()
+    scores = {genome: score(genome) for genome in genomes}
+    for wrong in (0.0, 1.5, float("nan")):
+        with pytest.raises(HalfbyteError, match="share of the text"):
+            search.tell(scores, {genomes[0]: wrong})
+    search.tell(scores, dict.fromkeys(genomes, 1.0))
+    assert not search.shares
+
+
+class Landscape:
+    """Losses of a made-up model whose units interact: a power of a sum with terms for pairs, inside blocks and between.
+
+    A pair's term is of the size of the root of its units' own, times a normal number.
+    """
+
+    def __init__(self, seed: int, blocks: int = 16, pairs: float = 0.3, power: float = 1.5) -> None:
+        rng = np.random.default_rng(seed)
+        self.costs, size = (9, 7, 74, 37) * blocks, 4 * blocks
+        self.own = rng.lognormal(size=size) * np.sqrt(self.costs)
+        self.own /= self.own.sum()
+        block = np.arange(size) // 4
+        strength = np.where(block[:, None] == block, pairs, pairs / np.sqrt(size))
+        self.pairs = np.triu(strength * rng.normal(size=(size, size)) * np.sqrt(np.outer(self.own, self.own)), 1)
+        self.power = power
+
+    def __call__(self, genome) -> float:
+        low = (np.array(genome) == 4).astype(float)
+        return float(max(0.2 + self.own @ low + low @ self.pairs @ low, 0.01) ** self.power)
+
+    def problem(self, budget: float) -> Problem:
+        high = (8,) * len(self.costs)
+        gains = [self((*high[:unit], 4, *high[unit + 1 :])) - self(high) for unit in range(len(high))]
+        return Problem(self.costs, budget, priority=tuple(gains))
+
+
+def test_the_model_beats_the_knapsack_breeding_alone_and_evolution():
+    gained = []  # per landscape: relative to the knapsack, what each search gained in as many evaluations
+    for seed in range(4):
+        landscape = Landscape(seed)
+        problem = landscape.problem(0.6)
+        knapsack = problem.fill(knapsack_genome(problem, problem.priority))  # type: ignore[arg-type]
+        searches = [
+            GeneticAlgorithm(problem, GeneticSettings(generations=8), np.random.default_rng(seed), [knapsack]),
+            GeneticAlgorithm(
+                problem, GeneticSettings(generations=9, model_share=0.0), np.random.default_rng(seed), [knapsack]
+            ),
+            Evolution(problem, EvolutionSettings(generations=11), np.random.default_rng(seed), [knapsack]),
+        ]
+        for search in searches:
+            run(search, landscape)
+        evaluations = len(searches[0].scores)
+        assert all(len(search.scores) >= evaluations for search in searches)
+        bests = [min(list(search.scores.values())[:evaluations]) for search in searches]
+        gained.append([1 - best / landscape(knapsack) for best in bests])
+    model, breeding, evolution = np.mean(gained, axis=0)
+    assert model > 0.02
+    assert model > 1.2 * max(breeding, evolution)

@@ -9,9 +9,10 @@ from halfbyte.weights.moments import InputMoments
 
 
 @pytest.mark.parametrize("sizes", [[60], [10, 50], [20, 20, 20]])
-def test_means_over_all_batches(sizes):
+@pytest.mark.parametrize("rows", [8, 40])
+def test_means_over_all_batches(sizes, rows):
     generator = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(60, 16, generator=generator), torch.randn(8, 16, generator=generator)
+    x, weight = torch.randn(60, 16, generator=generator), torch.randn(rows, 16, generator=generator)
     rounded = x + 0.1 * torch.randn(60, 16, generator=generator)
     moments = InputMoments(weight)
     for one, other in zip(x.split(sizes), rounded.split(sizes), strict=True):

@@ -71,6 +71,18 @@ def call_block(block: nn.Module, hidden: torch.Tensor, kwargs: Mapping[str, Any]
     return output[0] if isinstance(output, tuple) else output
 
 
+def block_copy(block: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy on ``device``; parameters go there one by one, and are converted there.
+
+    So there is no second copy of the block on the way, and no more is moved than is stored.
+    """
+    made: dict[int, Any] = {
+        id(known): nn.Parameter(known.detach().to(device).to(dtype or known.dtype, copy=True), requires_grad=False)
+        for known in block.parameters()
+    }
+    return copy.deepcopy(block, made).to(device=device, dtype=dtype)
+
+
 def run_blocks(
     model: nn.Module, family: Family, tokens: torch.Tensor, *, device: torch.device, batch: int = 1
 ) -> list[torch.Tensor]:
@@ -79,6 +91,6 @@ def run_blocks(
     hidden = inputs.hidden
     for block in blocks(model, family):
         if next(block.parameters()).device != device:
-            block = copy.deepcopy(block).to(device)
+            block = block_copy(block, device)
         hidden = [call_block(block, states, inputs.kwargs) for states in hidden]
     return hidden

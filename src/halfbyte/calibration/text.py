@@ -1,8 +1,8 @@
 """Text for calibration, search and evaluation, and the promise that they never overlap.
 
-A source is a name (``wikitext2``, ``pydoc``, ``self``) or a file. Each gives three disjoint parts: ``calib`` for
-statistics, ``search`` for fitness, ``eval`` for the final numbers. A single text is cut at line ends into the first
-half, the next 20 %, and, after a gap of 2 %, the rest.
+A source is a name (``wikitext2``, ``pydoc``, ``self``) or a file. Each gives four disjoint parts: ``calib`` for
+statistics, ``search`` for fitness, ``valid`` to decide between the best, ``eval`` for the final numbers. A single text
+is cut at line ends into the first half, the next 10 %, 10 % more, and, after a gap of 2 %, the rest.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 from halfbyte import hub
 from halfbyte.errors import HalfbyteError
 
-CUTS = {"calib": (0.0, 0.50), "search": (0.50, 0.70), "eval": (0.72, 1.0)}
+CUTS = {"calib": (0.0, 0.50), "search": (0.50, 0.60), "valid": (0.60, 0.70), "eval": (0.72, 1.0)}
 
 
 @dataclass(frozen=True)
 class Text:
-    """Three disjoint parts of one source.
+    """Disjoint parts of one source.
 
     Attributes:
         name: what was really used ("pydoc", "wikitext2", a path).
-        parts: ``calib``, ``search`` and ``eval`` text.
+        parts: ``calib``, ``search``, ``valid`` and ``eval`` text.
         note: empty, or why another source than the one asked for was used.
     """
 
@@ -70,7 +70,7 @@ def _pydoc() -> Text:
 def _wikitext2() -> Text:
     """WikiText-2 raw (Merity et al. 2016, arXiv:1609.07843), the archive that llama.cpp's scripts use.
 
-    Calibration and search text come from its training part, evaluation text is its test part.
+    Calibration, search and validation text come from its training part, evaluation text is its test part.
     """
     from huggingface_hub import hf_hub_download
 
@@ -88,7 +88,7 @@ def _wikitext2() -> Text:
     except (zipfile.BadZipFile, KeyError) as error:
         raise HalfbyteError("wikitext2 archive is damaged", where=path, fix="delete it, or use pydoc") from error
     train = split(raw["train"])
-    return Text("wikitext2", {"calib": train["calib"], "search": train["search"], "eval": raw["test"]})
+    return Text("wikitext2", {**train, "eval": raw["test"]})
 
 
 def _file(path: Path) -> Text:

@@ -21,7 +21,7 @@ from halfbyte.export.gguf_vocab import add_tokenizer_
 from halfbyte.files import check_output, check_space, whole_file
 from halfbyte.formats.ggml import decode
 from halfbyte.formats.gguf_file import open_gguf
-from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.formats.int_group import PackedWeight
 from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.loading import SourceModel
 from halfbyte.progress import Progress, Reporter, silent
@@ -39,7 +39,7 @@ def write_gguf(
     path: str | Path,
     source: SourceModel,
     *,
-    weights: Mapping[str, GroupedWeight] | None = None,
+    weights: Mapping[str, PackedWeight] | None = None,
     overrides: Mapping[str, torch.Tensor] | None = None,
     layer_types: Mapping[str, str] | None = None,
     embedding_type: str = "Q8_0",
@@ -104,7 +104,7 @@ def check_exportable(source: SourceModel) -> None:
 def check_gguf(
     path: str | Path,
     source: SourceModel,
-    weights: Mapping[str, GroupedWeight] | None = None,
+    weights: Mapping[str, PackedWeight] | None = None,
     overrides: Mapping[str, torch.Tensor] | None = None,
     layer_types: Mapping[str, str] | None = None,
 ) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.gguf_hparams import ROPE_FREQS
 from halfbyte.formats.ggml import Array, check_q4_0, encode, q4_0_blocks, row_bytes
-from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.formats.int_group import GroupedWeight, PackedWeight
 from halfbyte.models.gguf_source import pairs_from_halves
 from halfbyte.models.loading import SourceModel
 
@@ -65,7 +65,7 @@ class TensorTypes:
 
 def plan_tensors(
     source: SourceModel,
-    weights: Mapping[str, GroupedWeight],
+    weights: Mapping[str, PackedWeight],
     overrides: Mapping[str, Tensor],
     types: TensorTypes,
     rope_factors: Tensor | None = None,
@@ -98,11 +98,11 @@ def plan_tensors(
         if codes is None:
             plans.append(_plan(row, _reordered(value, heads)))
             continue
-        shape = list(codes.codes.shape)
-        if shape != list(value.shape):
-            raise HalfbyteError("codes do not fit the layer", where=layer, expected=list(value.shape), got=shape)
+        if codes.shape != tuple(value.shape):
+            expected, got = list(value.shape), list(codes.shape)
+            raise HalfbyteError("codes do not fit the layer", where=layer, expected=expected, got=got)
         if kind == "Q4_0":
-            check_q4_0(codes, where=layer)
+            check_q4_0(codes.to("meta").unpack(), where=layer)  # the shapes tell
             plans.append(_plan(row, _reordered_codes(codes, heads)))
         else:
             plans.append(_plan(row, lambda codes=codes, heads=heads: _reorder(codes.decode(), heads)))
@@ -144,8 +144,8 @@ def _reordered(value: Tensor, heads: int | None) -> Callable[[], Tensor]:
     return lambda: _reorder(value.detach(), heads)
 
 
-def _reordered_codes(weight: GroupedWeight, heads: int | None) -> Callable[[], GroupedWeight]:
-    return lambda: replace(weight, codes=_reorder(weight.codes, heads), scales=_reorder(weight.scales, heads))
+def _reordered_codes(weight: PackedWeight, heads: int | None) -> Callable[[], GroupedWeight]:
+    return lambda: PackedWeight(_reorder(weight.packed, heads), _reorder(weight.scales, heads)).unpack()
 
 
 def _reorder(rows: Tensor, heads: int | None) -> Tensor:

@@ -20,9 +20,8 @@ from safetensors.torch import save_file
 
 from halfbyte.errors import HalfbyteError, first_line
 from halfbyte.files import sha256, whole_file, write_error
-from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.formats.int_group import PackedWeight
 from halfbyte.numerics.balance import LowRank
-from halfbyte.numerics.packing import pack_int4, unpack_int4
 from halfbyte.spec import Plan
 
 SUFFIXES = (".pt", ".json")
@@ -30,15 +29,15 @@ SUFFIXES = (".pt", ".json")
 
 @dataclass(frozen=True)
 class Codes:
-    """What a codes file holds.
+    """What a codes file holds, on the host. Read from a file it is mapped: pages are read when they are used.
 
     Attributes:
-        weights: layer name -> codes.
+        weights: layer name -> codes, two to a byte.
         parameters: name -> a parameter that transforms changed.
         low_rank: first layer of a unit -> transform of the unit's input at run time.
     """
 
-    weights: dict[str, GroupedWeight]
+    weights: dict[str, PackedWeight]
     parameters: dict[str, torch.Tensor]
     low_rank: dict[str, LowRank]
 
@@ -60,7 +59,7 @@ def save_codes(path: str | Path, codes: Codes) -> str:
     """Write ``codes`` to ``path`` (a ``.safetensors`` name); returns the file's sha256."""
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in codes.weights.items():
-        tensors[f"{name}.codes"] = pack_int4(weight.codes.cpu())
+        tensors[f"{name}.codes"] = weight.packed.cpu()
         tensors[f"{name}.scales"] = weight.scales.cpu().contiguous()
     for name, transform in codes.low_rank.items():
         tensors[f"{name}.basis"] = transform.basis.cpu().contiguous()
@@ -89,7 +88,7 @@ def load_codes(path: str | Path) -> Codes:
                 if name.endswith(".codes"):
                     layer = name.removesuffix(".codes")
                     scales = handle.get_tensor(f"{layer}.scales")
-                    codes.weights[layer] = GroupedWeight(unpack_int4(handle.get_tensor(name)), scales)
+                    codes.weights[layer] = PackedWeight(handle.get_tensor(name), scales)
                 elif name.endswith(".basis"):
                     first = name.removesuffix(".basis")
                     codes.low_rank[first] = LowRank(handle.get_tensor(name), handle.get_tensor(f"{first}.gain"))

@@ -11,11 +11,12 @@ import torch
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.numerics.affine import divided
+from halfbyte.numerics.packing import pack_int4, unpack_int4
 
 
 @dataclass(frozen=True)
 class GroupedWeight:
-    """Encoded weights of one linear layer.
+    """Encoded weights of one linear layer, while they are chosen.
 
     Attributes:
         codes: int8 ``[out, in]``, values in [-2^(bits-1), 2^(bits-1) - 1].
@@ -26,6 +27,11 @@ class GroupedWeight:
     codes: torch.Tensor
     scales: torch.Tensor
     bits: int = 4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0], self.codes.shape[1]
 
     @property
     def group_size(self) -> int:
@@ -42,6 +48,68 @@ class GroupedWeight:
         out_features, in_features = self.codes.shape
         grouped = self.codes.view(out_features, -1, self.group_size).float()  # [out, groups, group]
         return (grouped * self.scales.float().unsqueeze(-1)).view(out_features, in_features)
+
+    def pack(self) -> PackedWeight:
+        """The same, two codes to a byte.
+
+        Raises:
+            HalfbyteError: codes of another width than 4 bits, or an odd number of inputs.
+        """
+        if self.bits != 4:
+            raise HalfbyteError("only 4-bit codes are packed", where="pack", expected=4, got=self.bits)
+        return PackedWeight(pack_int4(self.codes).contiguous(), self.scales.contiguous())
+
+    def to(self, device: torch.device | str) -> GroupedWeight:
+        """The same on ``device``."""
+        return GroupedWeight(self.codes.to(device), self.scales.to(device), self.bits)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Encoded 4-bit weights of one linear layer as they are kept, in memory and in files.
+
+    Attributes:
+        packed: two codes to a byte (:func:`halfbyte.numerics.packing.pack_int4`), uint8 ``[out, in / 2]``.
+        scales: fp16 ``[out, in / group_size]``.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.packed.shape[0], 2 * self.packed.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Elements along the input that share one scale."""
+        return self.shape[1] // self.scales.shape[1]
+
+    def unpack(self) -> GroupedWeight:
+        """One byte per code."""
+        return GroupedWeight(unpack_int4(self.packed), self.scales)
+
+    def decode(self) -> torch.Tensor:
+        """The weights that the codes stand for, fp32 ``[out, in]``."""
+        return self.unpack().decode()
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same on ``device``; the same tensors if they are there."""
+        return PackedWeight(self.packed.to(device), self.scales.to(device))
+
+
+def check_packable(in_features: int, *, where: object) -> None:
+    """Refuse, before codes are chosen, a layer whose codes could not be packed.
+
+    Raises:
+        HalfbyteError: an odd number of inputs.
+    """
+    if in_features % 2:
+        raise HalfbyteError(
+            "an odd number of inputs cannot be packed two to a byte", where=where, expected="an even number",
+            got=in_features, fix="this model's weights cannot be kept in 4 bits",
+        )  # fmt: skip
 
 
 def fitting_group_size(in_features: int, asked: int) -> int:

@@ -7,29 +7,11 @@ edge between two values may differ.
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
-_forced: list[str] = []
+from halfbyte.kernels.choice import use_triton
 
-
-@contextmanager
-def forced(implementation: str) -> Iterator[None]:
-    """Use ``torch`` or ``triton`` inside the block, whatever the device."""
-    _forced.append(implementation)
-    try:
-        yield
-    finally:
-        _forced.pop()
-
-
-def _triton(tensor: torch.Tensor) -> bool:
-    if _forced:
-        return _forced[-1] == "triton"
-    return tensor.is_cuda and importlib.util.find_spec("triton") is not None
+NEAR = 32  # columns between which torch passes errors on one by one; to those further on in one matrix product
 
 
 def round_columns(
@@ -46,17 +28,30 @@ def round_columns(
     Returns:
         codes as fp32 and errors ``weight − codes · step``, ``[out, block]`` each.
     """
-    if _triton(target):
+    if use_triton(target):
         from halfbyte.kernels.columns_triton import round_columns as fast
 
         return fast(target, weight, step, mix, bits)
+    return _round_columns(target, weight, step, mix, bits)
+
+
+def _round_columns(
+    target: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, mix: torch.Tensor, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in torch; inside, columns are rows, so that each is one piece of memory."""
     top = 2 ** (bits - 1) - 1
-    errors, codes = torch.zeros_like(target), torch.zeros_like(target)
-    for k in range(target.shape[1]):
-        wanted = torch.addmv(target[:, k], errors[:, :k], mix[:k, k])
-        codes[:, k] = (wanted / step[:, k]).round_().clamp_(-top - 1, top)
-        errors[:, k] = weight[:, k] - codes[:, k] * step[:, k]
-    return codes, errors
+    target, weight, step = (values.T.contiguous() for values in (target, weight, step))  # [block, out]
+    codes, errors = torch.empty_like(target), torch.empty_like(target)
+    for start in range(0, len(target), NEAR):
+        near = slice(start, start + NEAR)
+        wanted = torch.addmm(target[near], mix[:start, near].T, errors[:start])
+        shares = mix[near, near].T.contiguous()  # [column, of which error]
+        done = errors[near].T
+        for k, (code, error) in enumerate(zip(codes[near], errors[near], strict=True)):
+            column = torch.addmv(wanted[k], done[:, :k], shares[k, :k])
+            torch.div(column, step[start + k], out=code).round_().clamp_(-top - 1, top)
+            torch.addcmul(weight[start + k], code, step[start + k], value=-1, out=error)
+    return codes.T, errors.T
 
 
 def descend_columns(
@@ -73,15 +68,13 @@ def descend_columns(
     Returns:
         the new codes.
     """
-    if _triton(pull):
+    if use_triton(pull):
         from halfbyte.kernels.columns_triton import descend_columns as fast
 
         return fast(pull, codes, step, hessian, bits)
-    top = 2 ** (bits - 1) - 1
-    pull, codes, diagonal = pull.clone(), codes.clone(), hessian.diagonal()
-    for k in range(codes.shape[1]):
-        best = codes[:, k] + pull[:, k] / diagonal[k] / step[:, k]
-        change = best.round_().clamp_(-top - 1, top).sub_(codes[:, k])
-        codes[:, k] += change
-        pull.addr_(change.mul_(step[:, k]), hessian[k], alpha=-1)
-    return codes
+    # A code's best place is the nearest to where it is plus the pull of its column, less what codes moved before it
+    # pull since: rounding with feedback, where the error of a column is how far it moved back.
+    diagonal = hessian.diagonal()
+    here = codes * step
+    new, _ = _round_columns(here + pull / diagonal, here, step, (hessian / diagonal).triu(1), bits)
+    return new

@@ -11,9 +11,11 @@ ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and subtracting it ro
 
 
 @triton.jit
-def _rounded(x, low, high):
-    x = tl.minimum(tl.maximum(x, low - 1.0), high + 1.0)
-    return tl.minimum(tl.maximum((x + ROUNDER) - ROUNDER, low), high)
+def rounded(x, low, high):
+    """``x`` rounded half to even and clamped to integers; NaN stays NaN, and zero is +0."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)  # the bounds are integers: clamping first is the same
+    return (x + ROUNDER) - ROUNDER
 
 
 @triton.jit
@@ -30,7 +32,7 @@ def _round_kernel(target, weight, step, mix, codes, errors, rows, low, high, BLO
         here = column[None, :] == k
         w = tl.sum(tl.where(here, wanted, 0.0), axis=1)
         s = tl.sum(tl.where(here, width, 0.0), axis=1)
-        q = _rounded(tl.div_rn(w, s), low, high)
+        q = rounded(tl.div_rn(w, s), low, high)
         e = tl.sum(tl.where(here, original, 0.0), axis=1) - q * s
         wanted += e[:, None] * tl.load(mix + k * BLOCK + column)[None, :]
         code = tl.where(here, q[:, None], code)
@@ -55,7 +57,7 @@ def _descend_kernel(pull, codes, step, hessian, result, rows, low, high, BLOCK: 
         s = tl.sum(tl.where(here, width, 0.0), axis=1)
         now = tl.sum(tl.where(here, code, 0.0), axis=1)
         best = now + tl.div_rn(tl.div_rn(tl.sum(tl.where(here, force, 0.0), axis=1), diagonal), s)
-        new = _rounded(best, low, high)
+        new = rounded(best, low, high)
         force -= ((new - now) * s)[:, None] * line[None, :]
         code = tl.where(here, new[:, None], code)
     tl.store(result + at, code, mask=inside)

@@ -10,25 +10,29 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.archs import Family
 from halfbyte.models.device import available_memory
-from halfbyte.models.loading import layers_of
+from halfbyte.models.loading import layers_of, units_of
+from halfbyte.models.modules import head_dim, is_tied
 from halfbyte.spec import Layer
 
-HEAD_CHUNK_TOKENS = 256  # tokens whose logits exist at once, in four fp32 copies
+BATCH_TOKENS = 8192  # that go through the model at once on an accelerator
+HEAD_CHUNK_TOKENS = 1024  # whose fp32 logits exist at once there
+PACKED_BITS = 4.125  # per weight: a code, and its share of an fp16 scale per group of 128
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes a search needs.
+    """Bytes that the work needs. Weights that are mapped from files are not counted: the system drops their pages.
 
     Attributes:
-        device: weights in the compute dtype, activations and logits, where the model runs.
-        preparation: one block at a time with its statistics, where it is quantised, before the model is there.
-        host: main memory beside an accelerator: the W4 codes, one byte each while they are being chosen, the weights,
-            and the W4 simulation that replaces them.
+        device: weights and what computing with them takes, where the model runs.
+        running: that second part alone: activations, logits, a decoded layer.
+        host: weights and codes in main memory beside an accelerator.
         parameters, linear_parameters: how many weights there are, and how many of them get 4 bits.
+        preparation: one block at a time with its statistics, where it is quantised, before the model is there.
     """
 
     device: int
+    running: int
     host: int
     parameters: int
     linear_parameters: int
@@ -38,11 +42,18 @@ class MemoryEstimate:
         """Bytes on ``device``: on an accelerator one stage after the other, otherwise one memory for everything."""
         if device.type == "cuda":
             return max(self.device, self.preparation)
-        return self.device + self.preparation + self.linear_parameters
+        return self.host + self.running + self.preparation
 
 
 def estimate_search(
-    config: PretrainedConfig, family: Family, dtype: torch.dtype, tokens: int, ctx: int, *, gradients: bool = False
+    config: PretrainedConfig,
+    family: Family,
+    dtype: torch.dtype,
+    tokens: int,
+    ctx: int,
+    *,
+    gradients: bool = False,
+    packed: bool = False,
 ) -> MemoryEstimate:
     """Estimate from the configuration alone; no weights are read.
 
@@ -50,26 +61,85 @@ def estimate_search(
         tokens: the larger of calibration and search tokens.
         ctx: tokens per window.
         gradients: the loss is differentiated (``--fitness fisher``), so every block's activations are kept.
+        packed: the simulation keeps its codes packed, and an embedding of its own stays on the host, without gradients.
     """
+    sizes = _sizes(config, family, dtype)
+    on_host = 0 if gradients else sizes.embedding
+    weights = sizes.codes + sizes.outside - on_host if packed else sizes.decoded
+    if gradients:  # of one window: what every block keeps, and logits with their gradient
+        per_token = config.num_hidden_layers * (10 * config.hidden_size + 5 * config.intermediate_size)
+        running = ctx * (dtype.itemsize * per_token + 3 * 4 * config.vocab_size)
+    else:
+        running = _batch(config, dtype.itemsize, min(tokens, max(ctx, BATCH_TOKENS)))
+    running += (dtype.itemsize + 4) * tokens * config.hidden_size  # first hidden states, what is known of the reference
+    running += sizes.unit if packed else 0
+    simulation = sizes.codes + sizes.outside if packed else sizes.codes + sizes.decoded
+    return MemoryEstimate(
+        device=weights + running,
+        running=running,
+        host=max(simulation, sizes.codes + sizes.converted),  # one turns into the other, block by block
+        parameters=sizes.parameters,
+        linear_parameters=sizes.linear,
+        preparation=_preparation(config, sizes.layers, tokens),
+    )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """What a model consists of, in weights and in bytes of the compute dtype.
+
+    Attributes:
+        parameters, linear: weights in all, and in the linear layers of the blocks.
+        decoded: bytes of all parameters.
+        codes: bytes of the W4 codes, two to a byte, with their scales.
+        outside: bytes of what is not linear: embedding, an untied head, norms, biases.
+        embedding: bytes of an embedding that is not the head too.
+        unit: bytes of the largest layers that share an input, decoded at once.
+        converted: bytes of parameters that cannot be mapped as they are stored.
+    """
+
+    layers: list[Layer]
+    parameters: int
+    linear: int
+    decoded: int
+    codes: int
+    outside: int
+    embedding: int
+    unit: int
+    converted: int
+
+
+def _sizes(config: PretrainedConfig, family: Family, dtype: torch.dtype) -> _Sizes:
+    width, stored = dtype.itemsize, config.dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    layers = layers_of(model, family)
+    parameters, layers = sum(parameter.numel() for parameter in model.parameters()), layers_of(model, family)
     linear = sum(layer.macs for layer in layers)
-    width = 2 if dtype == torch.bfloat16 else 4
-    hidden, vocab = config.hidden_size, config.vocab_size
-    logits = 4 * 4 * HEAD_CHUNK_TOKENS * vocab
-    if gradients:
-        per_token = config.num_hidden_layers * (10 * hidden + 5 * config.intermediate_size)
-        logits = ctx * (width * per_token + 3 * 4 * vocab)
-    search = width * parameters + 3 * width * tokens * hidden + 8 * 4 * ctx * config.intermediate_size + logits
-    return MemoryEstimate(
-        device=search,
-        preparation=_preparation(config, layers, tokens),
-        host=linear + 2 * width * parameters,
-        parameters=parameters,
-        linear_parameters=linear,
+    return _Sizes(
+        layers,
+        parameters,
+        linear,
+        decoded=width * parameters,
+        codes=int(PACKED_BITS / 8 * linear),
+        outside=width * (parameters - linear),
+        embedding=0 if is_tied(model, family) else width * config.vocab_size * config.hidden_size,
+        unit=width * max(unit.macs for unit in units_of(layers, family, "fused")),
+        converted=0 if stored == dtype else width * parameters,
     )
+
+
+def _batch(config: PretrainedConfig, width: int, tokens: int) -> int:
+    """Bytes of one batch of ``tokens`` on its way, the larger of a block's widest moments and the head's.
+
+    In the attention: the residual stream, its norm and what is rounded of it, queries and output, keys and values; in
+    the MLP: the same stream, gate, up and their product as it is, in fp32 and rounded. In the head: logits of a part
+    in fp32, and as much again for their exponentials.
+    """
+    hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    attention = 3 * hidden + head_dim(config) * (3 * heads + 4 * config.num_key_value_heads)
+    block = tokens * (width * max(attention, 3 * hidden + 4 * inner) + 4 * inner)
+    head = 2 * 4 * min(tokens, HEAD_CHUNK_TOKENS) * config.vocab_size + width * tokens * hidden
+    return max(block, head)
 
 
 def _preparation(config: PretrainedConfig, layers: list[Layer], tokens: int) -> int:
@@ -85,15 +155,27 @@ def _preparation(config: PretrainedConfig, layers: list[Layer], tokens: int) -> 
 
 
 def estimate_load(
-    config: PretrainedConfig, family: Family, dtype: torch.dtype, *, with_codes: bool = False
+    config: PretrainedConfig, family: Family, dtype: torch.dtype, *, with_codes: bool = False, packed: bool = False
 ) -> MemoryEstimate:
-    """What it takes to load a model and run it; ``with_codes``: and to become the simulation of a plan."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    codes = sum(layer.macs for layer in layers_of(model, family)) if with_codes else 0
-    width = 2 if dtype == torch.bfloat16 else 4
-    return MemoryEstimate(int(1.1 * width * parameters), width * parameters + codes, parameters, codes)
+    """What it takes to load a model and run it.
+
+    Args:
+        with_codes: and to become the simulation of a plan.
+        packed: only to become that simulation, on the host, with its codes packed; the model itself is never run.
+    """
+    sizes = _sizes(config, family, dtype)
+    codes, linear = (sizes.codes, sizes.linear) if with_codes else (0, 0)
+    if packed:
+        running = 16 * sizes.unit // dtype.itemsize  # a few copies of a layer in fp32
+        host = codes + max(sizes.outside, sizes.converted)
+        return MemoryEstimate(host + running, running, host, sizes.parameters, linear)
+    running = sizes.decoded // 10
+    return MemoryEstimate(sizes.decoded + running, running, sizes.decoded + codes, sizes.parameters, linear)
+
+
+def fits(estimate: MemoryEstimate, device: torch.device) -> bool:
+    """Whether there is as much memory as the work needs; of a search that is not packed: whether it has to be."""
+    return not _too_little(estimate, device)
 
 
 def check_memory(estimate: MemoryEstimate, device: torch.device) -> None:
@@ -102,14 +184,18 @@ def check_memory(estimate: MemoryEstimate, device: torch.device) -> None:
     Raises:
         HalfbyteError: saying how much is needed and how much there is.
     """
+    for where, need, there in _too_little(estimate, device):
+        raise HalfbyteError(
+            f"too little memory on {where.type}", where="memory estimate", expected=f"{need / 1e9:.1f} GB",
+            got=f"{there / 1e9:.1f} GB free",
+            fix="close other programs, use --dtype bf16, fewer tokens, or a smaller model",
+        )  # fmt: skip
+
+
+def _too_little(estimate: MemoryEstimate, device: torch.device) -> list[tuple[torch.device, int, int]]:
+    """Where memory is short: device, bytes needed, bytes there are."""
     needs = {device: estimate.on(device)}
     if device.type == "cuda":
         needs[torch.device("cpu")] = estimate.host
-    for where, need in needs.items():
-        there = available_memory(where)
-        if need > there:
-            raise HalfbyteError(
-                f"too little memory on {where.type}", where="memory estimate", expected=f"{need / 1e9:.1f} GB",
-                got=f"{there / 1e9:.1f} GB free",
-                fix="close other programs, use --dtype bf16, fewer tokens, or a smaller model",
-            )  # fmt: skip
+    found = [(where, need, available_memory(where)) for where, need in needs.items()]
+    return [(where, need, there) for where, need, there in found if need > there]

@@ -64,8 +64,8 @@ class SourceModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.model.parameters()).device
+        """Where the blocks are; an embedding may be elsewhere."""
+        return next(self.model.get_submodule(self.family.blocks).parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,6 +130,9 @@ def stored_dtype(origin: Origin) -> torch.dtype:
 def load(origin: Origin, *, device: torch.device, dtype: torch.dtype) -> SourceModel:
     """Read weights and tokenizer; every value is checked to be finite and every parameter to be in the file.
 
+    On the host, weights that are stored in ``dtype`` are the safetensors files themselves, mapped: pages are read when
+    they are used, the system may drop them again, and writing to one copies it and leaves the file alone.
+
     Raises:
         HalfbyteError: files are truncated or corrupt, parameters are missing, or values are NaN or Inf.
     """
@@ -141,7 +144,8 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype) -> SourceM
     model.eval().requires_grad_(False)
     model.to(device)
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        ends = torch.stack(torch.aminmax(parameter.detach()))  # NaN if one is; isfinite of all would make copies
+        if not bool(ends.isfinite().all()):
             raise HalfbyteError(
                 "weights are not finite", where=f"{origin.model_id}, {name}", got="NaN or Inf",
                 fix="check the checkpoint; fp16 overflow is the usual cause",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig
 
@@ -33,3 +34,12 @@ def head_dim(config: PretrainedConfig) -> int:
 def is_tied(model: nn.Module, family: Family) -> bool:
     """Whether the output head is the embedding."""
     return linear(model, family.head).weight is model.get_submodule(family.embedding).weight
+
+
+def move_(model: nn.Module, family: Family, device: torch.device, *, without_embedding: bool = False) -> None:
+    """Move the model to ``device``; ``without_embedding`` leaves an embedding that is not the head too where it is."""
+    if not without_embedding or is_tied(model, family):
+        model.to(device)
+        return
+    for part in (family.blocks, family.final_norm, family.head):
+        model.get_submodule(part).to(device)

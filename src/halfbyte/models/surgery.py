@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.formats.int_group import GroupedWeight, PackedWeight
 from halfbyte.kernels.activations import fake_quantise_rows
+from halfbyte.kernels.codes import decode_packed
 from halfbyte.models.modules import linear
 from halfbyte.numerics.balance import LowRank
 from halfbyte.numerics.hadamard import rotate
@@ -86,11 +88,14 @@ class QuantLinear(nn.Module):
         a_bits: activation bits: one number, one for each row of a batch, or None to leave activations alone (W4A16).
     """
 
+    weight: torch.Tensor
+
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, scheme: InputScheme, shared: SharedInput
+        self, weight: torch.Tensor | None, bias: torch.Tensor | None, scheme: InputScheme, shared: SharedInput
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        if weight is not None:  # a subclass may have it in another form
+            self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.scheme, self.shared = scheme, shared
         self.a_bits: Bits = None
@@ -109,27 +114,125 @@ class QuantLinear(nn.Module):
         """Treat the input, then multiply."""
         if self.a_bits is not None or self.scheme.changes_input:
             x = self.shared.treated(x, self.a_bits, self.scheme)
+        return self._multiply(x)
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
 
 
+class PackedLinear(QuantLinear):
+    """The same numbers from packed codes, which every multiplication decodes anew: a quarter of bf16's memory.
+
+    Attributes:
+        packed, scales: see :class:`halfbyte.formats.int_group.PackedWeight`; buffers.
+        dtype: what is decoded to, the compute dtype.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(
+        self, weight: PackedWeight, bias: torch.Tensor | None, scheme: InputScheme, shared: SharedInput,
+        dtype: torch.dtype,
+    ) -> None:  # fmt: skip
+        super().__init__(None, bias, scheme, shared)
+        self.register_buffer("packed", weight.packed)
+        self.register_buffer("scales", weight.scales)
+        self.dtype = dtype
+
+    @property
+    def weight(self) -> torch.Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Decoded at every access, ``[out, in]``."""
+        return decode_packed(self.packed, self.scales, self.dtype)
+
+    @property
+    def in_features(self) -> int:
+        """Length of an input row."""
+        return 2 * self.packed.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Length of an output row."""
+        return self.packed.shape[0]
+
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        return _DecodedProduct.apply(x, self.packed, self.scales, self.bias, self.dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
+        """What ``.to()`` calls: a change of dtype is one of the compute dtype; the scales are fp16 whatever that is."""
+        known = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != known.dtype:
+            self.dtype, self.scales = self.scales.dtype, known.to(self.scales.device)
+        return self
+
+
+class _DecodedProduct(torch.autograd.Function):
+    """x Wᵀ + b that keeps the codes for the gradient of x, not the decoded weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:  # fmt: skip
+        ctx.save_for_backward(packed, scales)
+        ctx.dtype = dtype
+        return nn.functional.linear(x, decode_packed(packed, scales, dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+        packed, scales = ctx.saved_tensors
+        return gradients[0] @ decode_packed(packed, scales, ctx.dtype), None, None, None, None
+
+
 def replace_linear_(
-    model: nn.Module, name: str, weight: GroupedWeight, shared: SharedInput, scheme: InputScheme | None = None
+    model: nn.Module,
+    name: str,
+    weight: GroupedWeight | PackedWeight,
+    shared: SharedInput,
+    scheme: InputScheme | None = None,
+    *,
+    packed: bool = False,
 ) -> None:
-    """Put a :class:`QuantLinear` with decoded ``weight`` where the linear layer ``name`` is.
+    """Put a :class:`QuantLinear` with ``weight`` where the linear layer ``name`` is, on its device and in its dtype.
+
+    Args:
+        packed: keep the codes packed (:class:`PackedLinear`), for the same numbers from less memory.
 
     Raises:
         HalfbyteError: the shapes differ.
     """
     old = linear(model, name)
-    if tuple(old.weight.shape) != tuple(weight.codes.shape):
+    if (old.out_features, old.in_features) != weight.shape:
         raise HalfbyteError(
-            "codes do not fit the layer", where=name, expected=list(old.weight.shape), got=list(weight.codes.shape),
-            fix="this plan was made for another model",
+            "codes do not fit the layer", where=name, expected=[old.out_features, old.in_features],
+            got=list(weight.shape), fix="this plan was made for another model",
         )  # fmt: skip
-    device, dtype = old.weight.device, old.weight.dtype
-    decoded = GroupedWeight(weight.codes.to(device), weight.scales.to(device), weight.bits).decode().to(dtype)
+    device, dtype, scheme = old.weight.device, old.weight.dtype, scheme or InputScheme()
+    weight = weight.to(device)
+    if packed:
+        codes = weight.pack() if isinstance(weight, GroupedWeight) else weight
+        _put_(model, name, PackedLinear(codes, old.bias, scheme, shared, dtype))
+        return
+    if isinstance(weight, PackedWeight):
+        decoded = decode_packed(weight.packed, weight.scales, dtype)
+    else:
+        decoded = weight.decode().to(dtype)
+    _put_(model, name, QuantLinear(decoded, old.bias, scheme, shared))
+
+
+def pack_linear_(model: nn.Module, name: str, weight: PackedWeight) -> None:
+    """Let the :class:`QuantLinear` ``name`` keep the codes that it was decoded from, where ``weight`` has them."""
+    old = model.get_submodule(name)
+    assert isinstance(old, QuantLinear), name
+    new = PackedLinear(weight, old.bias, old.scheme, old.shared, old.weight.dtype)
+    new.a_bits = old.a_bits
+    _put_(model, name, new)
+
+
+def _put_(model: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
     parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, QuantLinear(decoded, old.bias, scheme or InputScheme(), shared))
+    setattr(model.get_submodule(parent), leaf, value)
 
 
 def set_activation_bits_(model: nn.Module, bits: Mapping[str, Bits]) -> None:
@@ -141,24 +244,19 @@ def set_activation_bits_(model: nn.Module, bits: Mapping[str, Bits]) -> None:
 
 
 def set_parameters_(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Overwrite parameters by name (folded norms and biases, a rotated embedding).
+    """Replace parameters by name (folded norms and biases, a rotated embedding), on their device and in their dtype.
 
-    A value for an output head that is tied to the embedding unties it.
+    A value that is there in that dtype already is not copied. One for an output head that is tied to the embedding, or
+    for such an embedding, unties them.
 
     Raises:
         HalfbyteError: the model has no such parameter, or of another shape.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, value in values.items():
-        target = parameters.get(name)
-        if target is None or target.shape != value.shape:
+        known = parameters.get(name)
+        if known is None or known.shape != value.shape:
             raise HalfbyteError(
                 "parameter does not fit the model", where=name, fix="this plan was made for another model"
             )
-        if any(other is target for known, other in parameters.items() if known != name):
-            parent, _, leaf = name.rpartition(".")
-            target = nn.Parameter(torch.empty_like(target), requires_grad=False)
-            setattr(model.get_submodule(parent), leaf, target)
-            parameters[name] = target
-        with torch.no_grad():
-            target.copy_(value)
+        _put_(model, name, nn.Parameter(value.to(known.device, known.dtype), requires_grad=False))

@@ -3,6 +3,8 @@
 Asymmetric: the range is the token's min and max, widened to hold zero, and zero is exactly representable
 (Jacob et al. 2018, arXiv:1712.05877). Symmetric: the rule of compressed-tensors, ``s = absmax / ((2^b - 1) / 2)``,
 codes in [-2^(b-1), 2^(b-1) - 1], so that engines which read that format compute the same numbers.
+
+``bits`` and ``clip`` are numbers, or tensors that differ from row to row (``[..., 1]``, integers and fp32).
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ from __future__ import annotations
 import torch
 
 
-def divided(x: torch.Tensor, divisor: float) -> torch.Tensor:
+def divided(x: torch.Tensor, divisor: float | torch.Tensor) -> torch.Tensor:
     """``x / divisor``, rounded once on every device: with a Python number CUDA multiplies by the rounded reciprocal."""
-    return x / torch.full_like(x, divisor)
+    return x / (divisor if isinstance(divisor, torch.Tensor) else torch.full_like(x, divisor))
 
 
 def quantise_asymmetric(
-    x: torch.Tensor, bits: int, *, clip: float = 1.0
+    x: torch.Tensor, bits: int | torch.Tensor, *, clip: float | torch.Tensor = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes, scale and zero point of every row (last axis) of ``x`` ``[..., channels]``.
 
@@ -30,24 +32,28 @@ def quantise_asymmetric(
     x = x.float()
     low = x.amin(dim=-1, keepdim=True).clamp_max_(0.0)
     high = x.amax(dim=-1, keepdim=True).clamp_min_(0.0)
-    scale = divided((high - low) * clip if clip != 1 else high - low, top)
+    scale = divided((high - low) * clip, top)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    zero = torch.round((-low * clip if clip != 1 else -low) / scale)
-    codes = torch.round(x / scale).add_(zero).clamp_(0, top)
+    zero = torch.round(-low * clip / scale)
+    codes = torch.round(x / scale).add_(zero).clamp_(0 * top, top)  # clamp takes two numbers or two tensors
     return codes, scale, zero
 
 
-def quantise_symmetric(x: torch.Tensor, bits: int, *, clip: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise_symmetric(
+    x: torch.Tensor, bits: int | torch.Tensor, *, clip: float | torch.Tensor = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes in [-2^(bits-1), 2^(bits-1) - 1] as fp32 integers, and scale ``[..., 1]``, of every row of ``x``."""
     half = 2 ** (bits - 1)
     x = x.float()
     largest = x.abs().amax(dim=-1, keepdim=True)
-    scale = divided(largest * clip if clip != 1 else largest, (2**bits - 1) / 2)
+    scale = divided(largest * clip, (2**bits - 1) / 2)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     return torch.round(x / scale).clamp_(-half, half - 1), scale
 
 
-def fake_quantise(x: torch.Tensor, bits: int, *, symmetric: bool = False, clip: float = 1.0) -> torch.Tensor:
+def fake_quantise(
+    x: torch.Tensor, bits: int | torch.Tensor, *, symmetric: bool = False, clip: float | torch.Tensor = 1.0
+) -> torch.Tensor:
     """``x`` as its ``bits``-bit codes stand for it, row by row, in ``x``'s dtype."""
     if symmetric:
         codes, scale = quantise_symmetric(x, bits, clip=clip)

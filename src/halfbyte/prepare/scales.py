@@ -19,7 +19,7 @@ from halfbyte.weights.rtn import round_to_nearest
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7)
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SAMPLE = 512  # tokens on which candidates are compared
+SAMPLE, OUTPUTS = 512, 1024  # tokens and outputs on which candidates are compared
 
 
 def sample(batches: Sequence[torch.Tensor], tokens: int) -> torch.Tensor:
@@ -58,7 +58,8 @@ def scale_unit_(
     if len(candidates) == 1:
         name, scales = candidates[0]
     else:
-        error = _output_error(sample(seen, SAMPLE), weight, recipe, scheme, where)
+        stride = max(1, len(weight) // OUTPUTS)
+        error = _output_error(sample(seen, SAMPLE), weight[::stride], recipe, scheme, where)
         name, scales = min(candidates, key=lambda candidate: error(candidate[1]))
     fold_scales_(block, family, group, scales, head_dim=head_dim)
     step.seen[group[0]] = [batch / scales for batch in seen]

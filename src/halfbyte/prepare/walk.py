@@ -11,12 +11,12 @@ from halfbyte.calibration.twins import TwinStep, walk_twins
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.plan_file import Codes, load_codes, save_codes
 from halfbyte.files import write_text
-from halfbyte.formats.int_group import GroupedWeight
-from halfbyte.models.loading import SourceModel
+from halfbyte.formats.int_group import check_packable
+from halfbyte.models.loading import SourceModel, layers_of
 from halfbyte.models.modules import head_dim, linear
-from halfbyte.models.surgery import InputScheme, SharedInput, replace_linear_, set_activation_bits_
+from halfbyte.models.surgery import InputScheme, SharedInput, pack_linear_, replace_linear_, set_activation_bits_
 from halfbyte.numerics.hadamard import rotation_matrix
-from halfbyte.prepare.learned import learn_low_rank
+from halfbyte.prepare.learned import balance_heads_, learn_low_rank
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.scales import scale_unit_
 from halfbyte.prepare.units import STREAM_BITS, quantise_unit
@@ -50,7 +50,13 @@ class Prepared:
 
 
 def prepare_(
-    source: SourceModel, tokens: torch.Tensor, recipe: Recipe, report: Reporter, *, device: torch.device
+    source: SourceModel,
+    tokens: torch.Tensor,
+    recipe: Recipe,
+    report: Reporter,
+    *,
+    device: torch.device,
+    packed: bool = False,
 ) -> Prepared:
     """Transform and quantise ``source.model`` in place; it becomes its W4 simulation, where it was.
 
@@ -58,11 +64,14 @@ def prepare_(
 
     Args:
         tokens: calibration text, int64 ``[windows, length]``.
+        packed: blocks that are done keep their codes packed: on the host the same tensors as in the result.
 
     Raises:
-        HalfbyteError: values that are not finite, with the layer's name.
+        HalfbyteError: values that are not finite, or codes that cannot be packed, with the layer's name.
     """
     family, model = source.family, source.model
+    for layer in layers_of(model, family):
+        check_packable(layer.in_features, where=layer.name)
     if "r3" in recipe.transforms:
         rotate_queries_and_keys_(model)
     if "r1" in recipe.transforms:
@@ -70,7 +79,12 @@ def prepare_(
     made = Prepared(Codes({}, {}, {}))
     shared = SharedInput()
     batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
-    for step in walk_twins(model, family, tokens, device=device, batch=batch):
+
+    def pack(step: TwinStep) -> None:
+        for part in family.linears:
+            pack_linear_(step.quantised, part, made.codes.weights[f"{family.blocks}.{step.index}.{part}"])
+
+    for step in walk_twins(model, family, tokens, device=device, batch=batch, leave=pack if packed else None):
         _fold_rotations_(step, source, recipe)
         step.observe([group[0] for group in family.groups])
         schemes = {group: _scheme(step, source, group, recipe, made) for group in family.groups}
@@ -104,6 +118,8 @@ def _scheme(step: TwinStep, source: SourceModel, group: tuple[str, ...], recipe:
         name = f"{family.blocks}.{step.index}.{group[0]}"
         made.scales[name] = scale_unit_(step, family, group, recipe, scheme, head_dim(source.config))
     if "learned" in recipe.transforms:
+        if group == (family.attention_out,):
+            balance_heads_(step, family, head_dim(source.config))
         return replace(scheme, low_rank=learn_low_rank(step, group))
     return scheme
 
@@ -119,10 +135,10 @@ def _quantise_(
         made.codes.low_rank[prefix + group[0]] = low_rank.to("cpu")
     for part in group:
         name, codes = prefix + part, unit.codes[part]
-        made.codes.weights[name] = GroupedWeight(codes.codes.cpu(), codes.scales.cpu())
+        made.codes.weights[name] = codes.pack().to("cpu")
         notes = [unit.note] if unit.note else []
         if codes.group_size != recipe.group_size:
-            notes.append(f"group {codes.group_size}: {recipe.group_size} does not divide {codes.codes.shape[1]}")
+            notes.append(f"group {codes.group_size}: {recipe.group_size} does not divide {codes.shape[1]}")
         made.layers[name] = LayerPlan(
             w_bits=codes.bits, a_bits=8, group_size=codes.group_size, a_symmetric=unit.scheme.symmetric,
             note="; ".join(notes), a4_clip=unit.scheme.a4_clip, rotated=unit.scheme.rotated,
@@ -166,15 +182,19 @@ def save_prepared(stages: Stages, made: Prepared) -> None:
     write_text(stages.folder / PREPARED, json.dumps(record))
 
 
-def load_prepared_(source: SourceModel, stages: Stages, recipe: Recipe, *, device: torch.device) -> Prepared | None:
-    """What an interrupted run has prepared, if it came that far: ``source.model`` becomes its W4 simulation there."""
+def load_prepared_(
+    source: SourceModel, stages: Stages, recipe: Recipe, *, device: torch.device, packed: bool = False
+) -> Prepared | None:
+    """What an interrupted run has prepared, if it came that far.
+
+    ``source.model`` becomes its W4 simulation, its blocks on ``device``; what is outside them stays where it is.
+    """
     record_file = stages.folder / PREPARED
     if not (stages.codes.exists() and record_file.exists()):
         return None
-    source.model.to(device)
     record = json.loads(record_file.read_text(encoding="utf-8"))
     layers = {name: LayerPlan(**entry) for name, entry in record["layers"].items()}
     rows = [LayerSensitivity(**row) for row in record["sensitivity"]]
     made = Prepared(load_codes(stages.codes), layers, {row.layer: row for row in rows}, record["scales"])
-    become_simulation_(source, made.codes, made.layers, recipe.transforms)
+    become_simulation_(source, made.codes, made.layers, recipe.transforms, device=device, packed=packed)
     return made

@@ -77,7 +77,7 @@ def sensitivity_heatmap(
     axes.set_facecolor(MISSING_COLOUR)
     axes.imshow(np.ma.masked_invalid(grid), cmap=COLOUR_MAP, norm=norm, aspect="auto", interpolation="nearest")
     _dress_grid(axes, kinds, blocks, every=math.ceil(0.16 / row_height))
-    _set_title(figure, title)
+    set_title(figure, title)
     if row_height >= 0.2:
         _write_values(axes, grid, norm)
 
@@ -95,7 +95,7 @@ def sensitivity_heatmap(
     handles += _add_colour_bar(figure, axes, norm, thresholds, low, high)
     if handles:
         figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def convergence_plot(
@@ -131,7 +131,7 @@ def convergence_plot(
 
     figure = Figure(figsize=(9, 5.6), dpi=DOTS_PER_INCH, layout="constrained")
     axes, strip = _axes_with_strip(figure, list(far.values()))
-    _set_title(figure, title)
+    set_title(figure, title)
     marker = "o" if len(history) == 1 else None
     axes.plot(evaluations, best, color="black", linewidth=2, marker=marker, drawstyle="steps-post", label="best so far")
     axes.plot(evaluations, mean, color=SEARCH_COLOUR, linewidth=1.2, marker=marker, label="mean of the population")
@@ -163,7 +163,7 @@ def convergence_plot(
     texts = _distinct(scores)
     for panel, names in ((axes, [*near, "search"]), (strip, [*far])):
         _label_right(panel, {f"{name}: {texts[name]}": (scores[name], colours.get(name, "black")) for name in names})
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _grid(values: Sequence[Sequence[float | None]], blocks: int, kinds: int, name: str) -> np.ndarray:
@@ -291,11 +291,17 @@ def _label_right(axes: Axes, labels: Mapping[str, tuple[float, str]]) -> None:
         )
 
 
-def _set_title(figure: Figure, title: str) -> None:
+def set_title(figure: Figure, title: str) -> None:
+    """Put ``title`` above the figure, at the left."""
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, wrap=True, parse_math=False)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
+    """Write a PNG, whole or not at all.
+
+    Raises:
+        HalfbyteError: another suffix, or the file cannot be written.
+    """
     if Path(path).suffix.lower() != ".png":
         raise HalfbyteError("plots are PNG files", where=path, fix="choose a name that ends in .png")
     FigureCanvasAgg(figure)

@@ -1,119 +1,56 @@
 """KL of the whole quantised model against the reference, as a pure function of the genome.
 
-Every evaluation runs the same batches in the same order, so a genome's score never depends on what else is evaluated.
-
-The reference's logits are not kept. With p the reference's probabilities, o = W h a genome's logits and
-lse(o) = log Σ exp(o):
-
-    KL = Σ p log p − Σ p (o − lse(o)) = Σ p log p − (Wᵀ p) · h + lse(o)
-
-so per token the sum Σ p log p and the vector Wᵀ p, as long as a hidden state, are all that a genome needs, and the
-reference's head is never multiplied again.
+The W4 weights are the same for all genomes, so one batch may carry windows of many: every row has its own activation
+bits. A batch always has the same shape, and nothing is computed across rows, so a row's numbers do not depend on what
+else is in the batch, or where. Rows that a batch has too many repeat its last one.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
-from halfbyte.calibration.blocks import BlockInputs, call_block, capture, run_blocks
+from halfbyte.calibration.blocks import call_block, capture
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.archs import Family
 from halfbyte.models.modules import blocks, linear
 from halfbyte.models.surgery import set_activation_bits_
-from halfbyte.numerics.hadamard import rotate
+from halfbyte.parallel import ALONE, Group
+from halfbyte.search.problem import Genome
+from halfbyte.search.reference import Reference, logits, token_chunks
 from halfbyte.spec import Unit
 
-CHUNK_TOKENS = 128  # whose logits exist at once
-CHUNK_ROWS = 8192  # of the head, in fp32 at once
+BATCH_TOKENS = 8192  # that go through the model at once on an accelerator
+SEGMENT_TOKENS = 64  # neighbours whose mean is one sample of a loss, at most
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What KL needs to know of the unquantised model, per token of the search text.
+class Row(NamedTuple):
+    """One row of a batch."""
 
-    Attributes:
-        projected: Wᵀ p, fp32 ``[tokens, hidden]``.
-        negentropy: Σ p log p in nats, fp32 ``[tokens]``.
-    """
-
-    projected: torch.Tensor
-    negentropy: torch.Tensor
-
-    def for_rotated(self, final_norm: torch.Tensor) -> Reference:
-        """The same for a model whose residual stream is rotated, its final norm's scale ``[hidden]`` in the head.
-
-        W h = W diag(norm) Qᵀ · Q h/norm, so Wᵀ p becomes Q diag(norm) Wᵀ p.
-        """
-        return Reference(rotate(self.projected * final_norm.float()), self.negentropy)
-
-
-def reference(
-    model: nn.Module, family: Family, tokens: torch.Tensor, *, device: torch.device, batch: int = 1
-) -> list[Reference]:
-    """Run the unquantised model on ``tokens`` ``[windows, length]``, block by block on ``device``.
-
-    Returns:
-        one Reference per batch, on ``device``.
-    """
-    hidden = run_blocks(model, family, tokens, device=device, batch=batch)
-    norm = copy.deepcopy(model.get_submodule(family.final_norm)).to(device)
-    head = copy.deepcopy(linear(model, family.head)).to(device)
-    found = []
-    for states in hidden:
-        with torch.no_grad():
-            final = norm(states).flatten(0, 1)
-        parts = [_project(head, part) for part in final.split(CHUNK_TOKENS)]
-        found.append(Reference(torch.cat([part.projected for part in parts]), torch.cat([p.negentropy for p in parts])))
-    return found
-
-
-def _logits(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """fp32 logits ``[tokens, vocab]`` of ``hidden`` ``[tokens, hidden]``; no head of these families has a bias.
-
-    A bf16 product would round the logits, and what that adds to lse(o) has nothing in (Wᵀp)·h to cancel against.
-    """
-    if head.weight.dtype == torch.float32:
-        return hidden @ head.weight.T
-    if hidden.is_cuda:
-        return torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
-    return torch.cat([hidden.float() @ rows.float().T for rows in head.weight.split(CHUNK_ROWS)], dim=-1)
-
-
-def _project(head: nn.Linear, hidden: torch.Tensor) -> Reference:
-    with torch.no_grad():
-        log_p = torch.log_softmax(_logits(head, hidden), dim=-1)  # [tokens, vocab]
-        mass = log_p.exp().sum(dim=-1, keepdim=True)  # 1 up to rounding, which lse(o) ≈ 30 would magnify
-        log_p -= mass.log()
-        p = log_p.exp()
-        projected = torch.zeros_like(hidden, dtype=torch.float32)
-        for rows, share in zip(head.weight.split(CHUNK_ROWS), p.split(CHUNK_ROWS, dim=-1), strict=True):
-            projected += share @ rows.float()
-        return Reference(projected, (p * log_p).sum(dim=-1))
-
-
-def _run_blocks(
-    model: nn.Module, family: Family, hidden: torch.Tensor, inputs: BlockInputs, *, start: int
-) -> torch.Tensor:
-    for block in blocks(model, family)[start:]:
-        hidden = call_block(block, hidden, inputs.kwargs)
-    with torch.no_grad():
-        return model.get_submodule(family.final_norm)(hidden)
+    genome: Genome
+    window: int
 
 
 class KLEvaluator:
-    """Scores genomes on ``model``, whose linear layers are already quantised (``QuantLinear``).
+    """Measures genomes on ``model``, whose linear layers are already quantised (``QuantLinear``).
 
     Args:
-        model, family: the simulation; its activation bits are set by every call.
+        model, family: the simulation; its activation bits are set by every call. Blocks, final norm and head are on
+            one device; the embedding may be elsewhere.
         units: one gene per unit.
         tokens: search text, int64 ``[windows, length]``.
-        reference: from :func:`reference` of the unquantised model on the same tokens and batch size.
-        batch: windows that go through the model at once; always the same, so that scores are reproducible.
+        reference: of the unquantised model on the same tokens.
+        rows: windows that go through the model at once; always the same, so that scores are reproducible.
+        group: the processes that share the work; every one of them gets all results.
+
+    Attributes:
+        tick: called after every batch.
+        segments: samples of the loss per window, each the mean over the same number of tokens.
+        tokens_run: candidate tokens that went through the model in this process; through half of it counts half.
     """
 
     def __init__(
@@ -122,25 +59,45 @@ class KLEvaluator:
         family: Family,
         units: Sequence[Unit],
         tokens: torch.Tensor,
-        reference: Sequence[Reference],
+        reference: Reference,
         *,
-        batch: int = 1,
+        rows: int | None = None,
+        group: Group = ALONE,
     ) -> None:
-        self.model, self.family, self.units = model, family, list(units)
-        self.reference = reference
-        self.head = linear(model, family.head)
-        self.inputs = capture(model, family, tokens, device=next(model.parameters()).device, batch=batch)
-        self.evaluations = 0
+        self.model, self.family, self.units, self.group = model, family, list(units), group
+        self.reference, self.head = reference, linear(model, family.head)
+        self.windows, self.length = tokens.shape
+        self.segments = self.length // max(size for size in range(1, SEGMENT_TOKENS + 1) if self.length % size == 0)
+        self.device = self.head.weight.device
+        on_accelerator = max(1, BATCH_TOKENS // self.length)
+        self.rows = rows or (1 if self.device.type == "cpu" else on_accelerator)
+        missing = -len(tokens) % self.rows
+        repeated = torch.cat([tokens, tokens[-1:].expand(missing, -1)])
+        inputs = capture(model, family, repeated, device=self.device, batch=self.rows)
+        self._embedded, self._kwargs = torch.cat(inputs.hidden)[: self.windows], inputs.kwargs
+        self._known: dict[Row, np.ndarray] = {}
+        self.tokens_run = 0.0
+        self.tick: Callable[[], None] = lambda: None
 
-    def score(self, genome: Sequence[int]) -> float:
-        """Mean KL(reference ‖ genome) in nats per token.
+    def losses(self, genomes: Sequence[Genome], windows: Iterable[int] | None = None) -> np.ndarray:
+        """Mean KL per segment in nats per token, fp64 ``[genomes, windows, segments]``; what is known is not run again.
 
         Raises:
             HalfbyteError: the quantised model answers NaN or Inf.
         """
-        self._set(dict(zip(self.units, genome, strict=True)))
-        total = sum(self._kl(hidden, batch, start=0) for batch, hidden in enumerate(self.inputs.hidden))
-        return self._mean(total)
+        chosen = list(range(self.windows) if windows is None else windows)
+        wanted = [Row(tuple(genome), window) for genome in genomes for window in chosen]
+        self._run([row for row in dict.fromkeys(wanted) if row not in self._known], self._embedded, start=0)
+        found = np.stack([self._known[row] for row in wanted])
+        return found.reshape(len(genomes), len(chosen), self.segments)
+
+    def forget(self) -> None:
+        """Measure everything anew from here on."""
+        self._known.clear()
+
+    def score(self, genome: Genome) -> float:
+        """Mean KL(reference ‖ genome) over all windows in nats per token."""
+        return float(self.losses([genome]).mean())
 
     def one_at_a_time(self, base_bits: int, other_bits: int) -> Iterator[float]:
         """For each unit in order: KL with that unit at ``other_bits`` and all others at ``base_bits``.
@@ -148,33 +105,63 @@ class KLEvaluator:
         Up to its own block each such genome equals the base, so only the blocks from there on are run: half the work
         of whole evaluations, and the same numbers.
         """
-        self._set(dict.fromkeys(self.units, base_bits))
-        current = list(self.inputs.hidden)
+        base = (base_bits,) * len(self.units)
+        current = self._embedded
         for index, block in enumerate(blocks(self.model, self.family)):
-            for unit in (unit for unit in self.units if unit.block == index):
-                self._set({unit: other_bits})
-                total = sum(self._kl(hidden, batch, start=index) for batch, hidden in enumerate(current))
-                self._set({unit: base_bits})
-                yield self._mean(total)
-            current = [call_block(block, hidden, self.inputs.kwargs) for hidden in current]
+            genomes = [
+                (*base[:at], other_bits, *base[at + 1 :]) for at, unit in enumerate(self.units) if unit.block == index
+            ]
+            rows = [Row(genome, window) for genome in genomes for window in range(self.windows)]
+            self._run([row for row in rows if row not in self._known], current, start=index)
+            yield from (self.score(genome) for genome in genomes)
+            current = self._advance(block, current, base)
 
-    def _set(self, bits: dict[Unit, int]) -> None:
-        by_layer: dict[str, int | None] = {layer.name: width for unit, width in bits.items() for layer in unit.layers}
-        set_activation_bits_(self.model, by_layer)
+    def _advance(self, block: nn.Module, hidden: torch.Tensor, genome: Genome) -> torch.Tensor:
+        """Hidden states of all windows after one more block."""
+        result = torch.empty_like(hidden)
+        for batch in self._batches([Row(genome, window) for window in range(self.windows)]):
+            windows = self._set(batch)
+            result[windows] = call_block(block, hidden[windows], self._kwargs)
+        return result
 
-    def _kl(self, hidden: torch.Tensor, batch: int, *, start: int) -> float:
-        """Summed KL of one batch, from block ``start`` on."""
-        known = self.reference[batch]
-        final = _run_blocks(self.model, self.family, hidden, self.inputs, start=start).flatten(0, 1)
+    def _batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+        return [list(rows[at : at + self.rows]) for at in range(0, len(rows), self.rows)]
+
+    def _run(self, rows: Sequence[Row], hidden: torch.Tensor, *, start: int) -> None:
+        """Measure ``rows`` from block ``start`` on, whose input is ``hidden`` ``[windows, length, hidden]``."""
+        batches, depth = self._batches(rows), len(blocks(self.model, self.family))
+        on_device = []
+        for batch in self.group.share(batches):
+            on_device.append(self._kl(batch, hidden, start))
+            self.tokens_run += len(batch) * self.length * (depth - start) / depth
+            self.tick()
+        values = [kl.cpu().numpy().astype(np.float64) for kl in on_device]
+        found = self.group.merge(values)
+        for batch, kl in zip(batches, found, strict=True):
+            samples = kl.reshape(self.rows, self.segments, -1).mean(axis=-1)
+            if not np.isfinite(samples).all():
+                raise HalfbyteError(
+                    "the quantised model answers NaN or Inf", where="search", fix="compute in fp32 (--dtype fp32)"
+                )
+            self._known.update(zip(batch, samples, strict=False))
+
+    def _kl(self, batch: Sequence[Row], hidden: torch.Tensor, start: int) -> torch.Tensor:
+        """KL per token, fp32 ``[rows * length]`` on the device."""
+        windows = self._set(batch)
+        states = hidden[windows]
+        for block in blocks(self.model, self.family)[start:]:
+            states = call_block(block, states, self._kwargs)
         with torch.no_grad():
-            normaliser = torch.cat([_logits(self.head, part).logsumexp(dim=-1) for part in final.split(CHUNK_TOKENS)])
-            return float((known.negentropy - (known.projected * final.float()).sum(dim=-1) + normaliser).sum())
+            final = self.model.get_submodule(self.family.final_norm)(states).flatten(0, 1)
+            normaliser = torch.cat([logits(self.head, part).logsumexp(dim=-1) for part in token_chunks(final)])
+            projected = self.reference.projected[windows].flatten(0, 1)
+            negentropy = self.reference.negentropy[windows].flatten()
+            return negentropy - (projected * final.float()).sum(dim=-1) + normaliser
 
-    def _mean(self, total: float) -> float:
-        self.evaluations += 1
-        score = total / sum(part.shape[0] * part.shape[1] for part in self.inputs.hidden)
-        if not score < float("inf"):
-            raise HalfbyteError(
-                "the quantised model answers NaN or Inf", where="search", fix="compute in fp32 (--dtype fp32)"
-            )
-        return score
+    def _set(self, batch: Sequence[Row]) -> torch.Tensor:
+        """Give every row its activation bits; returns the window of each, ``[rows]``."""
+        full = [*batch, *[batch[-1]] * (self.rows - len(batch))]
+        table = torch.tensor([row.genome for row in full], dtype=torch.int32).T.contiguous().to(self.device)
+        for unit, bits in zip(self.units, table, strict=True):
+            set_activation_bits_(self.model, dict.fromkeys((layer.name for layer in unit.layers), bits))
+        return torch.tensor([row.window for row in full], device=self.device)

@@ -77,10 +77,10 @@ class Ordered:
         part = self._turned(self._factor, rows, columns) / self._factor.diagonal().flip(0)[columns]
         return part.triu(1) if rows == columns else part
 
-    def times_hessian(self, values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """``values`` ``[out, len(rows)]`` times these rows of the Hessian, both in the usual order: ``[out, in]``."""
-        n = len(self._hessian)
-        return (values @ self._hessian[n - 1 - self.back[rows]]).flip(1)[:, self.back]
+    def rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """These rows of the Hessian, with rows and columns in the usual order: ``[len(rows), in]``."""
+        where = len(self._hessian) - 1 - self.back
+        return self._hessian[where[rows]][:, where]
 
     def divide(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows H⁻¹`` for ``[out, in]`` in the usual order of columns."""
@@ -121,16 +121,14 @@ def improve_codes(weight: torch.Tensor, encoded: GroupedWeight, known: Ordered) 
 def improve_scales(weight: torch.Tensor, encoded: GroupedWeight, known: Ordered) -> GroupedWeight:
     """The scales with the least ``(ŵ − w) H (ŵ − w)ᵀ`` for the codes as they are, rounded to fp16."""
     rows, groups, size = weight.shape[0], encoded.scales.shape[1], encoded.group_size
-    codes = encoded.codes.float()
-
-    def per_group(values: torch.Tensor) -> torch.Tensor:  # [out, in] -> [out, groups]
-        return (values * codes).view(rows, groups, size).sum(-1)
-
-    every = torch.arange(weight.shape[1], device=weight.device)
-    wanted = per_group(known.times_hessian(weight.float(), every))
-    system = weight.new_empty(rows, groups, groups, dtype=torch.float32)
-    for g, part in enumerate(every.split(size)):
-        system[:, g] = per_group(known.times_hessian(codes[:, part], part))
+    w, codes = weight.float(), encoded.codes.float()
+    system, wanted = w.new_empty(rows, groups, groups), w.new_empty(rows, groups)
+    for g, part in enumerate(torch.arange(weight.shape[1], device=weight.device).split(size)):
+        hessian = known.rows(part)  # [group, in]
+        mine, rest = codes[:, g * size : (g + 1) * size], codes[:, g * size :]
+        wanted[:, g] = ((w @ hessian.T) * mine).sum(-1)
+        products = ((mine @ hessian[:, g * size :]) * rest).view(rows, -1, size).sum(-1)
+        system[:, g, g:], system[:, g:, g] = products, products  # it is symmetric
     size_of = system.diagonal(dim1=1, dim2=2)
     size_of += (1e-6 * size_of.mean(-1, keepdim=True)).clamp_min(1e-30)
     scales, info = torch.linalg.solve_ex(system, wanted)

@@ -1,0 +1,137 @@
+"""Decide which unit gets which bits: measure units, breed genomes, and let other text choose among the best."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from halfbyte.options import SearchOptions
+from halfbyte.parallel import Group
+from halfbyte.progress import Progress, Reporter
+from halfbyte.results import Found, FrontPoint
+from halfbyte.search.baselines import all_choice, knapsack_genome, rule_genome
+from halfbyte.search.evaluator import KLEvaluator
+from halfbyte.search.fitness import Fitness, KLFitness
+from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
+from halfbyte.search.problem import Genome, Problem
+from halfbyte.search.racing import choose
+from halfbyte.search.runner import run_genetic
+from halfbyte.search.sensitivity import LayerSensitivity, unit_errors, unit_ratios
+from halfbyte.spec import Unit, mean_bits_fraction
+from halfbyte.stages import Stages
+
+FINALISTS = 6  # best genomes of the search that are validated, beside the baselines
+FRONT = tuple(step / 20 for step in range(10, 21))  # budgets of a front: 0.5, 0.55 … 1
+FRONT_SHARE = 5  # of the generations, for each budget of a front
+
+
+class Allocator:
+    """One model's units, and what is known about them.
+
+    Args:
+        units: one gene each.
+        fitness: what to minimise on the search text.
+        judge: KL on the validation text, or None.
+        sensitivity: layer name -> measured errors.
+        options: population, generations, seed.
+        stages, report, group: where to keep results, whom to tell, who shares the work.
+    """
+
+    def __init__(
+        self, units: Sequence[Unit], fitness: Fitness, judge: KLEvaluator | None,
+        sensitivity: Mapping[str, LayerSensitivity], options: SearchOptions, stages: Stages, report: Reporter,
+        group: Group,
+    ) -> None:  # fmt: skip
+        self.units, self.fitness, self.judge, self.sensitivity = units, fitness, judge, sensitivity
+        self.options, self.stages, self.report, self.group = options, stages, report, group
+
+    @cached_property
+    def gains(self) -> list[float]:
+        """What each unit gains by A8 on its own."""
+
+        def tell(done: int) -> None:
+            self.report(Progress("KL of each unit at A4", done, len(self.units), self.units[done - 1].name))
+
+        return self.stages.value("unit_gains", lambda: self.fitness.gains(tell))
+
+    def best(self, budget: float, generations: int, name: str = "genetic") -> Found:
+        """Search one budget, from the sensitivity rule and knapsacks over KL and, if measured, Fisher-weighted errors.
+
+        Args:
+            budget: mean activation bits / 8.
+            generations: of the genetic algorithm.
+            name: of its state file.
+        """
+        problem = Problem(tuple(unit.macs for unit in self.units), budget, priority=tuple(self.gains))
+        baselines = {
+            "rule": self._rule(problem),
+            "knapsack": problem.fill(knapsack_genome(problem, self.gains)),
+        }
+        if any(row.grad_power for row in self.sensitivity.values()):
+            table = [errors[4] - errors[8] for errors in unit_errors(self.units, self.sensitivity, "fisher")]
+            by_table = replace(problem, priority=tuple(table))
+            baselines["Fisher knapsack"] = by_table.fill(knapsack_genome(by_table, table))
+        fixed = {"all A8": all_choice(problem, 8), "all A4": all_choice(problem, 4), **baselines}
+        scores = {label: self.fitness.score(genome) for label, genome in fixed.items()}
+        algorithm = run_genetic(
+            problem,
+            GeneticSettings(population=self.options.ga_pop, generations=generations),
+            seeds=list(baselines.values()),
+            seed=self.options.seed,
+            fitness=self.fitness,
+            state_file=self.stages.folder / f"{name}.json",
+            resume=self.stages.resumed,
+            report=self.report,
+            group=self.group,
+        )
+        about: dict[str, Any] = {"evaluations": len(algorithm.scores)}
+        winner = algorithm.best[0]
+        if isinstance(self.fitness, KLFitness) and self.judge is not None:
+            tokens = self.judge.windows * self.judge.length
+            self.report(Progress("validation", 0, 1, f"{tokens} tokens each"))
+            winner, validated = self._validate(baselines, algorithm, self.fitness.evaluator, self.judge)
+            losses = {label: self.judge.score(genome) for label, genome in {**fixed, "plan": winner}.items()}
+            about |= {**validated, "validation": losses}
+            self.report(Progress("validation", 1, 1, f"noise floor {validated['noise_floor']:.2g}"))
+        return Found(winner, {**scores, "plan": self.fitness.score(winner)}, algorithm.history, about)
+
+    def front(self) -> list[FrontPoint]:
+        """The best allocation of each budget in ``FRONT``, by shorter searches."""
+        points = []
+        for budget in FRONT:
+            generations = max(1, self.options.ga_gen // FRONT_SHARE)
+            found = self.best(budget, generations, f"genetic-{budget:.2f}")
+            validation = found.about["validation"]
+            points.append(
+                FrontPoint(
+                    budget, 8 * mean_bits_fraction(self.units, found.genome), found.scores["plan"],
+                    validation["plan"], validation["knapsack"], found.about["noise_floor"],
+                    {unit.name: bits for unit, bits in zip(self.units, found.genome, strict=True)},
+                )
+            )  # fmt: skip
+        return points
+
+    def _validate(
+        self, baselines: Mapping[str, Genome], algorithm: GeneticAlgorithm, evaluator: KLEvaluator, judge: KLEvaluator
+    ) -> tuple[Genome, dict[str, Any]]:
+        """The winner among the baselines and the search's best, by text that the search has not seen."""
+        best = sorted(algorithm.scores, key=lambda genome: (algorithm.scores[genome], genome))[:FINALISTS]
+        finalists = list(dict.fromkeys([*baselines.values(), *best]))
+        unseen, seen = (dict(zip(finalists, text.losses(finalists), strict=True)) for text in (judge, evaluator))
+        choice = choose(unseen, seen)
+        names = {genome: name for name, genome in baselines.items()}
+        about = {
+            "finalists": len(finalists), "ties": len(choice.ties), "noise_floor": choice.noise_floor,
+            "winner": names.get(choice.winner, "genetic search"),
+        }  # fmt: skip
+        return choice.winner, about
+
+    def _rule(self, problem: Problem) -> Genome:
+        """A8 where the MSE ratio is above its threshold; brought to the budget by the same ratios, not by KL."""
+        ratios = unit_ratios(self.units, self.sensitivity)
+        last = max(unit.block for unit in self.units)
+        genome = rule_genome(problem, ratios, [unit.block in (0, last) for unit in self.units])
+        by_ratio = replace(problem, priority=tuple(ratios))
+        return by_ratio.fill(by_ratio.repair(genome))

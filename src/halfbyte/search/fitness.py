@@ -1,0 +1,85 @@
+"""What a search minimises, as scores of many genomes at once."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+
+from halfbyte.search.evaluator import KLEvaluator
+from halfbyte.search.problem import Genome
+from halfbyte.search.racing import race
+from halfbyte.search.sensitivity import LayerSensitivity, unit_errors
+from halfbyte.spec import Unit
+
+
+class Fitness(ABC):
+    """Scores genomes; lower is better.
+
+    Attributes:
+        work: how much of scoring a genome whole has been done so far, in genomes.
+        tick: called now and then while it goes on.
+    """
+
+    work = 0.0
+    tick: Callable[[], None] = staticmethod(lambda: None)
+
+    @abstractmethod
+    def score(self, genome: Genome) -> float:
+        """The whole score of one genome."""
+
+    @abstractmethod
+    def gains(self, report: Callable[[int], None]) -> list[float]:
+        """What each unit gains by A8 on its own; ``report`` is told how many units are done."""
+
+    def scores(self, genomes: Sequence[Genome], incumbent: Genome | None) -> dict[Genome, float]:
+        """Scores to compare ``genomes`` by, also with ``incumbent``, the best genome so far."""
+        return {genome: self.score(genome) for genome in genomes}
+
+
+class KLFitness(Fitness):
+    """KL of the whole model, on few tokens for every candidate and on more for those that could still win.
+
+    Args:
+        stages: windows of text after which candidates are compared, ascending; the last is all of them.
+    """
+
+    def __init__(self, evaluator: KLEvaluator, stages: Sequence[int]) -> None:
+        self.evaluator, self.stages = evaluator, tuple(stages)
+        evaluator.tick = lambda: self.tick()
+
+    @property
+    def work(self) -> float:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.evaluator.tokens_run / (self.evaluator.windows * self.evaluator.length)
+
+    def score(self, genome: Genome) -> float:
+        return self.evaluator.score(genome)
+
+    def gains(self, report: Callable[[int], None]) -> list[float]:
+        base = self.evaluator.score((8,) * len(self.evaluator.units))
+        found = []
+        for loss in self.evaluator.one_at_a_time(8, 4):
+            found.append(loss - base)
+            report(len(found))
+        return found
+
+    def scores(self, genomes: Sequence[Genome], incumbent: Genome | None) -> dict[Genome, float]:
+        raced = race(list(genomes), incumbent, self.evaluator.losses, self.stages)
+        return {genome: raced[genome].score for genome in genomes}
+
+
+class TableFitness(Fitness):
+    """A sum over units of what each adds (``mse``, ``fisher``); see :func:`halfbyte.search.sensitivity.unit_errors`."""
+
+    def __init__(self, units: Sequence[Unit], rows: Mapping[str, LayerSensitivity], name: str) -> None:
+        self.tables = unit_errors(units, rows, name)
+
+    def score(self, genome: Genome) -> float:
+        return sum(table[bits] for table, bits in zip(self.tables, genome, strict=True))
+
+    def gains(self, report: Callable[[int], None]) -> list[float]:
+        return [table[4] - table[8] for table in self.tables]
+
+
+def stages_of(windows: int) -> tuple[int, ...]:
+    """A quarter, half and all of the windows: where a race compares."""
+    return tuple(sorted({max(1, windows // 4), max(1, windows // 2), windows}))

@@ -1,0 +1,179 @@
+"""A Bayesian linear model of the score, and the genomes it proposes.
+
+    score(genome) ≈ base + Σ gain[u] · (unit u is at the smaller choice)
+
+Its prior are the gains that were measured one unit at a time (all others at the larger choice). Near the optimum many
+units are at the smaller choice at once and errors compound, so the gains that count there are others; every scored
+genome says a little about them. Proposals follow Thompson sampling: draw gains from the posterior, take the genome that
+is best for them (Thompson, "On the likelihood that one unknown probability exceeds another in view of the evidence of
+two samples", Biometrika 25, 1933; Russo et al., "A tutorial on Thompson sampling", Foundations and Trends in Machine
+Learning 11, 2018, arXiv:1707.02038). What is best for additive gains is an exact knapsack.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from halfbyte.search.baselines import knapsack_genome
+from halfbyte.search.problem import Genome, Problem
+
+FLOOR = 0.5  # prior sd of a gain is (|gain| + FLOOR × mean |gain|) × a relative sd that the scores decide
+RELATIVE = (0.4, 1.0)  # that relative sd before the scores: median and sd of its logarithm
+RATIOS = np.geomspace(0.003, 30.0, 41)  # relative sd over noise in units of the scores' sd: what is tried
+TRIES = 4  # samples drawn for a proposal that is not known yet
+HEAT = 1.5  # by which each further sample's standard deviations grow
+ROUNDING = 1e-12  # relative: no fit is better than this
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """The posterior of the gains.
+
+    Attributes:
+        base: score of the genome without a unit at the smaller choice, by the line.
+        mean: ``[units]``, in the scores' unit: what the smaller choice adds to the score.
+        root: ``[units, features]``; the covariance of the gains is ``root @ root.T``.
+        noise: sd of what the line does not explain in a score from all of the text, in the scores' unit.
+        relative: prior sd of a gain relative to its size, as the scores have it.
+    """
+
+    base: float
+    mean: np.ndarray
+    root: np.ndarray
+    noise: float
+    relative: float
+
+    def sample(self, rng: np.random.Generator, spread: float = 1.0) -> np.ndarray:
+        """Gains ``[units]`` drawn from the posterior, its standard deviations times ``spread``."""
+        return self.mean + spread * (self.root @ rng.standard_normal(self.root.shape[1]))
+
+
+def fit(problem: Problem, scores: Mapping[Genome, float], shares: Mapping[Genome, float] | None = None) -> Surrogate:
+    """The posterior of the gains of ``problem``'s units, from ``scores`` of its genomes.
+
+    The prior is gain[u] ~ N(s g[u], (s r (|g[u]| + floor))²): g is ``problem.priority`` (all alike if None), s a common
+    factor, since errors of many units compound, with a relative sd of r too. The base has a flat prior. The posterior
+    is in closed form; how far the prior is trusted (r) and the noise are those under which the scores are most likely
+    (MacKay, "Bayesian interpolation", Neural Computation 4, 1992). With no more than one score it is the prior.
+
+    Args:
+        problem: units with two choices each.
+        scores: of genomes, in any unit.
+        shares: of the text that a score comes from, 1 where nothing is said; its noise variance goes with 1 / share.
+    """
+    prior = np.zeros(problem.size) if problem.priority is None else np.array(problem.priority)
+    prior = prior / np.abs(prior).mean() if prior.any() else np.ones(problem.size)
+    known = np.array(list(scores.values()), dtype=float)
+    lowered = _lowered(problem, scores)  # [scores, units]
+    trust = np.sqrt([(shares or {}).get(genome, 1.0) for genome in scores])
+    # A flat prior on the base: only differences to the weighted means count.
+    weights = trust**2 / max(float(trust @ trust), ROUNDING)
+    middle, middle_lowered = float(weights @ known), weights @ lowered
+    losses, lowered = trust * (known - middle), trust[:, None] * (lowered - middle_lowered)
+    factor = _slope(lowered @ prior, losses)
+
+    # gains = factor × prior + basis @ b, with b ~ N(0, relative²)
+    basis = factor * np.column_stack([np.diag(np.abs(prior) + FLOOR), prior])  # [units, units + 1]
+    residual = losses - factor * (lowered @ prior)
+    design = lowered @ basis  # [scores, units + 1]
+    eigenvalues, vectors = np.linalg.eigh(design.T @ design)
+    eigenvalues = np.maximum(eigenvalues, 0.0)
+    projected = vectors.T @ (design.T @ residual)
+
+    freedom = max(len(losses) - 1, 1)
+    power = max(float(residual @ residual), ROUNDING * float(losses @ losses))
+    median, width = RELATIVE
+    if power == 0.0:  # nothing to learn from
+        mean = factor * prior
+        return Surrogate(middle - float(middle_lowered @ mean), mean, median * basis, 0.0, median)
+    freedom = len(losses) - 1  # the base takes one
+    ratios = RATIOS**2 * freedom / power  # [ratios]: relative² / noise²
+    fitted = (ratios[:, None] * projected**2 / (1 + np.outer(ratios, eigenvalues))).sum(axis=1)
+    noises = np.maximum(power - fitted, ROUNDING * power) / freedom  # noise², its likeliest value for each ratio
+    relatives = np.sqrt(ratios * noises)
+    evidence = -0.5 * (freedom * np.log(noises) + np.log1p(np.outer(ratios, eigenvalues)).sum(axis=1))
+    best = int(np.argmax(evidence - 0.5 * (np.log(relatives / median) / width) ** 2))
+
+    kept = 1 / (1 + ratios[best] * eigenvalues)  # share of the prior variance that is left, per eigenvector
+    mean = factor * prior + basis @ (vectors @ (ratios[best] * kept * projected))
+    # The symmetric root: it does not depend on the basis of an eigenspace, which is arbitrary down to the last bit.
+    root = relatives[best] * (basis @ (vectors * np.sqrt(kept)) @ vectors.T)
+    base = middle - float(middle_lowered @ mean)
+    return Surrogate(base, mean, root, math.sqrt(noises[best]), float(relatives[best]))
+
+
+def _lowered(problem: Problem, genomes: Iterable[Genome]) -> np.ndarray:
+    """``[genomes, units]``: 1 where a unit is at the smaller choice."""
+    return (np.array(list(genomes), dtype=int).reshape(-1, problem.size) != problem.choices[-1]).astype(float)
+
+
+def _slope(x: np.ndarray, y: np.ndarray) -> float:
+    """The positive factor that takes ``x`` to ``y``: least squares, else the ratio of their sizes, else 1."""
+    if not x.any() or not y.any():
+        return 1.0
+    slope = float(x @ y) / float(x @ x)
+    return slope if slope > 0 else math.sqrt(float(y @ y) / float(x @ x))
+
+
+def proposals(
+    problem: Problem,
+    scores: Mapping[Genome, float],
+    count: int,
+    rng: np.random.Generator,
+    shares: Mapping[Genome, float] | None = None,
+) -> list[Genome]:
+    """Up to ``count`` full genomes without a score, each once: the best for the mean gains, then for sampled ones.
+
+    Where a sample's best genome is known already, the next sample is drawn from a wider distribution, ``TRIES`` times.
+    """
+    if count < 1:
+        return []
+    model = fit(problem, scores, shares)
+    found: dict[Genome, None] = {}
+
+    def add(gains: np.ndarray) -> bool:
+        genome = best_for(problem, gains)
+        new = genome not in scores and genome not in found
+        if new:
+            found[genome] = None
+        return new
+
+    add(model.mean)
+    for _ in range(count - len(found)):
+        for attempt in range(TRIES):
+            if add(model.sample(rng, HEAT**attempt)):
+                break
+    return list(found)
+
+
+def best_for(problem: Problem, gains: np.ndarray) -> Genome:
+    """The full genome that loses least where ``gains`` ``[units]`` add up."""
+    return problem.fill(knapsack_genome(problem, gains.tolist()))
+
+
+def finalists(
+    problem: Problem, scores: Mapping[Genome, float], count: int, shares: Mapping[Genome, float] | None = None
+) -> list[Genome]:
+    """Up to ``count`` genomes that could be the best ones on another text, each once.
+
+    The lowest score among many is in part luck, and the line through all scores averages luck out; but it does not know
+    how units interact. So, in turns: the best genome for the mean gains (it may have no score yet), and the genomes
+    with the lowest score, with the lowest value of the line, and with the lowest mean of both. By score alone with more
+    than two choices per unit, of which the line knows nothing.
+    """
+    if len(problem.choices) != 2:
+        return sorted(scores, key=lambda genome: (scores[genome], genome))[:count]
+    model = fit(problem, scores, shares)
+    genomes = sorted(scores)
+    measured = np.array([scores[genome] for genome in genomes])
+    line = model.base + _lowered(problem, genomes) @ model.mean
+    orders = [np.argsort(values, kind="stable").tolist() for values in (measured, line, (measured + line) / 2)]
+    ranked = [
+        best_for(problem, model.mean),
+        *(genomes[place] for places in zip(*orders, strict=True) for place in places),
+    ]
+    return list(dict.fromkeys(ranked))[:count]

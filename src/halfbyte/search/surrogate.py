@@ -84,7 +84,6 @@ def fit(problem: Problem, scores: Mapping[Genome, float], shares: Mapping[Genome
     eigenvalues = np.maximum(eigenvalues, 0.0)
     projected = vectors.T @ (design.T @ residual)
 
-    freedom = max(len(losses) - 1, 1)
     power = max(float(residual @ residual), ROUNDING * float(losses @ losses))
     median, width = RELATIVE
     if power == 0.0:  # nothing to learn from

@@ -14,18 +14,28 @@ class InputMoments:
     Attributes:
         weight: of those linears stacked, in stored form, fp32 ``[out, in]``.
         hessian: mean of x̂ x̂ᵀ, with x̂ the input as it will be multiplied: from quantised blocks, rounded; ``[in, in]``.
-        drift: mean of W (x − x̂) x̂ᵀ, with x the same input in the unquantised model; ``[out, in]``.
+        away: mean of (x − x̂) x̂ᵀ, with x the same input in the unquantised model; ``[in, in]``. Of layers with fewer
+            outputs than inputs it is times W from the left, ``[out, in]``: whichever is smaller.
         tokens: how many were seen.
     """
 
     weight: torch.Tensor
     hessian: torch.Tensor = field(init=False)
-    drift: torch.Tensor = field(init=False)
+    away: torch.Tensor = field(init=False)
     tokens: int = 0
 
     def __post_init__(self) -> None:
         self.hessian = self.weight.new_zeros(self.weight.shape[1], self.weight.shape[1])
-        self.drift = torch.zeros_like(self.weight)
+        self.away = self.weight.new_zeros(min(self.weight.shape), self.weight.shape[1])
+
+    @property
+    def drift(self) -> torch.Tensor:
+        """Mean of W (x − x̂) x̂ᵀ, ``[out, in]``."""
+        return self.away if self._narrow else self.weight @ self.away
+
+    @property
+    def _narrow(self) -> bool:
+        return self.weight.shape[0] < self.weight.shape[1]
 
     def take_hessian(self) -> torch.Tensor:
         """Hand the Hessian over and forget it, to make room."""
@@ -36,5 +46,5 @@ class InputMoments:
         """See one batch: the input in the unquantised model, and as it will be multiplied, fp32 ``[tokens, in]``."""
         kept, self.tokens = self.tokens, self.tokens + len(x)
         self.hessian.mul_(kept / self.tokens).addmm_(rounded.T, rounded, alpha=1 / self.tokens)
-        away = (x - rounded) @ self.weight.T  # [tokens, out]
-        self.drift.mul_(kept / self.tokens).addmm_(away.T, rounded, alpha=1 / self.tokens)
+        away = (x - rounded) @ self.weight.T if self._narrow else x - rounded  # [tokens, out or in]
+        self.away.mul_(kept / self.tokens).addmm_(away.T, rounded, alpha=1 / self.tokens)

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from halfbyte.allocation import FINALISTS
 from halfbyte.calibration.gradients import output_gradient_power
 from halfbyte.calibration.text import load_text
 from halfbyte.calibration.windows import cut
@@ -52,8 +53,9 @@ from halfbyte.search.problem import Genome, Problem
 from halfbyte.search.racing import choose
 from halfbyte.search.reference import Reference, reference
 from halfbyte.search.sensitivity import unit_errors, unit_ratios
+from halfbyte.search.surrogate import finalists
 
-POPULATION, FINALISTS = 30, 6
+POPULATION = 30
 
 
 def parse() -> argparse.Namespace:
@@ -167,17 +169,17 @@ class Bench:
             while not algorithm.done:
                 genomes = algorithm.ask()
                 if name == "search":
-                    scores = fitness.scores(genomes, algorithm.best[0] if algorithm.history else None)
+                    incumbent = algorithm.best[0] if algorithm.history else None
+                    algorithm.tell(*fitness.scores(genomes, incumbent, algorithm.complete))
                 else:
-                    scores = {genome: evaluator.score(genome) for genome in genomes}
-                algorithm.tell(scores)
+                    algorithm.tell({genome: evaluator.score(genome) for genome in genomes})
             share = (evaluator.tokens_run - before) / (options.evaluations * evaluator.windows * evaluator.length)
             best = algorithm.best[0]
             if name.startswith("search"):
-                ranked = sorted(algorithm.scores, key=lambda genome: (algorithm.scores[genome], genome))[:FINALISTS]
-                finalists = list(dict.fromkeys([*seeds, *ranked]))
-                losses = (dict(zip(finalists, text.losses(finalists), strict=True)) for text in (judge, evaluator))
-                best = choose(next(losses), next(losses)).winner
+                own = finalists(problem, algorithm.scores, FINALISTS, algorithm.shares)
+                judged = list(dict.fromkeys([*seeds, *own]))
+                unseen, seen = (dict(zip(judged, text.losses(judged), strict=True)) for text in (judge, evaluator))
+                best = choose(unseen, seen, prefer=own[:1]).winner
             found[name] = best, share
         return found
 

@@ -19,10 +19,11 @@ from halfbyte.search.problem import Genome, Problem
 from halfbyte.search.racing import choose
 from halfbyte.search.runner import run_genetic
 from halfbyte.search.sensitivity import LayerSensitivity, unit_errors, unit_ratios
+from halfbyte.search.surrogate import finalists
 from halfbyte.spec import Unit, mean_bits_fraction
 from halfbyte.stages import Stages
 
-FINALISTS = 6  # best genomes of the search that are validated, beside the baselines
+FINALISTS = 6  # genomes of the search that are validated, beside the baselines
 FRONT = tuple(step / 20 for step in range(10, 21))  # budgets of a front: 0.5, 0.55 … 1
 FRONT_SHARE = 5  # of the generations, for each budget of a front
 
@@ -117,13 +118,13 @@ class Allocator:
         self, baselines: Mapping[str, Genome], algorithm: GeneticAlgorithm, evaluator: KLEvaluator, judge: KLEvaluator
     ) -> tuple[Genome, dict[str, Any]]:
         """The winner among the baselines and the search's best, by text that the search has not seen."""
-        best = sorted(algorithm.scores, key=lambda genome: (algorithm.scores[genome], genome))[:FINALISTS]
-        finalists = list(dict.fromkeys([*baselines.values(), *best]))
-        unseen, seen = (dict(zip(finalists, text.losses(finalists), strict=True)) for text in (judge, evaluator))
-        choice = choose(unseen, seen)
+        best = finalists(algorithm.problem, algorithm.scores, FINALISTS, algorithm.shares)
+        judged = list(dict.fromkeys([*baselines.values(), *best]))
+        unseen, seen = (dict(zip(judged, text.losses(judged), strict=True)) for text in (judge, evaluator))
+        choice = choose(unseen, seen, prefer=best[:1])  # among ties the model's own, which has averaged noise out
         names = {genome: name for name, genome in baselines.items()}
         about = {
-            "finalists": len(finalists), "ties": len(choice.ties), "noise_floor": choice.noise_floor,
+            "finalists": len(judged), "ties": len(choice.ties), "noise_floor": choice.noise_floor,
             "winner": names.get(choice.winner, "genetic search"),
         }  # fmt: skip
         return choice.winner, about

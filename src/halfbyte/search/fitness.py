@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.problem import Genome
-from halfbyte.search.racing import race
+from halfbyte.search.racing import ANCHORS, race
 from halfbyte.search.sensitivity import LayerSensitivity, unit_errors
 from halfbyte.spec import Unit
 
@@ -31,9 +31,16 @@ class Fitness(ABC):
     def gains(self, report: Callable[[int], None]) -> list[float]:
         """What each unit gains by A8 on its own; ``report`` is told how many units are done."""
 
-    def scores(self, genomes: Sequence[Genome], incumbent: Genome | None) -> dict[Genome, float]:
-        """Scores to compare ``genomes`` by, also with ``incumbent``, the best genome so far."""
-        return {genome: self.score(genome) for genome in genomes}
+    def scores(
+        self, genomes: Sequence[Genome], incumbent: Genome | None, known: Sequence[Genome]
+    ) -> tuple[dict[Genome, float], dict[Genome, float]]:
+        """Scores to compare ``genomes`` by, and the share of the text that each was measured on.
+
+        Args:
+            incumbent: the best genome so far.
+            known: genomes that were measured whole, oldest first.
+        """
+        return {genome: self.score(genome) for genome in genomes}, dict.fromkeys(genomes, 1.0)
 
 
 class KLFitness(Fitness):
@@ -62,9 +69,15 @@ class KLFitness(Fitness):
             report(len(found))
         return found
 
-    def scores(self, genomes: Sequence[Genome], incumbent: Genome | None) -> dict[Genome, float]:
-        raced = race(list(genomes), incumbent, self.evaluator.losses, self.stages)
-        return {genome: raced[genome].score for genome in genomes}
+    def scores(
+        self, genomes: Sequence[Genome], incumbent: Genome | None, known: Sequence[Genome]
+    ) -> tuple[dict[Genome, float], dict[Genome, float]]:
+        raced = race(genomes, incumbent, self.evaluator.losses, self.stages, anchors=known[-ANCHORS:])
+        whole = self.stages[-1]
+        return (
+            {genome: result.score for genome, result in raced.items()},
+            {genome: result.windows / whole for genome, result in raced.items()},
+        )
 
 
 class TableFitness(Fitness):

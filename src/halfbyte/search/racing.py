@@ -26,9 +26,9 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.search.problem import Genome
 
 STAGES = (2, 4, 8)  # windows measured after each stage
-# Standard errors above the incumbent at which a candidate is out. In simulated searches (tests/search/test_racing.py, 20
-# texts) 1.25 with these stages reads 0.33 to 0.38 of the tokens, and what is found is as good within 0.3 %; 1 and 1.5
-# find the same for 0.32 to 0.35 and 0.34 to 0.40.
+# Standard errors above the incumbent at which a candidate is out. In simulated searches (20 texts of the kind in
+# tests/search/test_racing.py) 1.25 with these stages reads 0.33 to 0.38 of the tokens, and what is found is as good
+# within 0.3 %; 1 and 1.5 find the same for 0.32 to 0.35 and 0.34 to 0.40.
 ELIMINATION_Z = 1.25
 TIE_Z = 1.0  # standard errors within which two finalists are ties
 ANCHORS = 24  # complete genomes to compare with; more are older and less alike

@@ -60,8 +60,8 @@ def run_genetic(
         genomes = group.same(algorithm.ask())
         before, whole = fitness.work, max(1, len(genomes)) / group.size
         fitness.tick = lambda before=before, whole=whole: show((fitness.work - before) / whole)
-        scores = fitness.scores(genomes, algorithm.best[0] if algorithm.history else None)
-        algorithm.tell(scores)
+        incumbent = algorithm.best[0] if algorithm.history else None
+        algorithm.tell(*fitness.scores(genomes, incumbent, algorithm.complete))
         show.scored += len(genomes)
         show(0.0)
         if group.first:

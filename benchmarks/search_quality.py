@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfbyte.allocation import FINALISTS
+from halfbyte.allocation import starting_points, table_knapsack, validated
 from halfbyte.calibration.gradients import output_gradient_power
 from halfbyte.calibration.text import load_text
 from halfbyte.calibration.windows import cut
@@ -44,16 +44,13 @@ from halfbyte.prepare.walk import prepare_
 from halfbyte.progress import silent
 from halfbyte.report.tables import Cell, markdown_table
 from halfbyte.search.asktell import AskTell
-from halfbyte.search.baselines import knapsack_genome, random_genome, rule_genome
+from halfbyte.search.baselines import random_genome
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.evolution import Evolution, EvolutionSettings
 from halfbyte.search.fitness import KLFitness, stages_of
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
 from halfbyte.search.problem import Genome, Problem
-from halfbyte.search.racing import choose
 from halfbyte.search.reference import Reference, reference
-from halfbyte.search.sensitivity import unit_errors, unit_ratios
-from halfbyte.search.surrogate import finalists
 
 POPULATION = 30
 
@@ -135,21 +132,17 @@ class Bench:
         options, rng = self.options, np.random.default_rng(seed)
         fitness = KLFitness(evaluator, stages_of(evaluator.windows))
         problem = Problem(tuple(unit.macs for unit in self.units), budget, priority=tuple(gains))
-        found: dict[str, tuple[Genome, float]] = {}
-
-        ratios, last = unit_ratios(self.units, self.rows), max(unit.block for unit in self.units)
-        by_ratio = replace(problem, priority=tuple(ratios))
-        rule = rule_genome(problem, ratios, [unit.block in (0, last) for unit in self.units])
-        found["rule"] = by_ratio.fill(by_ratio.repair(rule)), 0.0
-        for name in ("mse", "fisher"):
-            table = [errors[4] - errors[8] for errors in unit_errors(self.units, self.rows, name)]
-            by_table = replace(problem, priority=tuple(table))
-            found[f"{name} knapsack"] = by_table.fill(knapsack_genome(by_table, table)), 0.0
-        found["KL knapsack"] = problem.fill(knapsack_genome(problem, gains)), len(self.units) / 2 / options.evaluations
+        starts = starting_points(problem, self.units, self.rows)
+        found = {
+            "rule": (starts["rule"], 0.0),
+            "MSE knapsack": (table_knapsack(problem, self.units, self.rows, "mse"), 0.0),
+            "Fisher knapsack": (starts["Fisher knapsack"], 0.0),
+            "KL knapsack": (starts["knapsack"], len(self.units) / 2 / options.evaluations),
+        }
 
         draws = [random_genome(problem, rng) for _ in range(options.evaluations)]
         found["random"] = min(draws, key=evaluator.score), 1.0
-        seeds = [found[name][0] for name in ("rule", "KL knapsack", "fisher knapsack")]
+        seeds = list(starts.values())
         generations = round((options.evaluations - POPULATION) / (POPULATION - 2))
         common: dict[str, Any] = {"generations": generations, "patience": generations + 1}
         settings = GeneticSettings(population=POPULATION, **common)
@@ -176,10 +169,7 @@ class Bench:
             share = (evaluator.tokens_run - before) / (options.evaluations * evaluator.windows * evaluator.length)
             best = algorithm.best[0]
             if name.startswith("search"):
-                own = finalists(problem, algorithm.scores, FINALISTS, algorithm.shares)
-                judged = list(dict.fromkeys([*seeds, *own]))
-                unseen, seen = (dict(zip(judged, text.losses(judged), strict=True)) for text in (judge, evaluator))
-                best = choose(unseen, seen, prefer=own[:1]).winner
+                best = validated(seeds, algorithm, evaluator, judge).winner
             found[name] = best, share
         return found
 

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
+
+import numpy as np
 
 from halfbyte.options import SearchOptions
 from halfbyte.parallel import Group
 from halfbyte.progress import Progress, Reporter
 from halfbyte.results import Found, FrontPoint
-from halfbyte.search.baselines import all_choice, knapsack_genome, rule_genome
+from halfbyte.search.asktell import AskTell
+from halfbyte.search.baselines import all_choice, rule_genome
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.fitness import Fitness, KLFitness
-from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
+from halfbyte.search.genetic import GeneticSettings
 from halfbyte.search.problem import Genome, Problem
-from halfbyte.search.racing import choose
+from halfbyte.search.racing import Choice, choose
 from halfbyte.search.runner import run_genetic
 from halfbyte.search.sensitivity import LayerSensitivity, unit_errors, unit_ratios
-from halfbyte.search.surrogate import finalists
+from halfbyte.search.surrogate import best_for, finalists
 from halfbyte.spec import Unit, mean_bits_fraction
 from halfbyte.stages import Stages
 
@@ -66,14 +69,7 @@ class Allocator:
             name: of its state file.
         """
         problem = Problem(tuple(unit.macs for unit in self.units), budget, priority=tuple(self.gains))
-        baselines = {
-            "rule": self._rule(problem),
-            "knapsack": problem.fill(knapsack_genome(problem, self.gains)),
-        }
-        if any(row.grad_power for row in self.sensitivity.values()):
-            table = [errors[4] - errors[8] for errors in unit_errors(self.units, self.sensitivity, "fisher")]
-            by_table = replace(problem, priority=tuple(table))
-            baselines["Fisher knapsack"] = by_table.fill(knapsack_genome(by_table, table))
+        baselines = starting_points(problem, self.units, self.sensitivity)
         fixed = {"all A8": all_choice(problem, 8), "all A4": all_choice(problem, 4), **baselines}
         scores = {label: self.fitness.score(genome) for label, genome in fixed.items()}
         algorithm = run_genetic(
@@ -92,10 +88,15 @@ class Allocator:
         if isinstance(self.fitness, KLFitness) and self.judge is not None:
             tokens = self.judge.windows * self.judge.length
             self.report(Progress("validation", 0, 1, f"{tokens} tokens each"))
-            winner, validated = self._validate(baselines, algorithm, self.fitness.evaluator, self.judge)
+            choice = validated(baselines.values(), algorithm, self.fitness.evaluator, self.judge)
+            winner = choice.winner
             losses = {label: self.judge.score(genome) for label, genome in {**fixed, "plan": winner}.items()}
-            about |= {**validated, "validation": losses}
-            self.report(Progress("validation", 1, 1, f"noise floor {validated['noise_floor']:.2g}"))
+            names = {genome: label for label, genome in baselines.items()}
+            about |= {
+                "finalists": len(choice.differences), "ties": len(choice.ties), "noise_floor": choice.noise_floor,
+                "winner": names.get(winner, "genetic search"), "validation": losses,
+            }  # fmt: skip
+            self.report(Progress("validation", 1, 1, f"noise floor {choice.noise_floor:.2g}"))
         return Found(winner, {**scores, "plan": self.fitness.score(winner)}, algorithm.history, about)
 
     def front(self) -> list[FrontPoint]:
@@ -114,25 +115,32 @@ class Allocator:
             )  # fmt: skip
         return points
 
-    def _validate(
-        self, baselines: Mapping[str, Genome], algorithm: GeneticAlgorithm, evaluator: KLEvaluator, judge: KLEvaluator
-    ) -> tuple[Genome, dict[str, Any]]:
-        """The winner among the baselines and the search's best, by text that the search has not seen."""
-        best = finalists(algorithm.problem, algorithm.scores, FINALISTS, algorithm.shares)
-        judged = list(dict.fromkeys([*baselines.values(), *best]))
-        unseen, seen = (dict(zip(judged, text.losses(judged), strict=True)) for text in (judge, evaluator))
-        choice = choose(unseen, seen, prefer=best[:1])  # among ties the model's own, which has averaged noise out
-        names = {genome: name for name, genome in baselines.items()}
-        about = {
-            "finalists": len(judged), "ties": len(choice.ties), "noise_floor": choice.noise_floor,
-            "winner": names.get(choice.winner, "genetic search"),
-        }  # fmt: skip
-        return choice.winner, about
 
-    def _rule(self, problem: Problem) -> Genome:
-        """A8 where the MSE ratio is above its threshold; brought to the budget by the same ratios, not by KL."""
-        ratios = unit_ratios(self.units, self.sensitivity)
-        last = max(unit.block for unit in self.units)
-        genome = rule_genome(problem, ratios, [unit.block in (0, last) for unit in self.units])
-        by_ratio = replace(problem, priority=tuple(ratios))
-        return by_ratio.fill(by_ratio.repair(genome))
+def starting_points(problem: Problem, units: Sequence[Unit], rows: Mapping[str, LayerSensitivity]) -> dict[str, Genome]:
+    """What the search starts from, and has to beat: name -> genome.
+
+    Args:
+        problem: its priority is what each unit gains by A8 on its own.
+        rows: layer name -> measured errors; without loss gradients there is no Fisher knapsack.
+    """
+    ratios, last = unit_ratios(units, rows), max(unit.block for unit in units)
+    rule = rule_genome(problem, ratios, [unit.block in (0, last) for unit in units])
+    by_ratio = replace(problem, priority=tuple(ratios))  # brought to the budget by the same ratios, not by KL
+    found = {"rule": by_ratio.fill(by_ratio.repair(rule)), "knapsack": best_for(problem, np.array(problem.priority))}
+    if any(row.grad_power for row in rows.values()):
+        found["Fisher knapsack"] = table_knapsack(problem, units, rows, "fisher")
+    return found
+
+
+def table_knapsack(problem: Problem, units: Sequence[Unit], rows: Mapping[str, LayerSensitivity], name: str) -> Genome:
+    """The knapsack over a table of layer errors, ``mse`` or ``fisher``."""
+    gains = [errors[4] - errors[8] for errors in unit_errors(units, rows, name)]
+    return best_for(replace(problem, priority=tuple(gains)), np.array(gains))
+
+
+def validated(starts: Iterable[Genome], algorithm: AskTell[Any], evaluator: KLEvaluator, judge: KLEvaluator) -> Choice:
+    """The choice among where a search started and its best, by text that it has not seen."""
+    best = finalists(algorithm.problem, algorithm.scores, FINALISTS, algorithm.shares)
+    judged = list(dict.fromkeys([*starts, *best]))
+    unseen, seen = (dict(zip(judged, text.losses(judged), strict=True)) for text in (judge, evaluator))
+    return choose(unseen, seen, prefer=best[:1])  # among ties the model's own, which has averaged noise out

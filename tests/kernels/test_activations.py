@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from halfbyte.kernels.activations import fake_quantise_rows
 from halfbyte.numerics.affine import fake_quantise
+from tests.kernels.interpreter import interpret
 
-ROOT = Path(__file__).parent.parent.parent
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -89,11 +83,7 @@ def test_there_is_one_width_for_each_row():
 
 
 def test_twins_agree_in_tritons_interpreter():
-    """In a process of its own: Triton decides at its import whether it interprets."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed; torch for CPUs comes without it")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", TWINS], check=True, cwd=ROOT, env=environment)
+    interpret(TWINS)
 
 
 TWINS = """

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from halfbyte.formats.int_group import GroupedWeight
 from halfbyte.kernels import codes
 from halfbyte.numerics.packing import pack_int4, unpack_int4
+from tests.kernels.interpreter import interpret
 from tests.kernels.test_activations import DTYPES, same_bits
 
-ROOT = Path(__file__).parent.parent.parent
 SHAPES = [(1, 2, 1), (5, 6, 2), (3, 6, 6), (7, 96, 1), (16, 256, 2), (33, 576, 9)]  # out, in, groups
 
 
@@ -65,11 +59,7 @@ def test_a_buffer_of_another_kind_is_refused(buffer):
 
 
 def test_twins_agree_in_tritons_interpreter():
-    """In a process of its own: Triton decides at its import whether it interprets."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed; torch for CPUs comes without it")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    subprocess.run([sys.executable, "-W", "ignore", "-c", TWINS], check=True, cwd=ROOT, env=environment)
+    interpret(TWINS)
 
 
 TWINS = """

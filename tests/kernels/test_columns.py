@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from halfbyte.kernels import columns
-
-ROOT = Path(__file__).parent.parent.parent
+from tests.kernels.interpreter import interpret
 
 
 def block(rows=37, width=32):
@@ -69,11 +62,7 @@ def test_descent_only_lowers_the_error():
 
 
 def test_twins_agree_in_tritons_interpreter():
-    """In a process of its own: Triton decides at its import whether it interprets."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed; torch for CPUs comes without it")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    subprocess.run([sys.executable, "-c", TWINS], check=True, cwd=ROOT, env=environment)
+    interpret(TWINS)
 
 
 TWINS = """

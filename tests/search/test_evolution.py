@@ -11,6 +11,7 @@ from halfbyte.search.baselines import knapsack_genome
 from halfbyte.search.evolution import Evolution, EvolutionSettings
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
 from halfbyte.search.problem import Problem
+from tests.search.test_genetic import run
 
 
 def additive(gain):
@@ -27,15 +28,6 @@ def small(seed: int, *, size: int = 12):
 
 def start(problem, settings=None, seed=0, seeds=()):
     return Evolution(problem, settings or EvolutionSettings(), np.random.default_rng(seed), seeds)
-
-
-def run(search, score):
-    asked = []
-    while not search.done:
-        genomes = search.ask()
-        asked.append(genomes)
-        search.tell({genome: score(genome) for genome in genomes})
-    return asked
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -9,7 +9,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.search.baselines import knapsack_genome
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
 from halfbyte.search.problem import Problem
-from halfbyte.search.racing import ANCHORS, ELIMINATION_Z, STAGES, choose, noise_floor, paired_difference, race
+from halfbyte.search.racing import ANCHORS, ELIMINATION_Z, STAGES, choose, paired_difference, race
 from halfbyte.search.surrogate import finalists
 
 WINDOWS, SEGMENTS = 8, 8
@@ -153,13 +153,13 @@ def test_wrong_stages_are_refused(stages):
 def test_the_error_is_over_segments_or_over_windows_where_that_is_larger():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(2, 2, 64))
-    assert noise_floor(a, b) == pytest.approx((a - b).std(ddof=1) / math.sqrt(128))
+    assert paired_difference(a, b)[1] == pytest.approx((a - b).std(ddof=1) / math.sqrt(128))
     drift = np.arange(8.0)[:, None] + np.zeros((8, 64))  # windows differ, segments inside them do not
     mean, error = paired_difference(drift, np.zeros((8, 64)))
     assert mean == 3.5
     assert error == pytest.approx(drift[:, 0].std(ddof=1) / math.sqrt(8))
     with pytest.raises(HalfbyteError, match="same segments"):
-        noise_floor(a, b[:1])
+        paired_difference(a, b[:1])
 
 
 def arrays(means, seed=0, noise=0.02, windows=8):

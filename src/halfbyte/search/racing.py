@@ -147,11 +147,6 @@ def paired_difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
     return float(differences.mean()), float(error)
 
 
-def noise_floor(a: np.ndarray, b: np.ndarray) -> float:
-    """Standard error of the mean difference of two genomes, both ``[windows, segments]`` on the same text."""
-    return paired_difference(a, b)[1]
-
-
 @dataclass(frozen=True)
 class Choice:
     """The winner among finalists.

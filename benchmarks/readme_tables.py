@@ -1,6 +1,7 @@
 """Put measured tables into the READMEs: ``make demo``, then ``python benchmarks/readme_tables.py [FOLDER]``.
 
-``accuracy.json`` and ``peers.json`` of the benchmarks of that name are used too, where FOLDER (default demo) has them.
+``accuracy.json``, ``peers.json`` and ``search.json`` (of search_quality.py) are used too, where FOLDER (default demo)
+has them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import accuracy
 import peers
+import search_quality
 
 from halfbyte.report.tables import format_bytes, format_ratio, format_seconds, markdown_table, significant
 
@@ -51,7 +53,10 @@ def simulation(rows: list[dict[str, Any]]) -> str:
 
 def main(folder: Path) -> int:
     """Replace what stands between the markers."""
-    kinds = {"comparison": comparison, "simulation": simulation, "accuracy": accuracy.table, "peers": peers.table}
+    kinds = {
+        "comparison": comparison, "simulation": simulation, "accuracy": accuracy.table, "peers": peers.table,
+        "search": search_quality.table,
+    }  # fmt: skip
     tables = {
         name: make(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["rows"])
         for name, make in kinds.items()

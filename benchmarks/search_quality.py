@@ -186,30 +186,36 @@ def main() -> int:
         "model": options.model, "device": device_name(bench.device), "text": bench.text.record(),
         **{key: getattr(options, key) for key in kept},
     }  # fmt: skip
-    losses: dict[str, dict[float, list[float]]] = {}
-    shares: dict[str, list[float]] = {}
+    rows: dict[tuple[str, float], dict[str, Any]] = {}
     for seed in range(options.seeds):
         for budget, found in bench.repeat(seed):
             for name, (genome, share) in found.items():
-                losses.setdefault(name, {}).setdefault(budget, []).append(bench.unseen.score(genome))
-                shares.setdefault(name, []).append(share)
+                new = {"method": name, "budget": budget, "kl": [], "tokens": []}
+                row = rows.setdefault((name, budget), new)
+                row["kl"].append(bench.unseen.score(genome))
+                row["tokens"].append(share)
         print(f"repeat {seed + 1} of {options.seeds}: {time.monotonic() - started:.0f} s", flush=True)
         if options.json:
-            write_text(options.json, json.dumps({"made_by": made_by, "kl": losses, "tokens": shares}, indent=1))
+            write_text(options.json, json.dumps({"made_by": made_by, "rows": list(rows.values())}, indent=1))
     ends = {f"all A{bits}": bench.unseen.score((bits,) * len(bench.units)) for bits in (8, 4)}
     about = f"{options.model}, {made_by['device']}, {bench.text.name}, {bench.unseen.windows} windows of {options.ctx}"
     print(f"\n{about}; {', '.join(f'{name} {score:.4f}' for name, score in ends.items())}\n")
-    cells: list[list[Cell]] = [
-        [name, *(_spread(by_budget.get(budget)) for budget in options.budgets), f"{mean(shares[name]):.2f}"]
-        for name, by_budget in losses.items()
-    ]
-    print(markdown_table(["method", *(f"budget {budget:g}" for budget in options.budgets), "tokens"], cells))
+    print(table(list(rows.values())))
     return 0
 
 
-def _spread(values: list[float] | None) -> str | None:
-    if not values:
-        return None
+def table(rows: list[dict[str, Any]]) -> str:
+    """The ``rows`` of the JSON as Markdown."""
+    budgets = sorted({row["budget"] for row in rows})
+    cells: list[list[Cell]] = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        own = {row["budget"]: row for row in rows if row["method"] == method}
+        spreads = [_spread(own[budget]["kl"]) if budget in own else None for budget in budgets]
+        cells.append([method, *spreads, f"{mean(share for row in own.values() for share in row['tokens']):.2f}"])
+    return markdown_table(["method", *(f"budget {budget:g}" for budget in budgets), "tokens"], cells)
+
+
+def _spread(values: list[float]) -> str:
     return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 

@@ -14,7 +14,7 @@ from halfbyte.models.loading import layers_of, units_of
 from halfbyte.models.modules import head_dim, is_tied
 from halfbyte.spec import Layer
 
-BATCH_TOKENS = 8192  # that go through the model at once on an accelerator
+BATCH_TOKENS = 4096  # that go through the model at once on an accelerator; larger batches share out less evenly
 HEAD_CHUNK_TOKENS = 1024  # whose fp32 logits exist at once there
 PACKED_BITS = 4.125  # per weight: a code, and its share of an fp16 scale per group of 128
 

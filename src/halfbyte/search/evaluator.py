@@ -17,6 +17,7 @@ from torch import nn
 from halfbyte.calibration.blocks import call_block, capture
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.archs import Family
+from halfbyte.models.estimate import BATCH_TOKENS
 from halfbyte.models.modules import blocks, linear
 from halfbyte.models.surgery import set_activation_bits_
 from halfbyte.parallel import ALONE, Group
@@ -24,7 +25,6 @@ from halfbyte.search.problem import Genome
 from halfbyte.search.reference import Reference, logits, token_chunks
 from halfbyte.spec import Unit
 
-BATCH_TOKENS = 8192  # that go through the model at once on an accelerator
 SEGMENT_TOKENS = 64  # neighbours whose mean is one sample of a loss, at most
 
 

@@ -29,6 +29,7 @@ TIERS = [
         "evaluating",
         "doctor",
         "pipeline",
+        "type_search",
     ),
     ("drawing", "cli"),
 ]
@@ -37,6 +38,8 @@ TIER = {name: index for index, names in enumerate(TIERS) for name in names}
 ALLOWED = {
     ("transforms", "models"): "a transform is written against a family's description",
 }
+# The algorithms of the search.
+SEARCH = ("space", "problem", "menu", "knapsack", "baselines", "asktell", "genetic", "surrogate", "evolution", "racing")
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 
@@ -75,7 +78,7 @@ def test_only_the_command_line_prints(module):
 
 
 def test_the_search_sees_numbers_not_torch():
-    for name in ("problem", "baselines", "asktell", "genetic", "surrogate", "evolution", "racing"):
+    for name in SEARCH:
         tree = ast.parse((SOURCE / "search" / f"{name}.py").read_text(encoding="utf-8"))
         modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         assert "torch" not in modules

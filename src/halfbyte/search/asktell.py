@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import numpy as np
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.search.problem import Genome, Problem
+from halfbyte.search.space import Genome, SearchSpace
 
 STATE_VERSION = 2
 BIT_GENERATORS = {"PCG64": np.random.PCG64, "PCG64DXSM": np.random.PCG64DXSM}  # whose state JSON can hold
@@ -66,7 +66,7 @@ class AskTell(ABC, Generic[Settings]):
     """Generations of genomes and their scores; a subclass says which genomes come next.
 
     Args:
-        problem: units, costs, budget.
+        problem: units, levels, budget.
         settings: how the search runs.
         rng: from ``np.random.default_rng(seed)``; the search owns it from here on.
         seeds: genomes to start from, repaired and filled.
@@ -78,7 +78,7 @@ class AskTell(ABC, Generic[Settings]):
 
     def __init__(
         self,
-        problem: Problem,
+        problem: SearchSpace,
         settings: Settings,
         rng: np.random.Generator,
         seeds: Iterable[Genome] = (),
@@ -215,7 +215,7 @@ class AskTell(ABC, Generic[Settings]):
         }
 
     @classmethod
-    def from_state(cls: type[Search], problem: Problem, settings: Any, state: Mapping[str, Any]) -> Search:
+    def from_state(cls: type[Search], problem: SearchSpace, settings: Any, state: Mapping[str, Any]) -> Search:
         """The search that ``state`` was taken from.
 
         ``settings`` may differ in when to stop (``generations``, ``patience``, ``tolerance``), in nothing else.
@@ -257,14 +257,10 @@ class AskTell(ABC, Generic[Settings]):
         return search
 
     @classmethod
-    def _identity(cls, problem: Problem, settings: Stopping) -> dict[str, Any]:
+    def _identity(cls, problem: SearchSpace, settings: Stopping) -> dict[str, Any]:
         """What two searches must have in common to be one; tuples as lists, as JSON gives them back."""
         values = {"algorithm": cls.__name__, **asdict(problem), **asdict(settings)}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if name not in STOPPING
-        }
+        return {name: _as_lists(value) for name, value in values.items() if name not in STOPPING}
 
     def _standing(self, genome: Genome) -> tuple[float, Genome]:
         return self.scores[genome], genome
@@ -282,3 +278,8 @@ class AskTell(ABC, Generic[Settings]):
             "std": float(scores.std()),
             "diversity": float(differences / max(1, genomes.size * (len(genomes) - 1))),
         }
+
+
+def _as_lists(value: Any) -> Any:
+    """``value`` with lists for tuples, at any depth."""
+    return [_as_lists(item) for item in value] if isinstance(value, tuple) else value

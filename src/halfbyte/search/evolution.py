@@ -14,7 +14,7 @@ import numpy as np
 
 from halfbyte.search.asktell import ATTEMPTS, AskTell, Stopping
 from halfbyte.search.baselines import random_genome
-from halfbyte.search.problem import Genome, Problem
+from halfbyte.search.space import Genome, SearchSpace
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Evolution(AskTell[EvolutionSettings]):
     """One parent, λ children, the best of all is the next parent.
 
     Args:
-        problem: units, costs, budget; its ``priority`` steers repair and fill only.
+        problem: units, levels, budget; what its units want steers repair and fill only.
         settings: how the search runs.
         rng: from ``np.random.default_rng(seed)``; the search owns it from here on.
         seeds: genomes to start from, repaired and filled; without any, λ random ones.
@@ -50,7 +50,7 @@ class Evolution(AskTell[EvolutionSettings]):
     """
 
     def __init__(
-        self, problem: Problem, settings: EvolutionSettings, rng: np.random.Generator, seeds: Iterable[Genome] = ()
+        self, problem: SearchSpace, settings: EvolutionSettings, rng: np.random.Generator, seeds: Iterable[Genome] = ()
     ) -> None:
         super().__init__(problem, settings, rng, seeds, limit=settings.offspring * (settings.generations + 1))
 
@@ -79,12 +79,11 @@ class Evolution(AskTell[EvolutionSettings]):
         return list(children)
 
     def _mutate(self, parent: Genome, extra: int = 0) -> Genome:
-        """Raise k units by one choice and lower k others, then repair and fill; k is geometric, plus ``extra``."""
+        """Raise k units by one level and lower k others, then repair and fill; k is geometric, plus ``extra``."""
         problem, rng = self.problem, self._rng
-        levels = np.array([problem.choices.index(bits) for bits in parent])
-        raisable, lowerable = np.flatnonzero(levels < len(problem.choices) - 1), np.flatnonzero(levels > 0)
+        levels = problem.levels(parent)
+        raisable, lowerable = np.flatnonzero(levels < problem.tops), np.flatnonzero(levels > 0)
         swaps = int(rng.geometric(1 / self.settings.swaps)) + extra
         for units, step in ((raisable, 1), (lowerable, -1)):
             levels[rng.permutation(units)[:swaps]] += step
-        mutated = tuple(problem.choices[level] for level in levels.tolist())
-        return problem.fill(problem.repair(mutated, rng), rng)
+        return problem.fill(problem.repair(problem.of_levels(levels), rng), rng)

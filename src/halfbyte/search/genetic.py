@@ -14,7 +14,7 @@ import numpy as np
 
 from halfbyte.search.asktell import ATTEMPTS, AskTell, Stopping
 from halfbyte.search.baselines import random_genome
-from halfbyte.search.problem import Genome, Problem
+from halfbyte.search.space import Genome, SearchSpace
 from halfbyte.search.surrogate import proposals
 
 
@@ -30,9 +30,9 @@ class GeneticSettings(Stopping):
         elite: best genomes that pass unchanged into the next generation; fewer where that would leave no child.
         tournament: genomes drawn to find one parent; the best of them wins.
         crossover_rate: probability that a child has two parents instead of one.
-        mutation_rate: mean probability that a unit of a child changes its choice; None is 1 / number of units.
-        model_share: share of the children that the surrogate proposes instead of parents; 0 is without a model. With
-            more than two choices per unit there is no model.
+        mutation_rate: mean probability that a unit of a child changes its level; None is 1 / number of units.
+        model_share: share of the children that the surrogate proposes instead of parents; 0 is without a model. A
+            problem without a line (activation bits with more than two choices) has no model.
 
     Raises:
         HalfbyteError: a value is out of range.
@@ -59,7 +59,7 @@ class GeneticAlgorithm(AskTell[GeneticSettings]):
     model see :mod:`.surrogate`.
 
     Args:
-        problem: units, costs, budget; its ``priority`` is the model's prior.
+        problem: units, levels, budget; its ``prior`` is the model's.
         settings: how the search runs.
         rng: from ``np.random.default_rng(seed)``; the search owns it from here on.
         seeds: genomes to start from, repaired and filled; random feasible genomes make up the rest of the population.
@@ -70,7 +70,7 @@ class GeneticAlgorithm(AskTell[GeneticSettings]):
     """
 
     def __init__(
-        self, problem: Problem, settings: GeneticSettings, rng: np.random.Generator, seeds: Iterable[Genome] = ()
+        self, problem: SearchSpace, settings: GeneticSettings, rng: np.random.Generator, seeds: Iterable[Genome] = ()
     ) -> None:
         self._elite = min(settings.elite, settings.population - 1)
         super().__init__(problem, settings, rng, seeds, limit=settings.population * (settings.generations + 1))
@@ -90,7 +90,7 @@ class GeneticAlgorithm(AskTell[GeneticSettings]):
         """The next generation: the elite, then children that are not in it yet."""
         ranked = sorted(self.population, key=self._standing)
         genomes = dict.fromkeys(ranked[: self._elite])
-        if len(self.problem.choices) == 2:
+        if self.problem.has_line:
             modelled = round(self.settings.model_share * (self.settings.population - len(genomes)))
             genomes |= dict.fromkeys(proposals(self.problem, self.scores, modelled, self._rng, self.shares))
         for _ in range(self.settings.population - len(genomes)):
@@ -143,19 +143,17 @@ class GeneticAlgorithm(AskTell[GeneticSettings]):
         return tuple(a if head else b for a, b, head in zip(first, second, heads.tolist(), strict=True))
 
     def _mutate(self, genome: Genome, strength: float = 1.0) -> Genome:
-        """Move units to a neighbouring choice, then repair and fill.
+        """Move units to a neighbouring level, then repair and fill.
 
         A unit moves up with probability ``rate * (0.5 + rank)`` and down with ``rate * (1.5 - rank)``: sensitive units
-        tend to larger choices. A unit between two choices shares its chance between both directions.
+        tend to higher levels. A unit between two levels shares its chance between both directions.
         """
         problem = self.problem
         rate = self.settings.mutation_rate if self.settings.mutation_rate is not None else 1 / problem.size
-        levels = np.array([problem.choices.index(bits) for bits in genome])
-        top = len(problem.choices) - 1
+        levels, top = problem.levels(genome), problem.tops
         share = np.where((levels > 0) & (levels < top), 0.5, 1.0) * min(rate * strength, 0.5)
         up = np.where(levels < top, share * (0.5 + problem.rank), 0.0)
         down = np.where(levels > 0, share * (1.5 - problem.rank), 0.0)
         draw = self._rng.random(problem.size)
         levels = levels + (draw < up) - ((draw >= up) & (draw < up + down))
-        mutated = tuple(problem.choices[level] for level in levels.tolist())
-        return problem.fill(problem.repair(mutated, self._rng), self._rng)
+        return problem.fill(problem.repair(problem.of_levels(levels), self._rng), self._rng)

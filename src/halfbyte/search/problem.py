@@ -6,7 +6,7 @@ Costs are integers, so a genome's cost is exact and "fits" has no rounding in it
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,17 +14,17 @@ import numpy as np
 from scipy.stats import rankdata
 
 from halfbyte.errors import HalfbyteError
-
-Genome = tuple[int, ...]
+from halfbyte.search.knapsack import best_subset
+from halfbyte.search.space import Genome, full_genomes, one_per_unit, sampled_order
 
 BUDGET_EPSILON = 1e-12  # relative: 0.7 is not a binary fraction, and a genome that meets it exactly must fit
-LEAST_WEIGHT = 0.1  # sampling weight of the last unit in rank; the first has 1 + LEAST_WEIGHT
-SPACE_VISITS = 50_000  # nodes that Problem.space looks at before it gives up
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Which genomes are legal, and which legal genome is near one that is not.
+    """Which genomes are legal, and which legal genome is near one that is not: a :class:`.space.SearchSpace`.
+
+    A gene is a unit's bits. The line through the scores reads 1 where a unit is at the smaller of two choices.
 
     Attributes:
         costs: multiply-accumulates per token of each unit.
@@ -82,14 +82,18 @@ class Problem:
         """Multiply-accumulates per token of all units."""
         return sum(self.costs)
 
-    @cached_property
+    @property
     def capacity(self) -> int:
         """The budget in multiply-accumulate bits: the most that :meth:`spent` may be."""
         return math.floor(8 * self.budget * self.total_cost * (1 + BUDGET_EPSILON))
 
-    @cached_property
+    @property
     def rank(self) -> np.ndarray:
         """``[units]`` in 0…1: place of each unit by ``priority / cost``; ties share the mean, 0.5 without priority."""
+        return self._rank
+
+    @cached_property
+    def _rank(self) -> np.ndarray:
         if self.priority is None or self.size == 1:
             return np.full(self.size, 0.5)
         return (rankdata(self._wish) - 1) / (self.size - 1)
@@ -146,7 +150,7 @@ class Problem:
         over = self.spent(bits) - self.capacity
         if over <= 0:
             return tuple(bits)
-        order = self._lowering_order if rng is None else self._sampled_order(1 - self.rank, rng)
+        order = self._lowering_order if rng is None else sampled_order(1 - self.rank, rng)
         for unit in order:
             while over > 0 and bits[unit] > self.choices[0]:
                 lower = self.choices[self.choices.index(bits[unit]) - 1]
@@ -169,7 +173,7 @@ class Problem:
         room = self.capacity - self.spent(bits)
         if room <= 0:
             return tuple(bits)
-        order = reversed(self._lowering_order) if rng is None else self._sampled_order(self.rank, rng)
+        order = reversed(self._lowering_order) if rng is None else sampled_order(self.rank, rng)
         for unit in order:
             while bits[unit] < self.choices[-1]:
                 higher = self.choices[self.choices.index(bits[unit]) + 1]
@@ -179,41 +183,74 @@ class Problem:
                 bits[unit] = higher
         return tuple(bits)
 
-    def _sampled_order(self, preference: np.ndarray, rng: np.random.Generator) -> list[int]:
-        """Units drawn without replacement, weight ``LEAST_WEIGHT + preference`` (``[units]``, 0…1).
-
-        Keys ``log(u) / weight``, largest first: Efraimidis and Spirakis, "Weighted random sampling with a reservoir",
-        Information Processing Letters 97, 2006.
-        """
-        keys = np.log1p(-rng.random(self.size)) / (LEAST_WEIGHT + preference)
-        return np.argsort(-keys, kind="stable").tolist()
-
     def space(self, limit: int) -> tuple[Genome, ...] | None:
         """Every full genome (it keeps to the budget and no unit can be raised), in a fixed order.
 
         Returns:
-            None when there are more than ``limit``, or when counting them would take more than ``SPACE_VISITS`` steps.
+            None when there are more than ``limit``, or when counting them would take too long.
         """
-        order = sorted(range(self.size), key=lambda unit: self.costs[unit])
-        rest = [0]  # cost of the units after the first n of the order, by n
-        for unit in reversed(order):
-            rest.append(rest[-1] + self.costs[unit])
-        rest.reverse()
+        costs = [[cost * bits for bits in self.choices] for cost in self.costs]
+        found = full_genomes(costs, self.capacity, limit)
+        return None if found is None else tuple(tuple(self.choices[level] for level in levels) for levels in found)
+
+    @property
+    def tops(self) -> np.ndarray:
+        """``[units]``: the highest level of each unit; a level is a place among the choices."""
+        return np.full(self.size, len(self.choices) - 1)
+
+    @property
+    def raise_costs(self) -> np.ndarray:
+        """``[units, choices]``, multiply-accumulate bits: what the next choice costs more; 0 at the largest."""
+        return np.multiply.outer(np.array(self.costs), np.diff(np.array((*self.choices, self.choices[-1]))))
+
+    def levels(self, genome: Sequence[int]) -> np.ndarray:
+        """``[units]``: the place of each unit's bits among the choices."""
+        return np.array([self.choices.index(bits) for bits in genome])
+
+    def of_levels(self, levels: np.ndarray) -> Genome:
+        """The genome with these levels ``[units]``."""
+        return tuple(self.choices[level] for level in levels.tolist())
+
+    @property
+    def has_line(self) -> bool:
+        """Whether there are two choices: a line knows nothing of more."""
+        return len(self.choices) == 2
+
+    @property
+    def prior(self) -> np.ndarray:
+        """``[units]``: the priority, 0 without one: what a unit adds to the score at the smaller choice."""
+        return np.zeros(self.size) if self.priority is None else np.array(self.priority)
+
+    def features(self, genomes: Iterable[Genome]) -> np.ndarray:
+        """``[genomes, units]``: 1 where a unit is at the smaller choice."""
+        return (np.array(list(genomes), dtype=int).reshape(-1, self.size) != self.choices[-1]).astype(float)
+
+    def solve(self, weights: np.ndarray) -> Genome:
+        """The full genome that loses least where ``weights`` ``[units]``, lost at the smaller choice, add up."""
+        return self.fill(self.knapsack(weights.tolist()))
+
+    def knapsack(self, gain: Sequence[float]) -> Genome:
+        """The units whose raise from the smallest to the largest choice gains most in sum, under the budget, exactly.
+
+        Units that gain nothing stay at the smallest choice even where the budget has room; :meth:`fill` would raise
+        them. Costs are integers and there is no solver tolerance: only the sums of gains are rounded, to float64.
+
+        Args:
+            gain: what each unit gains from the raise (KL saved), in any unit of measurement; may be negative.
+
+        Raises:
+            HalfbyteError: not one gain per unit, a gain is not finite, or the costs are so odd (no common divisor,
+                gains almost in proportion) that more than ``knapsack.SUMS_LIMIT`` sums would have to be kept.
+        """
+        one_per_unit(gain, self.size, "gain")
+        if not all(math.isfinite(value) for value in gain):
+            raise HalfbyteError("gain is not finite", where="knapsack", fix="look at the sensitivities")
         low, high = self.choices[0], self.choices[-1]
-        found: list[Genome] = []
-        # (bits of the first units in the order, what they spend, least cost of raising one of them)
-        stack: list[tuple[Genome, int, float]] = [((), 0, math.inf)]
-        for _ in range(SPACE_VISITS):
-            if not stack or len(found) > limit:
-                break
-            head, spent, step = stack.pop()
-            if spent + low * rest[len(head)] > self.capacity or spent + high * rest[len(head)] + step <= self.capacity:
-                continue  # cannot keep to the budget, or will leave room for a step
-            if len(head) == self.size:
-                bits = dict(zip(order, head, strict=True))
-                found.append(tuple(bits[unit] for unit in range(self.size)))
-                continue
-            cost = self.costs[order[len(head)]]
-            for choice, above in zip(self.choices, (*self.choices[1:], math.inf), strict=True):
-                stack.append(((*head, choice), spent + cost * choice, min(step, cost * (above - choice))))
-        return None if stack or len(found) > limit else tuple(sorted(found))
+        room = (self.capacity - low * self.total_cost) // (high - low)  # multiply-accumulates that may be raised
+        useful = [unit for unit in range(self.size) if gain[unit] > 0 and self.costs[unit] <= room]
+        useful.sort(key=lambda unit: (-gain[unit] / self.costs[unit], unit))
+        raised = best_subset([self.costs[unit] for unit in useful], [float(gain[unit]) for unit in useful], room)
+        bits = [low] * self.size
+        for item in raised:
+            bits[useful[item]] = high
+        return tuple(bits)

@@ -15,13 +15,13 @@ from halfbyte.parallel import ALONE, Group
 from halfbyte.progress import Progress, Reporter
 from halfbyte.search.fitness import Fitness
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
-from halfbyte.search.problem import Genome, Problem
+from halfbyte.search.space import Genome, SearchSpace
 
 STEPS = 1000  # of progress per generation
 
 
 def run_genetic(
-    problem: Problem,
+    problem: SearchSpace,
     settings: GeneticSettings,
     *,
     seeds: Sequence[Genome],

@@ -187,7 +187,7 @@ def test_the_encoded_file_is_never_held_in_memory(tiny, tmp_path):
     ("arguments", "message"),
     [
         ({"layer_types": {"model.layers.9.mlp.up_proj": "F16"}}, "no such layer"),
-        ({"layer_types": {"model.layers.0.mlp.up_proj": "Q4_K"}}, r"layers\.0\.mlp\.up_proj.*unknown tensor type"),
+        ({"layer_types": {"model.layers.0.mlp.up_proj": "IQ1_S"}}, r"layers\.0\.mlp\.up_proj.*unknown tensor type"),
         ({"embedding_type": "nonsense"}, r"embed_tokens.*unknown tensor type"),
         ({"overrides": {"model.norm.bias": torch.zeros(128)}}, "does not have"),
         ({"overrides": {"model.norm.weight": torch.zeros(64)}}, "another shape"),

@@ -8,6 +8,8 @@ import torch
 from halfbyte.kernels import columns
 from tests.kernels.interpreter import interpret
 
+UNEVEN = torch.tensor([-8.0, -5, -3, -1.5, -0.5, 0.25, 1, 2, 4, 7])
+
 
 def block(rows=37, width=32):
     """target, weight, step (of either sign), mix, hessian of one block."""
@@ -30,6 +32,27 @@ def test_rounding_feeds_errors_to_later_columns(bits):
     assert float((wanted.clamp(-half, half - 1) - codes).abs().max()) <= 0.5 + 1e-4
     assert codes.min() == -half
     assert codes.max() == half - 1
+
+
+def test_a_code_can_be_one_of_uneven_values():
+    target, weight, step, mix, hessian = block()
+    codes, errors = columns.round_columns(target, weight, step, mix, UNEVEN)
+    assert torch.allclose(errors, weight - codes * step, atol=1e-6)
+    wanted = (target + errors @ mix) / step
+    distance = (wanted.unsqueeze(-1) - UNEVEN).abs()
+    assert bool(((wanted - codes).abs() <= distance.amin(-1) + 1e-4).all())
+    assert set(codes.unique().tolist()) == set(UNEVEN.tolist())
+    better = weight - step * columns.descend_columns(errors @ hessian, codes, step, hessian, UNEVEN)
+    costs = [((e @ hessian) * e).sum(-1) for e in (errors, better)]
+    assert bool((costs[1] <= costs[0] + 1e-5).all())
+
+
+def test_rows_may_have_bits_of_their_own():
+    target, weight, step, mix, _ = block()
+    together = columns.round_columns(target, weight, step, mix, torch.tensor([3, 4] * 18 + [3]))
+    for bits in (3, 4):
+        alone = columns.round_columns(target, weight, step, mix, bits)
+        assert all(torch.equal(a[bits - 3 :: 2], b[bits - 3 :: 2]) for a, b in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("width", [1, 32, 80])
@@ -69,9 +92,9 @@ TWINS = """
 import torch
 from halfbyte.kernels.choice import forced
 from halfbyte.kernels.columns import descend_columns, round_columns
-from tests.kernels.test_columns import block
+from tests.kernels.test_columns import UNEVEN, block
 
-for bits, rows, width in ((4, 37, 32), (3, 4, 1)):
+for bits, rows, width in ((4, 37, 32), (3, 4, 1), (UNEVEN, 37, 32), (torch.arange(37) % 3 + 2, 37, 32)):
     target, weight, step, mix, hessian = block(rows, width)
     found = {}
     for name in ("torch", "triton"):

@@ -32,7 +32,7 @@ def test_heads_are_balanced_and_say_the_same(tiny, family):
     step = next(walk_twins(source.model, source.family, tokens, device=source.device))
     part, size = source.family.attention_out, head_dim(source.config)
     step.observe([group[0] for group in source.family.groups])
-    before, outputs = torch.cat(step.seen[part]), [output.clone() for output in step._outputs]
+    before, outputs = torch.cat(step.seen[part]), [output.clone() for output in step.outputs]
     weight = linear(step.original, part).weight.clone()
     balance_heads_(step, source.family, size)
     after, folded = torch.cat(step.seen[part]), linear(step.original, part).weight
@@ -40,7 +40,7 @@ def test_heads_are_balanced_and_say_the_same(tiny, family):
     step.seen.clear()
     step.observe([part])
     assert torch.allclose(torch.cat(step.seen[part]), after, atol=1e-4)  # v gives it what was foreseen
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(step._outputs, outputs, strict=True))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(step.outputs, outputs, strict=True))
     heads = after.shape[1] // size
     for head in range(heads):
         own = slice(head * size, (head + 1) * size)

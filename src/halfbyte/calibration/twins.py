@@ -47,6 +47,7 @@ class TwinStep:
         original: unquantised, fp32, on the device.
         quantised: after :meth:`split`, its copy, whose linears are to be replaced one group after the other.
         seen: after :meth:`observe`, first linear of a group -> per batch its input in the original ``[tokens, in]``.
+        outputs: after :meth:`observe`, per batch the original's output ``[windows, length, hidden]``.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class TwinStep:
         self.index, self.original, self.quantised = index, block, block
         self.seen: dict[str, list[torch.Tensor]] = {}
         self._hidden, self._kwargs = hidden, kwargs
-        self._outputs: list[torch.Tensor] = []
+        self.outputs: list[torch.Tensor] = []
         self._attention_out = attention_out
         self._attention = attention_out.rpartition(".")[0]
         self._mixed: list[torch.Tensor] = []  # per batch the input of the copy's attention_out, until that is replaced
@@ -73,7 +74,7 @@ class TwinStep:
 
             handles.append(self.original.get_submodule(part).register_forward_pre_hook(keep))
         try:
-            self._outputs = [call_block(self.original, hidden, self._kwargs) for hidden, _ in self._hidden]
+            self.outputs = [call_block(self.original, hidden, self._kwargs) for hidden, _ in self._hidden]
         finally:
             for handle in handles:
                 handle.remove()
@@ -131,7 +132,7 @@ class TwinStep:
         """What the next block is called with."""
         copies = [self._run_copy(index) for index in range(len(self._hidden))]
         self._mixed, self._attended = [], []
-        return list(zip(self._outputs, copies, strict=True))
+        return list(zip(self.outputs, copies, strict=True))
 
 
 def walk_twins(

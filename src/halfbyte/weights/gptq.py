@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from halfbyte.formats.int_group import GroupedWeight, encode_with_scales
-from halfbyte.kernels.columns import descend_columns, round_columns
+from halfbyte.kernels.columns import Codes, descend_columns, round_columns
 from halfbyte.weights.base import WeightQuantiser
 from halfbyte.weights.moments import InputMoments
 from halfbyte.weights.scales import searched_scales
@@ -90,32 +90,49 @@ class Ordered:
 
 def round_with_feedback(weight: torch.Tensor, scales: torch.Tensor, known: Ordered, bits: int = 4) -> GroupedWeight:
     """Codes of ``weight`` ``[out, in]`` on given fp16 ``scales`` ``[out, groups]``, by GPTQ."""
-    step = _per_column(scales, weight.shape[1])[:, known.order]
-    w = weight.float()[:, known.order]
-    error = torch.zeros_like(w)  # w − ŵ of the columns done
-    codes = torch.zeros_like(w, dtype=torch.int8)
-    for columns in _blocks(w.shape[1]):
-        done = slice(0, columns.start)
-        target = w[:, columns] + error[:, done] @ known.mix(done, columns)
-        inside = known.mix(columns, columns)
-        found, error[:, columns] = round_columns(target, w[:, columns], step[:, columns], inside, bits)
-        codes[:, columns] = found.to(torch.int8)
-    return GroupedWeight(codes[:, known.back].contiguous(), scales, bits)
+    codes = feedback_codes(weight.float(), _per_column(scales, weight.shape[1]), known, bits)
+    return GroupedWeight(codes.to(torch.int8).contiguous(), scales, bits)
 
 
 def improve_codes(weight: torch.Tensor, encoded: GroupedWeight, known: Ordered) -> GroupedWeight:
     """One sweep of coordinate descent over the codes; ``(ŵ − w) H (ŵ − w)ᵀ`` never grows."""
-    step = _per_column(encoded.scales, weight.shape[1])[:, known.order]
-    codes = encoded.codes[:, known.order].float()
-    error = weight.float()[:, known.order] - codes * step
-    every = slice(0, codes.shape[1])
-    for columns in _blocks(codes.shape[1]):
+    step = _per_column(encoded.scales, weight.shape[1])
+    codes = descended_codes(weight.float(), encoded.codes.float(), step, known, encoded.bits)
+    return GroupedWeight(codes.to(torch.int8).contiguous(), encoded.scales, encoded.bits)
+
+
+def feedback_codes(weight: torch.Tensor, step: torch.Tensor, known: Ordered, codes: Codes) -> torch.Tensor:
+    """What GPTQ makes of ``weight`` where ``ŵ = code · step``, fp32 ``[out, in]`` like all of these.
+
+    Args:
+        step: not 0.
+        codes: which ones there are.
+    """
+    step, w = step[:, known.order], weight[:, known.order]
+    error = torch.zeros_like(w)  # w − ŵ of the columns done
+    found = torch.empty_like(w)
+    for columns in _blocks(w.shape[1]):
+        done = slice(0, columns.start)
+        target = w[:, columns] + error[:, done] @ known.mix(done, columns)
+        inside = known.mix(columns, columns)
+        found[:, columns], error[:, columns] = round_columns(target, w[:, columns], step[:, columns], inside, codes)
+    return found[:, known.back]
+
+
+def descended_codes(
+    weight: torch.Tensor, found: torch.Tensor, step: torch.Tensor, known: Ordered, codes: Codes
+) -> torch.Tensor:
+    """``found`` after every code in turn was moved to its best value given all others; as :func:`feedback_codes`."""
+    step, found = step[:, known.order], found[:, known.order]
+    error = weight[:, known.order] - found * step
+    every = slice(0, found.shape[1])
+    for columns in _blocks(found.shape[1]):
         pull = error @ known.hessian(every, columns)  # half the gradient
         inside = known.hessian(columns, columns)
-        new = descend_columns(pull, codes[:, columns], step[:, columns], inside, encoded.bits)
-        error[:, columns] -= (new - codes[:, columns]) * step[:, columns]
-        codes[:, columns] = new
-    return GroupedWeight(codes.to(torch.int8)[:, known.back].contiguous(), encoded.scales, encoded.bits)
+        new = descend_columns(pull, found[:, columns], step[:, columns], inside, codes)
+        error[:, columns] -= (new - found[:, columns]) * step[:, columns]
+        found[:, columns] = new
+    return found[:, known.back]
 
 
 def improve_scales(weight: torch.Tensor, encoded: GroupedWeight, known: Ordered) -> GroupedWeight:

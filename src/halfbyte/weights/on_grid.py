@@ -1,0 +1,116 @@
+"""GPTQ on the grids of ggml types: the type's own scales, other codes.
+
+llama.cpp's quantiser chooses scales and rounds every weight on its own. Here its scales stay, so the bytes stay valid
+and as many, but the codes are chosen column by column with feedback (:mod:`halfbyte.weights.gptq`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from halfbyte.formats.ggml import decode_tensor, encode
+from halfbyte.formats.ggml_grid import GRIDS, grid_of, has_grid, with_codes
+from halfbyte.weights.gptq import Ordered, descended_codes, feedback_codes
+
+SWEEPS = 2  # of coordinate descent
+TOGETHER = 1 << 25  # weights whose codes are chosen at once: the loops over columns cost the same for many rows
+FAR = 1e30  # a step so wide that nothing is a step away
+
+
+@dataclass
+class Job:
+    """A matrix to encode as one type.
+
+    Attributes:
+        weight: fp32 ``[out, in]``.
+        type: ggml type.
+        where: for errors.
+        rows: the encoded rows, uint8 ``[out, row bytes]``.
+        error: ``(ŵ − w) H (ŵ − w)ᵀ`` of each row, ``[out]``: its squared output error per token.
+    """
+
+    weight: torch.Tensor
+    type: str
+    where: str
+    rows: torch.Tensor = field(init=False)
+    error: torch.Tensor = field(init=False)
+
+
+def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered, *, feedback: bool) -> None:
+    """Encode matrices that share their input, on its device.
+
+    Codes by GPTQ where the type has a grid whose codes can be chosen one by one, for rows whose output error it lowers;
+    else as llama.cpp chooses them.
+
+    Args:
+        importance: diagonal of the Hessian, ``[in]``.
+        known: the Hessian and its factor.
+        feedback: otherwise all codes are as llama.cpp chooses them.
+
+    Raises:
+        HalfbyteError: what :func:`halfbyte.formats.ggml.encode` refuses.
+    """
+    for job in jobs:
+        rows = encode(job.weight, job.type, importance=importance, where=job.where)
+        job.rows = torch.from_numpy(rows).to(job.weight.device)
+        job.error = output_error(job.weight, job.rows, job.type, known)
+    if not feedback:
+        return
+    even = [job for job in jobs if has_grid(job.type) and GRIDS[job.type].table is None]
+    for batch in _batches(even):
+        _choose_codes_(batch, known, None)
+    for table in {GRIDS[job.type].table for job in jobs if has_grid(job.type)} - {None}:
+        for batch in _batches([job for job in jobs if has_grid(job.type) and GRIDS[job.type].table == table]):
+            _choose_codes_(batch, known, table)
+
+
+def output_error(weight: torch.Tensor, rows: torch.Tensor, type_name: str, known: Ordered) -> torch.Tensor:
+    """``(ŵ − w) H (ŵ − w)ᵀ`` of each row, ``[out]``."""
+    error = (decode_tensor(rows, type_name) - weight)[:, known.order]
+    every = slice(0, error.shape[1])
+    return ((error @ known.hessian(every, every)) * error).sum(-1)
+
+
+def _batches(jobs: Sequence[Job]) -> list[list[Job]]:
+    batches: list[list[Job]] = []
+    room = 0
+    for job in jobs:
+        if job.weight.numel() > room:
+            batches.append([])
+            room = TOGETHER
+        batches[-1].append(job)
+        room -= job.weight.numel()
+    return batches
+
+
+def _choose_codes_(jobs: Sequence[Job], known: Ordered, table: tuple[float, ...] | None) -> None:
+    """Replace codes by GPTQ's, row by row where they are better."""
+    grids = [grid_of(job.rows, job.type) for job in jobs]
+    bits = [GRIDS[job.type].bits for job in jobs]
+    if table is None:  # integer codes, centred as the loops want them
+        grids = [(step, offset + step * 2 ** (width - 1)) for (step, offset), width in zip(grids, bits, strict=True)]
+        each = [torch.full((len(job.weight),), width, dtype=torch.int32) for job, width in zip(jobs, bits, strict=True)]
+        codes = torch.cat(each).to(jobs[0].weight.device)
+    else:
+        codes = torch.tensor(table, dtype=torch.float32, device=jobs[0].weight.device)
+    wanted = torch.cat([job.weight - offset for job, (_, offset) in zip(jobs, grids, strict=True)])
+    step = torch.cat([step for step, _ in grids])
+    del grids
+    step = torch.where(step == 0, torch.full_like(step, FAR), step)
+    found = feedback_codes(wanted, step, known, codes)
+    for _ in range(SWEEPS):
+        found = descended_codes(wanted, found, step, known, codes)
+    parts = found.split([len(job.weight) for job in jobs])
+    for job, part, width in zip(jobs, parts, bits, strict=True):
+        if table is None:
+            chosen = part + 2 ** (width - 1)
+        else:
+            chosen = torch.bucketize(part.contiguous(), (codes[1:] + codes[:-1]) / 2)
+        rows = with_codes(job.rows, job.type, chosen.to(torch.uint8))
+        error = output_error(job.weight, rows, job.type, known)
+        better = error < job.error
+        job.rows = torch.where(better.unsqueeze(1), rows, job.rows)
+        job.error = torch.where(better, error, job.error)

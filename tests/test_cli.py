@@ -25,9 +25,11 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", ["qwen2", "qwen2-tied", "qwen3", "llama", "mistral"])
 def test_the_four_commands(family, tiny_folder, here, capsys):
     folder = tiny_folder(family)
-    assert search(folder) == 0
+    assert search(folder, "--spaces", "auto") == 0
     plan = load_plan("mixed_precision_config.pt")
     assert len(plan.layers) == 14
+    assert len(plan.tensors) == 15 + ("tied" not in family)
+    assert plan.file["nbytes"] <= plan.file["capacity"]
     assert plan.budget_reached <= plan.budget_asked == 0.75
     assert {entry.a_bits for entry in plan.layers.values()} == {4, 8}
     for name, entry in plan.layers.items():  # q, k and v share one choice, gate and up another
@@ -41,8 +43,9 @@ def test_the_four_commands(family, tiny_folder, here, capsys):
 
     assert cli.run("export", ["--output", "models/mixed.gguf", "--json", "export.json"]) == 0
     assert json.loads(Path("export.json").read_text())["kl"] < 0.05
-    out = capsys.readouterr().out
-    assert "14 layers hold exactly the plan's codes" in out
+    assert f"{len(plan.tensors)} matrices hold exactly what was searched" in capsys.readouterr().out
+    assert cli.run("export", ["--policy", "exact", "--output", "models/exact.gguf"]) == 0
+    assert "14 matrices hold exactly what was searched" in capsys.readouterr().out
 
     assert cli.run("compare", [*EVAL, "--mixed_path", "models/mixed.gguf", "--json", "compare.json"]) == 0
     rows = {row["name"]: row for row in json.loads(Path("compare.json").read_text())["rows"]}
@@ -54,11 +57,12 @@ def test_the_four_commands(family, tiny_folder, here, capsys):
     assert f16["quality"]["kld_mean"] is None  # it is the reference
     assert mixed["measured"]["peak_memory"] < rows["original"]["measured"]["peak_memory"]
     assert mixed["quality"]["kld_mean"] > 0
-    assert mixed["measured"]["bytes"] < f16["measured"]["bytes"]
+    assert mixed["measured"]["bytes"] <= rows["Q4_K_M"]["measured"]["bytes"] < f16["measured"]["bytes"]
 
     assert cli.run("simulate", [*EVAL, "--json", "s.json"]) == 0
     simulated = {row["name"]: row["quality"] for row in json.loads(Path("s.json").read_text())["rows"]}
     assert simulated["all A8"]["kld_mean"] < simulated["all A4"]["kld_mean"]
+    assert simulated["GGUF types"]["kld_mean"] == pytest.approx(mixed["quality"]["kld_mean"], rel=0.3)
     assert simulated["original"]["ppl"] == pytest.approx(rows["original"]["quality"]["ppl"], rel=1e-4)
 
 

@@ -15,7 +15,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib import metadata
 from pathlib import Path
@@ -81,25 +82,36 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
         draw.quiet = not group.first
         result = run(options, draw.report, group)
     draw.finish()
-    plan, found = result.plan, result.found
-    headers = ["allocation", "search text"]
-    rows: list[list[Cell]] = [[name, score] for name, score in found.scores.items()]
-    if "validation" in found.about:
-        headers.append("validation text")
-        rows = [[*row, found.about["validation"][row[0]]] for row in rows]
-    draw.say(score_label(options.fitness))
-    draw.say(text_table(headers, rows))
-    if "validation" in found.about:
+    plan, scores = result.plan, {}
+    if result.activations is not None:
+        found = result.activations.found
+        scores = dict(found.scores)
+        headers = ["allocation", "search text"]
+        rows: list[list[Cell]] = [[name, score] for name, score in scores.items()]
+        if "validation" in found.about:
+            headers.append("validation text")
+            rows = [[*row, found.about["validation"][row[0]]] for row in rows]
+        draw.say(score_label(options.fitness))
+        draw.say(text_table(headers, rows))
+        if "validation" in found.about:
+            draw.say(f"the plan is from: {_origin(found.about)}")
+        a8 = [name for name, entry in plan.layers.items() if entry.a_bits == 8]
         draw.say(
-            f"the plan is from: {found.about['winner']}; {found.about['ties']} of {found.about['finalists']} finalists "
-            f"are ties on the validation text (noise floor {found.about['noise_floor']:.2g})"
+            f"{len(a8)} of {len(plan.layers)} layers A8, mean activation bits {8 * plan.budget_reached:.2f} "
+            f"(budget {8 * plan.budget_asked:.2f})"
         )
-    a8 = [name for name, entry in plan.layers.items() if entry.a_bits == 8]
-    draw.say(
-        f"plan {plan.hash}: {len(a8)} of {len(plan.layers)} layers A8, mean activation bits "
-        f"{8 * plan.budget_reached:.2f} (budget {8 * plan.budget_asked:.2f}), text {plan.text['name']}"
-        + (f" ({plan.text['note']})" if plan.text["note"] else "")
-    )
+    if result.types is not None:
+        types = result.types
+        draw.say("\nggml types, activations left alone: " + score_label("kl"))
+        draw.say(text_table(["mixture", "validation text"], [[name, loss] for name, loss in types.losses.items()]))
+        draw.say(f"the plan is from: {_origin(types.about)}")
+        counts = Counter(types.types.values())
+        draw.say(
+            f"{format_bytes(types.nbytes)} of {format_bytes(types.capacity)} for {len(types.types)} matrices: "
+            + ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
+        )
+    note = f" ({plan.text['note']})" if plan.text["note"] else ""
+    draw.say(f"plan {plan.hash}, text {plan.text['name']}{note}")
     notes: dict[str, int] = {}
     for outcome in result.outcomes:
         if outcome.note:
@@ -109,15 +121,22 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
     measured = {
         "seconds": draw.seconds,
         "peak_memory": result.peak_memory,
-        "preparation_memory": result.preparation_memory,
+        "preparation_memory": result.activations.preparation_memory if result.activations else None,
         "peak_host": peak_process_memory(),
     }
     draw.say(f"took {sum(draw.seconds.values()):.0f} s, peak memory {format_bytes(result.peak_memory)}")
     draw.files(result.files)
     files = [str(path) for path in result.files]
     return {
-        "plan": plan.to_dict(), "hash": plan.hash, "scores": found.scores, "measured": measured, "files": files,
+        "plan": plan.to_dict(), "hash": plan.hash, "scores": scores, "measured": measured, "files": files,
     }  # fmt: skip
+
+
+def _origin(about: Mapping[str, Any]) -> str:
+    return (
+        f"{about['winner']}; {about['ties']} of {about['finalists']} finalists are ties on the validation text "
+        f"(noise floor {about['noise_floor']:.2g})"
+    )
 
 
 def export(options: ExportOptions, draw: Drawing) -> dict[str, Any]:
@@ -136,18 +155,22 @@ def export(options: ExportOptions, draw: Drawing) -> dict[str, Any]:
     draw.say(
         text_table(["type", "tensors", "size"], [[kind, n, format_bytes(size)] for kind, (n, size) in kinds.items()])
     )
+    what = "the W4A8 simulation" if result.policy != "budget" else "the simulation with these weights"
     if result.kl is not None and result.top1 is not None:
         draw.say(
-            f"checked: {len(result.rows)} tensors read back, {result.exact} layers hold exactly the plan's codes; "
-            f"llama.cpp against the W4A8 simulation: KL {result.kl:.2g} nats per token, "
-            f"same top token {100 * result.top1:.1f}%"
+            f"checked: {len(result.rows)} tensors read back, {result.exact} matrices hold exactly what was searched; "
+            f"llama.cpp against {what}: KL {result.kl:.2g} nats per token, same top token {100 * result.top1:.1f}%"
         )
     draw.say(
-        "llama.cpp computes with 8-bit activations: in this file the plan's A4/A8 choice shows only in weight types."
+        "llama.cpp computes with 8-bit activations, whatever the plan's A4/A8 choice: a file chooses weight types."
     )
     draw.files([result.path])
     size = result.path.stat().st_size
-    return {"path": str(result.path), "bytes": size, "kl": result.kl, "top1": result.top1, "plan": result.plan.hash}
+    draw.say(f"policy {result.policy}, {format_bytes(size)}")
+    return {
+        "path": str(result.path), "bytes": size, "policy": result.policy, "kl": result.kl, "top1": result.top1,
+        "plan": result.plan.hash,
+    }  # fmt: skip
 
 
 def compare(options: CompareOptions, draw: Drawing) -> dict[str, Any]:

@@ -23,7 +23,14 @@ from halfbyte.models.surgery import set_activation_bits_
 from halfbyte.options import DEFAULT_MODEL, EvalOptions
 from halfbyte.progress import Progress, Reporter, silent
 from halfbyte.provenance import made_with
-from halfbyte.simulation import become_simulation_, check_same_model, evaluation_text, plan_bits
+from halfbyte.simulation import (
+    become_simulation_,
+    become_types_,
+    check_same_model,
+    evaluation_text,
+    load_types,
+    plan_bits,
+)
 from halfbyte.spec import Plan
 
 
@@ -103,6 +110,9 @@ def _load(options: EvalOptions) -> SourceModel:
 
 def _become_(source: SourceModel, plan: Plan, options: EvalOptions) -> None:
     assert options.config is not None
+    if not plan.layers:
+        become_types_(source, plan.tensors, load_types(options.config))
+        return
     become_simulation_(source, load_codes(codes_path(options.config)), plan.layers, plan.transforms)
     set_activation_bits_(source.model, plan_bits(plan))
 

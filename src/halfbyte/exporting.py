@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from halfbyte.calibration.text import pydoc_text
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.sampling import windows_for
 from halfbyte.export.gguf import check_gguf, write_gguf
-from halfbyte.export.gguf_tensors import TensorRow
+from halfbyte.export.gguf_tensors import EncodedRows, TensorRow
 from halfbyte.export.plan_file import codes_path, load_codes, load_plan
 from halfbyte.files import check_output, whole_file
 from halfbyte.formats.ggml import decode, encode
+from halfbyte.formats.int_group import PackedWeight
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.surgery import set_activation_bits_
 from halfbyte.naming import mixed_gguf
@@ -23,7 +25,7 @@ from halfbyte.numerics.metrics import kl_per_token, same_top
 from halfbyte.options import ExportOptions
 from halfbyte.progress import Progress, Reporter, silent
 from halfbyte.runtime.llamacpp import Engine, open_engine
-from halfbyte.simulation import become_simulation_, load_for_plan
+from halfbyte.simulation import become_simulation_, become_types_, load_for_plan, load_types, need_activations
 from halfbyte.spec import Plan
 
 CHECK_TOKENS = 256
@@ -37,6 +39,7 @@ class ExportResult:
     Attributes:
         path: the file.
         rows: its tensors.
+        policy: how types were chosen.
         exact: layers whose blocks were read back and hold exactly the plan's codes; 0 if the check was skipped.
         kl, top1: llama.cpp against the W4A8 simulation on a short text; None if the check was skipped.
         plan: what was exported.
@@ -44,6 +47,7 @@ class ExportResult:
 
     path: Path
     rows: list[TensorRow]
+    policy: str
     exact: int
     kl: float | None
     top1: float | None
@@ -51,7 +55,7 @@ class ExportResult:
 
 
 def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResult:
-    """Write the plan's codes as GGUF.
+    """Write the plan as GGUF.
 
     Raises:
         HalfbyteError: anything the user can put right, or a check that failed; a file appears only once it is checked.
@@ -65,28 +69,25 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
             "the plan was made for another target", where=options.config, expected="gguf", got=plan.target,
             fix="search again with --target gguf",
         )  # fmt: skip
+    policy = policy_of(plan, options)
     engine = open_engine(options.engine) if options.check else None
-    codes = load_codes(codes_path(options.config))
-    weights, overrides = codes.weights, codes.parameters
     report(Progress("load model", 0, 1, options.model_id or plan.model_id))
     source = load_for_plan(
         plan, options.model_id, device="cpu", dtype="stored", trust_remote_code=options.trust_remote_code, packed=True
     )
-    types = {name: "Q8_0" for name, entry in plan.layers.items() if options.policy == "tiered" and entry.a_bits == 8}
+    content = _types(options) if policy == "budget" else _codes(plan, options, policy)
     with whole_file(path) as unchecked:
+        top = {"embedding_type": options.embedding_type, "output_type": options.output_type}
         rows = write_gguf(
-            unchecked, source, weights=weights, overrides=overrides, layer_types=types,
-            embedding_type=options.embedding_type, output_type=options.output_type,
-            metadata=summary(plan, options.policy), report=report,
+            unchecked, source, weights=content.weights, overrides=content.overrides, layer_types=content.types,
+            encoded=content.encoded, metadata=summary(plan, policy), report=report, **top,
         )  # fmt: skip
         if engine is None:
-            return ExportResult(path, rows, 0, None, None, plan)
+            return ExportResult(path, rows, policy, 0, None, None, plan)
         report(Progress("check", 0, 2, "read back"))
-        check_gguf(unchecked, source, weights, overrides, types)
+        check_gguf(unchecked, source, content.weights, content.overrides, content.types, content.encoded)
         report(Progress("check", 1, 2, "llama.cpp against the simulation"))
-        become_simulation_(source, codes, plan.layers, plan.transforms, packed=True)  # run once: memory counts
-        set_activation_bits_(source.model, dict.fromkeys(weights, 8))
-        as_in_file_(source, rows)
+        exact = content.become_(source, plan, rows)
         kl, top1 = compare_engines(source, engine, unchecked)
         report(Progress("check", 2, 2, f"KL {kl:.2g}"))
         if not kl <= LARGEST_KL:
@@ -94,8 +95,64 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
                 "llama.cpp does not agree with the simulation", where=path, expected=f"KL below {LARGEST_KL}",
                 got=f"{kl:.3g}", fix="nothing was kept; report this as a bug",
             )  # fmt: skip
-    exact = sum(row.type == "Q4_0" and row.parameter.removesuffix(".weight") in weights for row in rows)
-    return ExportResult(path, rows, exact, kl, top1, plan)
+    return ExportResult(path, rows, policy, exact, kl, top1, plan)
+
+
+def policy_of(plan: Plan, options: ExportOptions) -> str:
+    """``--policy``, or what the plan has.
+
+    Raises:
+        HalfbyteError: the plan lacks what the policy writes.
+    """
+    policy = options.policy
+    if policy == "auto":
+        policy = "budget" if plan.tensors else "exact"
+    if policy == "budget" and not plan.tensors:
+        raise HalfbyteError(
+            "the plan has no types",
+            where=options.config,
+            fix="search with --spaces ggml, or use --policy exact",
+        )
+    if policy != "budget":
+        need_activations(plan, options.config)
+    return policy
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What goes into the file, and how the model becomes what the file holds."""
+
+    become_: Callable[[SourceModel, Plan, list[TensorRow]], int]  # returns how many matrices are exactly the plan's
+    weights: Mapping[str, PackedWeight] = field(default_factory=dict)
+    overrides: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    types: Mapping[str, str] = field(default_factory=dict)
+    encoded: Mapping[str, EncodedRows] = field(default_factory=dict)
+
+
+def _types(options: ExportOptions) -> _Content:
+    """The matrices as they were encoded when they were searched."""
+    encoded = load_types(options.config)
+    rows = {name: EncodedRows(kind, encoded.rows(name, kind)) for name, (kind,) in encoded.types().items()}
+
+    def become_(source: SourceModel, plan: Plan, rows: list[TensorRow]) -> int:
+        become_types_(source, plan.tensors, encoded)
+        return len(plan.tensors)
+
+    return _Content(become_, overrides=encoded.extra, encoded=rows)
+
+
+def _codes(plan: Plan, options: ExportOptions, policy: str) -> _Content:
+    """W4 codes, in Q8_0 where the policy says so."""
+    codes = load_codes(codes_path(options.config))
+    types = {name: "Q8_0" for name, entry in plan.layers.items() if policy == "tiered" and entry.a_bits == 8}
+
+    def become_(source: SourceModel, plan: Plan, rows: list[TensorRow]) -> int:
+        become_simulation_(source, codes, plan.layers, plan.transforms, packed=True)  # run once: memory counts
+        set_activation_bits_(source.model, dict.fromkeys(codes.weights, 8))
+        as_in_file_(source, rows)
+        return sum(row.type == "Q4_0" and row.parameter.removesuffix(".weight") in codes.weights for row in rows)
+
+    return _Content(become_, codes.weights, codes.parameters, types)
 
 
 def summary(plan: Plan, policy: str) -> dict[str, str | int | float]:
@@ -111,8 +168,9 @@ def summary(plan: Plan, policy: str) -> dict[str, str | int | float]:
         "plan.budget_reached": plan.budget_reached,
         "plan.layers_a8": a8,
         "plan.layers_a4": len(plan.layers) - a8,
-        "plan.transforms": ",".join(plan.transforms) or "none",
+        "plan.transforms": ",".join(plan.file["transforms"] if policy == "budget" else plan.transforms) or "none",
         "plan.weights": plan.weights,
+        "plan.types_kl": float(plan.file["losses"]["plan"]) if policy == "budget" else 0.0,
         "plan.text": str(plan.text.get("name", "")),
         "plan.text_search": str(plan.text.get("search", "")),
         "plan.seed": plan.seed,

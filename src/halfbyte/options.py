@@ -7,6 +7,7 @@ from typing import Any
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 DEFAULT_PLAN = "mixed_precision_config.pt"
+TOP_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 
 def option(default: Any, text: str, *, choices: tuple[str, ...] | None = None, metavar: str | None = None) -> Any:
@@ -61,6 +62,15 @@ class SearchOptions(ModelOptions):
     search_tokens: int = option(
         4096, "tokens to compare candidates on; as many of other text decide between the best", metavar="N"
     )
+    spaces: str = option(
+        "auto",
+        "what to search: a4a8 (activation bits), ggml (a type for every matrix of a GGUF file), or a4a8,ggml; auto is "
+        "both for --target gguf, else a4a8",
+        choices=("auto", "a4a8", "ggml", "a4a8,ggml"),
+    )
+    size: str = option("", "size of the GGUF file, such as 4.36GiB or 700MB", metavar="SIZE")
+    bpw: float = option(0.0, "or its mean bits per weight", metavar="X")
+    like: str = option("", "or the size of llama.cpp's file of this type; Q4_K_M where nothing is said", metavar="TYPE")
     pareto: bool = option(False, "also search the front: the best allocation of each budget from 0.5 to 1")
     codes: str = option(
         "auto",
@@ -80,9 +90,18 @@ class ExportOptions:
     config: str = option(DEFAULT_PLAN, "the plan to export", metavar="FILE")
     output: str | None = option(None, "GGUF file to write; default models/<model>-mixed.gguf", metavar="FILE")
     model_id: str | None = option(None, "the plan's model, if it has moved", metavar="M")
-    policy: str = option("exact", "exact: every layer Q4_0; tiered: A8 layers in Q8_0", choices=("exact", "tiered"))
-    embedding_type: str = option("Q8_0", "type of the token embedding", choices=("F32", "F16", "BF16", "Q8_0", "Q4_0"))
-    output_type: str = option("Q8_0", "type of an untied output head", choices=("F32", "F16", "BF16", "Q8_0", "Q4_0"))
+    policy: str = option(
+        "auto",
+        "budget: the types that were searched; exact: every layer Q4_0; tiered: A8 layers in Q8_0; auto is budget "
+        "where the plan has types, else exact",
+        choices=("auto", "budget", "exact", "tiered"),
+    )
+    embedding_type: str = option(
+        "Q8_0", "type of the token embedding (exact, tiered)", choices=("F32", "F16", "BF16", "Q8_0", "Q4_0")
+    )
+    output_type: str = option(
+        "Q8_0", "type of an untied output head (exact, tiered)", choices=("F32", "F16", "BF16", "Q8_0", "Q4_0")
+    )
     engine: str = option("xllamacpp", "llama.cpp binding for the check", choices=("xllamacpp", "llama-cpp-python"))
     check: bool = option(True, "reopen the file, load it in llama.cpp and compare logits with the simulation")
     trust_remote_code: bool = option(False, "run code that a model repository brings along")

@@ -5,6 +5,7 @@ load → reference → transforms, W4 codes, layer sensitivity → KL per unit �
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from halfbyte.calibration.text import Text, load_text
 from halfbyte.calibration.windows import cut
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.gguf import check_exportable
-from halfbyte.export.plan_file import check_suffix, codes_path
+from halfbyte.export.plan_file import check_suffix
 from halfbyte.files import check_output
 from halfbyte.formats.int_group import fitting_group_size
 from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
@@ -27,16 +28,17 @@ from halfbyte.models.loading import Origin, SourceModel, find, layers_of, load, 
 from halfbyte.models.modules import is_tied, move_
 from halfbyte.options import SearchOptions
 from halfbyte.parallel import ALONE, Group
+from halfbyte.prepare.menus import TensorMenu
 from halfbyte.prepare.recipe import Recipe, recipe_of
 from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
 from halfbyte.progress import Progress, Reporter, silent
-from halfbyte.results import Found, make_plan, report_paths, write_results
+from halfbyte.results import ActivationsFound, TypesFound, make_plan, output_paths, write_results
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.fitness import KLFitness, TableFitness, stages_of
 from halfbyte.search.reference import Reference, reference
-from halfbyte.search.sensitivity import LayerSensitivity
 from halfbyte.spec import Layer, Outcome, Plan
 from halfbyte.stages import RECORD, Stages, refuse_waiting, work_folder
+from halfbyte.type_search import TypeSearch, capacity
 
 FISHER_WINDOWS = 4  # for loss gradients
 
@@ -46,22 +48,33 @@ class SearchResult:
     """What a search leaves.
 
     Attributes:
-        plan: the winner.
-        found: scores, history and validation of the search.
-        outcomes: one row per layer, what was asked and what was done.
-        sensitivity: layer name -> measured errors.
+        plan: the winners.
+        activations, types: how they were found, in the spaces that were searched.
+        outcomes: one row per layer and matrix, what was asked and what was done.
         files: everything written, in order.
         peak_memory: most bytes allocated on the device.
-        preparation_memory: the same until the W4 codes stood.
     """
 
     plan: Plan
-    found: Found
+    activations: ActivationsFound | None
+    types: TypesFound | None
     outcomes: list[Outcome]
-    sensitivity: dict[str, LayerSensitivity]
     files: list[Path]
     peak_memory: int
-    preparation_memory: int
+
+
+def spaces_of(options: SearchOptions) -> tuple[str, ...]:
+    """What is searched: ``a4a8``, ``ggml``, or both.
+
+    Raises:
+        HalfbyteError: types for a target that has none.
+    """
+    spaces = options.spaces
+    if spaces == "auto":
+        spaces = "a4a8,ggml" if options.target == "gguf" else "a4a8"
+    if "ggml" in spaces and options.target != "gguf":
+        raise HalfbyteError("only a GGUF file has types", where="--spaces", got=spaces, fix="use --target gguf")
+    return tuple(spaces.split(","))
 
 
 def check_search_options(options: SearchOptions) -> None:
@@ -78,6 +91,10 @@ def check_search_options(options: SearchOptions) -> None:
     if options.pareto and options.fitness != "kl":
         raise HalfbyteError("a front needs the whole model's KL", where="--pareto", fix="leave --fitness at kl")
     recipe_of(options, tied=False)
+    if "ggml" not in spaces_of(options) and (options.size or options.bpw or options.like):
+        raise HalfbyteError(
+            "only a GGUF file has a size to keep to", where="--size, --bpw, --like", fix="use --target gguf"
+        )
 
 
 def search(options: SearchOptions, report: Reporter = silent, group: Group = ALONE) -> SearchResult:
@@ -90,7 +107,7 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
         HalfbyteError: anything the user can put right.
     """
     check_search_options(options)
-    output = Path(options.output)
+    output, spaces = Path(options.output), spaces_of(options)
     if group.first:
         _check_outputs(options)
     device = _own_device(resolve_device(options.device), group)
@@ -100,49 +117,98 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
 
     report(Progress("load model", 0, 1, options.model_id))
     source = load(origin, device=torch.device("cpu"), dtype=dtype)
+    if options.target == "gguf":
+        _check_gguf_target(source, layers_of(source.model, source.family), options.group_size)
+    room, menus = capacity(source, options) if "ggml" in spaces else (0, [])
+    text, windows = _texts(source, options, device)
+    used = {f"{part}_tokens": part_windows.numel() for part, part_windows in windows.items()}
+    about = f"text {text.name}: " + ", ".join(f"{count} {name}" for name, count in used.items())
+    report(Progress("load model", 1, 1, about))
+    with Stages(output, _settings(options, source, text, device), resume=options.resume, group=group) as stages:
+        judged, known = torch.cat([windows["search"], windows["valid"]]), None
+        if "ggml" in spaces or options.fitness == "kl":
+            known = reference(source.model, source.family, judged, device=device)
+        run = Run(options, source, windows, known, stages, report, device, group)
+        activations = _search_activations(run, packed=packed, gradients=gradients) if "a4a8" in spaces else None
+        types = None
+        if "ggml" in spaces:
+            if activations is not None:
+                run = replace(run, source=load(origin, device=torch.device("cpu"), dtype=dtype))
+            types = _search_types(run, room, menus)
+        written = None
+        if group.first:
+            plan, outcomes = make_plan(options, source, activations, types, {**text.record(), **used}, stages)
+            written = plan, outcomes, write_results(output, plan, outcomes, activations, types, stages)
+        plan, outcomes, files = group.from_first(written)  # pyright: ignore[reportGeneralTypeIssues]
+    return SearchResult(plan, activations, types, outcomes, files, peak_memory(device))
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all searches of one command share.
+
+    Attributes:
+        source: the model, unquantised, on the host.
+        windows: ``calib``, ``search`` and ``valid`` text, int64 ``[windows, length]``.
+        known: the unquantised model's answers on search and validation text.
+    """
+
+    options: SearchOptions
+    source: SourceModel
+    windows: Mapping[str, torch.Tensor]
+    known: Reference | None
+    stages: Stages
+    report: Reporter
+    device: torch.device
+    group: Group
+
+
+def _search_activations(run: Run, *, packed: bool, gradients: bool) -> ActivationsFound:
+    """W4 codes, and activation bits for every unit under the budget."""
+    options, source, windows, device = run.options, run.source, run.windows, run.device
     recipe = recipe_of(options, tied=is_tied(source.model, source.family))
     layers = layers_of(source.model, source.family)
     units = units_of(layers, source.family, options.granularity)
-    if options.target == "gguf":
-        _check_gguf_target(source, layers, options.group_size)
-    text, windows = _texts(source, options, device)
-    used = {f"{part}_tokens": part_windows.numel() for part, part_windows in windows.items()}
-    about = f"{len(layers)} linear layers, {len(units)} units, text {text.name}: "
-    report(Progress("load model", 1, 1, about + ", ".join(f"{count} {name}" for name, count in used.items())))
-    with Stages(output, _settings(options, source, text, device), resume=options.resume, group=group) as stages:
-        judged = torch.cat([windows["search"], windows["valid"]])
-        known = _reference(source, judged, recipe, device) if options.fitness == "kl" else None
-        prepared = _prepare(source, windows["calib"], recipe, stages, report, device, group, packed=packed)
-        preparation_memory = peak_memory(device)
-        move_(source.model, source.family, device, without_embedding=packed and not gradients)
-        if gradients:
-            _measure_gradients_(prepared, source, layers, windows["calib"], stages, report)
-        if known is None:
-            fitness, judge = TableFitness(units, prepared.sensitivity, options.fitness), None
-        else:
-            parts = zip((windows["search"], windows["valid"]), known.split(len(windows["search"])), strict=True)
-            evaluator, judge = (
-                KLEvaluator(source.model, source.family, units, tokens, answers, group=group)
-                for tokens, answers in parts
-            )
-            fitness = KLFitness(evaluator, stages_of(evaluator.windows))
-        allocator = Allocator(units, fitness, judge, prepared.sensitivity, options, stages, report, group)
-        found = allocator.best(options.target_compression, options.ga_gen)
-        found = replace(found, about={**used, **found.about})
-        front = allocator.front() if options.pareto else []
-        written = None
-        if group.first:
-            plan, outcomes = make_plan(options, recipe, source, units, found, prepared, text.record(), stages.codes)
-            written = plan, outcomes, write_results(output, plan, outcomes, prepared, found, front, stages)
-        plan, outcomes, files = group.from_first(written)  # pyright: ignore[reportGeneralTypeIssues]
-    return SearchResult(plan, found, outcomes, prepared.sensitivity, files, peak_memory(device), preparation_memory)
+    known = run.known
+    if known is not None and "r1" in recipe.transforms:
+        known = known.for_rotated(source.model.get_parameter(f"{source.family.final_norm}.weight"))
+    prepared = _prepare(run, recipe, packed=packed)
+    preparation_memory = peak_memory(device)
+    move_(source.model, source.family, device, without_embedding=packed and not gradients)
+    if gradients:
+        _measure_gradients_(prepared, source, layers, windows["calib"], run.stages, run.report)
+    if known is None or options.fitness != "kl":
+        fitness, judge = TableFitness(units, prepared.sensitivity, options.fitness), None
+    else:
+        parts = zip((windows["search"], windows["valid"]), known.split(len(windows["search"])), strict=True)
+        evaluator, judge = (
+            KLEvaluator(source.model, source.family, units, tokens, answers, group=run.group)
+            for tokens, answers in parts
+        )
+        fitness = KLFitness(evaluator, stages_of(evaluator.windows))
+    allocator = Allocator(units, fitness, judge, prepared.sensitivity, options, run.stages, run.report, run.group)
+    found = allocator.best(options.target_compression, options.ga_gen)
+    front = allocator.front() if options.pareto else []
+    return ActivationsFound(recipe.transforms, units, prepared, found, front, preparation_memory)
+
+
+def _search_types(run: Run, room: int, menus: Sequence[TensorMenu]) -> TypesFound:
+    """A ggml type for every matrix under the size."""
+    assert run.known is not None
+    known = run.known.split(len(run.windows["search"]))
+    stages = (run.stages, run.report, run.device, run.group)
+    found = TypeSearch(run.source, run.windows, known, room, menus, run.options, *stages)
+    best = found.best(room, run.options.ga_gen)
+    if run.group.first:
+        found.save(best.types)
+    return best
 
 
 def _check_outputs(options: SearchOptions) -> None:
     """Refuse to overwrite what was not given up."""
     output = check_output(options.output, force=options.force)
     unfinished = options.resume and (work_folder(output) / RECORD).exists()
-    for path in (codes_path(output), *report_paths(output, front=options.pareto)):
+    for path in output_paths(output, spaces_of(options), front=options.pareto):
         check_output(path, force=options.force or unfinished)
     if not options.resume and not options.force:
         refuse_waiting(output)
@@ -227,29 +293,18 @@ def _settings(options: SearchOptions, source: SourceModel, text: Text, device: t
     return {**settings, "device": device.type, "fingerprint": source.fingerprint, "text": text.record()}
 
 
-def _reference(source: SourceModel, tokens: torch.Tensor, recipe: Recipe, device: torch.device) -> Reference:
-    """The unquantised model's answers, for the residual stream that the recipe makes."""
-    known = reference(source.model, source.family, tokens, device=device)
-    if "r1" in recipe.transforms:
-        return known.for_rotated(source.model.get_parameter(f"{source.family.final_norm}.weight"))
-    return known
-
-
-def _prepare(
-    source: SourceModel, tokens: torch.Tensor, recipe: Recipe, stages: Stages, report: Reporter,
-    device: torch.device, group: Group, *, packed: bool,
-) -> Prepared:  # fmt: skip
+def _prepare(run: Run, recipe: Recipe, *, packed: bool) -> Prepared:
     """The W4 simulation: made by the first process, or read from where an interrupted run left it."""
-    made = None
-    if group.first:
+    made, source, stages, device = None, run.source, run.stages, run.device
+    if run.group.first:
         made = load_prepared_(source, stages, recipe, device=device, packed=packed) if stages.resumed else None
         if made is None:
             # MPS has neither fp64 nor the factorisations of GPTQ
             where = torch.device("cpu") if device.type == "mps" else device
-            made = prepare_(source, tokens, recipe, report, device=where, packed=packed)
+            made = prepare_(source, run.windows["calib"], recipe, run.report, device=where, packed=packed)
             save_prepared(stages, made)
     for path in (stages.codes, stages.folder / PREPARED):
-        group.send_file(path)
+        run.group.send_file(path)
     made = made or load_prepared_(source, stages, recipe, device=device, packed=packed)
     assert made is not None
     return made

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.export.plan_file import codes_path, save_plan
+from halfbyte.export.plan_file import codes_path, save_plan, types_path
 from halfbyte.files import sha256, write_text
 from halfbyte.models.loading import SourceModel
 from halfbyte.naming import short_name
 from halfbyte.options import SearchOptions
-from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import Prepared
 from halfbyte.provenance import made_with
 from halfbyte.report.front import front_plot
@@ -33,6 +32,7 @@ REPORTS = (
     "convergence.png",
 )
 FRONT_REPORTS = ("front.json", "front.csv", "front.png")
+TYPE_REPORTS = ("types.csv", "types.json")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,30 @@ class Found:
     scores: Mapping[str, float]
     history: Sequence[Mapping[str, Any]]
     about: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TypesFound:
+    """What the search of ggml types leaves for one size.
+
+    Attributes:
+        transforms: folded into the weights.
+        types: matrix -> ggml type.
+        capacity, nbytes: bytes that the matrices might take, and that they take.
+        losses: name -> KL on the validation text, nats per token: of the winner (``plan``) and what it had to beat.
+        history: one row per generation.
+        about: how it was found.
+        rows: one per matrix: its type, bytes, and predicted loss.
+    """
+
+    transforms: tuple[str, ...]
+    types: dict[str, str]
+    capacity: int
+    nbytes: int
+    losses: dict[str, float]
+    history: list[dict[str, float]]
+    about: dict[str, Any]
+    rows: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -83,33 +107,81 @@ def score_label(fitness: str) -> str:
     }[fitness]
 
 
-def report_paths(output: Path, *, front: bool = False) -> list[Path]:
-    """Where the reports of the plan at ``output`` go."""
-    return [output.with_name(f"{output.stem}.{kind}") for kind in (*REPORTS, *(FRONT_REPORTS if front else ()))]
+@dataclass(frozen=True)
+class ActivationsFound:
+    """What the search of activation bits leaves.
+
+    Attributes:
+        transforms: folded, or done at run time.
+        units: one gene each.
+        prepared: the W4 codes and what was measured of them.
+        found: the winner.
+        front: the best of each budget, if asked for.
+        preparation_memory: most bytes allocated on the device until the W4 codes stood.
+    """
+
+    transforms: tuple[str, ...]
+    units: Sequence[Unit]
+    prepared: Prepared
+    found: Found
+    front: Sequence[FrontPoint]
+    preparation_memory: int
+
+
+def output_paths(output: Path, spaces: Sequence[str], *, front: bool) -> list[Path]:
+    """What a search of ``spaces`` writes beside the plan at ``output``."""
+    paths = []
+    if "a4a8" in spaces:
+        kinds = (*REPORTS, *(FRONT_REPORTS if front else ()))
+        paths += [codes_path(output), *(_beside(output, kind) for kind in kinds)]
+    if "ggml" in spaces:
+        paths += [types_path(output), *(_beside(output, kind) for kind in TYPE_REPORTS)]
+    return paths
+
+
+def _beside(output: Path, kind: str) -> Path:
+    return output.with_name(f"{output.stem}.{kind}")
 
 
 def make_plan(
-    options: SearchOptions, recipe: Recipe, source: SourceModel, units: Sequence[Unit], found: Found,
-    prepared: Prepared, text: Mapping[str, Any], codes: Path,
+    options: SearchOptions, source: SourceModel, activations: ActivationsFound | None, types: TypesFound | None,
+    text: Mapping[str, Any], stages: Stages,
 ) -> tuple[Plan, list[Outcome]]:  # fmt: skip
-    """The plan of the winner, and per layer what was asked and what was done."""
-    bits = {layer.name: width for unit, width in zip(units, found.genome, strict=True) for layer in unit.layers}
-    entries, outcomes = {}, []
-    for name, made in prepared.layers.items():
-        entries[name] = replace(made, a_bits=bits[name])
-        asked, done = f"W4 g{options.group_size}", f"W{made.w_bits} g{made.group_size} A{bits[name]}"
-        outcomes.append(Outcome(name, asked, done, made.note))
+    """The plan of the winners, and per layer and matrix what was asked and what was done."""
     plan = Plan(
-        model_id=options.model_id,
-        fingerprint=source.fingerprint,
-        target=options.target,
-        granularity=options.granularity,
+        model_id=options.model_id, fingerprint=source.fingerprint, target=options.target,
+        granularity=options.granularity, layers={}, budget_asked=options.target_compression,
+        budget_reached=options.target_compression, weights=options.weights, text=text, seed=options.seed,
+        versions=made_with(source),
+    )  # fmt: skip
+    outcomes: list[Outcome] = []
+    if activations is not None:
+        plan = _with_activations(plan, options, activations, outcomes, stages)
+    if types is not None:
+        outcomes += [Outcome(name, "a ggml type", kind) for name, kind in types.types.items()]
+        record = {
+            "transforms": list(types.transforms), "capacity": types.capacity, "nbytes": types.nbytes,
+            "losses": types.losses, **types.about, "sha256": sha256(stages.types),
+        }  # fmt: skip
+        plan = replace(plan, tensors=types.types, file=record)
+    return plan, outcomes
+
+
+def _with_activations(
+    plan: Plan, options: SearchOptions, made: ActivationsFound, outcomes: list[Outcome], stages: Stages
+) -> Plan:
+    units, found = made.units, made.found
+    bits = {layer.name: width for unit, width in zip(units, found.genome, strict=True) for layer in unit.layers}
+    entries = {}
+    for name, prepared in made.prepared.layers.items():
+        entries[name] = replace(prepared, a_bits=bits[name])
+        asked, done = f"W4 g{options.group_size}", f"W{prepared.w_bits} g{prepared.group_size} A{bits[name]}"
+        outcomes.append(Outcome(name, asked, done, prepared.note))
+    return replace(
+        plan,
         layers=entries,
-        budget_asked=options.target_compression,
         budget_reached=mean_bits_fraction(units, found.genome),
-        transforms=recipe.transforms,
-        weights=options.weights,
-        text=text,
+        transforms=made.transforms,
         search={
             "algorithm": "genetic",
             "fitness": options.fitness,
@@ -117,29 +189,49 @@ def make_plan(
             "generations": len(found.history),
             "ctx": options.ctx,
             "alpha": options.alpha,
-            "channel_scales": prepared.scales,
+            "channel_scales": made.prepared.scales,
             "scores": dict(found.scores),
             **found.about,
         },
-        seed=options.seed,
-        versions=made_with(source),
-        codes_sha256=sha256(codes),
+        codes_sha256=sha256(stages.codes),
     )
-    return plan, outcomes
 
 
 def write_results(
-    output: Path, plan: Plan, outcomes: Sequence[Outcome], prepared: Prepared, found: Found,
-    front: Sequence[FrontPoint], stages: Stages,
+    output: Path, plan: Plan, outcomes: Sequence[Outcome], activations: ActivationsFound | None,
+    types: TypesFound | None, stages: Stages,
 ) -> list[Path]:  # fmt: skip
-    """Write the reports, then the codes, then the plan, so that a plan that exists is complete."""
+    """Write the reports, then codes and encoded matrices, then the plan, so that a plan that exists is complete."""
+    made_by = {"plan": plan.hash, "model": plan.model_id, "text": dict(plan.text), "seed": plan.seed, **plan.versions}
+    named: list[Path] = []
+    moved: list[tuple[Path, Path]] = []
+    if activations is not None:
+        named += _activation_reports(output, plan, outcomes, activations, made_by)
+        moved.append((stages.codes, codes_path(output)))
+    if types is not None:
+        named += _type_reports(output, plan, types, made_by)
+        moved.append((stages.types, types_path(output)))
+    for here, there in moved:
+        here.replace(there)
+    try:
+        save_plan(output, plan)
+    except HalfbyteError:
+        for here, there in moved:
+            there.replace(here)  # a resumed run starts from here
+        raise
+    return [output, *(there for _, there in moved), *named]
+
+
+def _activation_reports(
+    output: Path, plan: Plan, outcomes: Sequence[Outcome], made: ActivationsFound, made_by: dict[str, Any]
+) -> list[Path]:
+    prepared, found, front = made.prepared, made.found, made.front
     rows = [
         {**asdict(row), "ratio": row.ratio, "a_bits": plan.layers[row.layer].a_bits}
         for row in prepared.sensitivity.values()
     ]
-    made_by = {"plan": plan.hash, "model": plan.model_id, "text": dict(plan.text), "seed": plan.seed, **plan.versions}
     kinds = (*REPORTS, *FRONT_REPORTS) if front else REPORTS
-    named = dict(zip(kinds, report_paths(output, front=bool(front)), strict=True))
+    named = {kind: _beside(output, kind) for kind in kinds}
     history = {"made_by": made_by, "scores": found.scores, **found.about, "generations": found.history}
     write_text(named["sensitivity.json"], json.dumps({"made_by": made_by, "layers": rows}, indent=1))
     write_text(named["sensitivity.csv"], csv_text(list(rows[0]), [list(row.values()) for row in rows]))
@@ -157,14 +249,16 @@ def write_results(
             named["front.png"], numbers, title=f"{short_name(plan.model_id)}: KL against activation bits",
             chosen=8 * plan.budget_reached,
         )  # fmt: skip
-    codes = codes_path(output)
-    stages.codes.replace(codes)
-    try:
-        save_plan(output, plan)
-    except HalfbyteError:
-        codes.replace(stages.codes)  # a resumed run starts from here
-        raise
-    return [output, codes, *named.values()]
+    return list(named.values())
+
+
+def _type_reports(output: Path, plan: Plan, found: TypesFound, made_by: dict[str, Any]) -> list[Path]:
+    """Matrix, type, bytes, what it loses alone; and the history."""
+    table, history = (_beside(output, kind) for kind in TYPE_REPORTS)
+    write_text(table, csv_text(list(found.rows[0]), [list(row.values()) for row in found.rows]))
+    record = {"made_by": made_by, "losses": found.losses, **found.about, "generations": found.history}
+    write_text(history, json.dumps(record, indent=1))
+    return [table, history]
 
 
 def _draw(heatmap: Path, convergence: Path, plan: Plan, rows: list[dict[str, Any]], found: Found) -> None:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from halfbyte.calibration.text import SOURCES, load_text
 from halfbyte.calibration.windows import first_scored
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits, scratch_folder
 from halfbyte.evaluate.sampling import sample_text, windows_for
-from halfbyte.export.plan_file import Codes, codes_path, load_codes, load_plan
+from halfbyte.export.plan_file import Codes, codes_path, load_codes, load_plan, types_path
+from halfbyte.formats.encoded import Encoded
+from halfbyte.formats.ggml import decode_tensor
 from halfbyte.models.device import resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, load, stored_dtype
-from halfbyte.models.modules import blocks, vocabulary
+from halfbyte.models.modules import blocks, is_tied, linear, vocabulary
 from halfbyte.models.surgery import (
     InputScheme,
     SharedInput,
@@ -106,6 +110,31 @@ def become_simulation_(
                 replace_linear_(model, name, codes.weights[name], shared, schemes[key], packed=packed)
 
 
+def become_types_(source: SourceModel, types: Mapping[str, str], encoded: Encoded) -> None:
+    """Give the unquantised model the weights of a GGUF file with the plan's types, in place; activations stay."""
+    set_parameters_(source.model, encoded.extra)
+    tied = is_tied(source.model, source.family)
+    for name, kind in types.items():
+        layer = linear(source.model, name)
+        rows = encoded.rows(name, kind).to(layer.weight.device)
+        layer.weight = nn.Parameter(decode_tensor(rows, kind).to(layer.weight.dtype), requires_grad=False)
+        if tied and name == source.family.embedding:
+            linear(source.model, source.family.head).weight = layer.weight
+
+
+def load_types(config: str | Path) -> Encoded:
+    """The encoded matrices of the plan at ``config``."""
+    encoded = Encoded()
+    encoded.add(types_path(config))
+    return encoded
+
+
+def need_activations(plan: Plan, where: object) -> None:
+    """Refuse a plan without activation bits."""
+    if not plan.layers:
+        raise HalfbyteError("the plan has no activation bits", where=where, fix="search with --spaces a4a8 too")
+
+
 def plan_bits(plan: Plan) -> dict[str, int | None]:
     """Layer name -> activation bits of the plan."""
     return {name: entry.a_bits for name, entry in plan.layers.items()}
@@ -124,6 +153,19 @@ def evaluation_text(name: str, searched: str | None) -> tuple[str, str]:
     if text.name in SOURCES or text.record()["search"] == searched:
         return f"{text.name} (eval part)", text.parts["eval"]
     return text.name, Path(text.name).read_text(encoding="utf-8")
+
+
+@contextmanager
+def _types_loaded_(source: SourceModel, plan: Plan, config: str) -> Iterator[None]:
+    """The model with the weights of the GGUF file; afterwards its own again."""
+    known = dict(source.model.named_parameters(remove_duplicate=False))
+    become_types_(source, plan.tensors, load_types(config))
+    try:
+        yield
+    finally:
+        for name, parameter in known.items():
+            module, _, leaf = name.rpartition(".")
+            setattr(source.model.get_submodule(module), leaf, parameter)
 
 
 @dataclass(frozen=True)
@@ -145,13 +187,12 @@ class SimulationResult:
 
 
 def simulate(options: SimulateOptions, report: Reporter = silent) -> SimulationResult:
-    """Original, all A8, all A4 and the plan, on text the search has not seen.
+    """Original, weights of the GGUF file, all A8, all A4 and the plan, on text the search has not seen.
 
     Raises:
         HalfbyteError: anything the user can put right.
     """
     plan = load_plan(options.config)
-    codes = load_codes(codes_path(options.config))
     text_name, text = evaluation_text(options.text, plan.text.get("search"))
     report(Progress("load model", 0, 1, options.model_id or plan.model_id))
     source = load_for_plan(
@@ -167,18 +208,23 @@ def simulate(options: SimulateOptions, report: Reporter = silent) -> SimulationR
         kept.write(token_windows, logits_of, report, "original")
         original = measure(token_windows, iter(kept))
         rows.append(SimulationRow("original", original, None, sample_text(source, options.prompt, options.max_tokens)))
-        become_simulation_(source, codes, plan.layers, plan.transforms)
-        choices: dict[str, dict[str, int | None]] = {
-            "all A8": dict.fromkeys(plan.layers, 8),
-            "all A4": dict.fromkeys(plan.layers, 4),
-            "plan": plan_bits(plan),
-        }
-        for name, bits in choices.items():
-            set_activation_bits_(source.model, bits)
+
+        def add(name: str, mean_bits: float | None) -> None:
             quality = measure(token_windows, live(token_windows, logits_of, report, name), iter(kept))
-            mean_bits = {"all A8": 8.0, "all A4": 4.0}.get(name, 8 * plan.budget_reached)
-            rows.append(
-                SimulationRow(name, quality, mean_bits, sample_text(source, options.prompt, options.max_tokens))
-            )
+            sample = sample_text(source, options.prompt, options.max_tokens)
+            rows.append(SimulationRow(name, quality, mean_bits, sample))
+
+        if plan.tensors:
+            with _types_loaded_(source, plan, options.config):
+                add("GGUF types", None)
+        if plan.layers:
+            become_simulation_(source, load_codes(codes_path(options.config)), plan.layers, plan.transforms)
+            for name, bits, mean_bits in (
+                ("all A8", dict.fromkeys(plan.layers, 8), 8.0),
+                ("all A4", dict.fromkeys(plan.layers, 4), 4.0),
+                ("plan", plan_bits(plan), 8 * plan.budget_reached),
+            ):
+                set_activation_bits_(source.model, bits)
+                add(name, mean_bits)
     made_by = {"plan": plan.hash, "model": plan.model_id, "text": text_name, "seed": plan.seed, **made_with(source)}
     return SimulationResult(rows, made_by)

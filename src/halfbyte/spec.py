@@ -107,7 +107,9 @@ class Plan:
         search: algorithm, settings, score of the winner.
         seed: the seed of everything random.
         versions: package versions and device.
-        codes_sha256: digest of the codes file beside the plan.
+        codes_sha256: digest of the codes file beside the plan; empty where no activation bits were searched.
+        tensors: matrix -> ggml type, embedding and output head too; empty where no types were searched.
+        file: how those were found: transforms, bytes, losses, and the digest of the encoded matrices beside the plan.
     """
 
     model_id: str
@@ -125,6 +127,8 @@ class Plan:
     versions: Mapping[str, str] = field(default_factory=dict)
     codes_sha256: str = ""
     version: int = PLAN_VERSION
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    file: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def hash(self) -> str:
@@ -134,7 +138,10 @@ class Plan:
             name: {key: value for key, value in asdict(entry).items() if later.get(key, ...) != value}
             for name, entry in self.layers.items()
         }
-        text = json.dumps([self.fingerprint, self.codes_sha256, choice], sort_keys=True)
+        parts = [self.fingerprint, self.codes_sha256, choice]
+        if self.tensors:
+            parts += [dict(self.tensors), self.file["sha256"]]
+        text = json.dumps(parts, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +149,8 @@ class Plan:
         plain = asdict(self)
         plain["layers"] = {name: asdict(entry) for name, entry in self.layers.items()}
         plain["transforms"] = list(self.transforms)
-        plain["text"], plain["search"], plain["versions"] = dict(self.text), dict(self.search), dict(self.versions)
+        for name in ("text", "search", "versions", "tensors", "file"):
+            plain[name] = dict(getattr(self, name))
         return plain
 
     @classmethod

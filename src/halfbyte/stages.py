@@ -12,7 +12,8 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.files import write_text
 from halfbyte.parallel import ALONE, Group
 
-RECORD, CODES = "settings.json", "codes.safetensors"
+RECORD, CODES, TYPES = "settings.json", "codes.safetensors", "types.safetensors"
+CANDIDATES = "candidates"  # folder of encoded matrices
 
 
 def work_folder(output: Path) -> Path:
@@ -26,7 +27,7 @@ def refuse_waiting(output: Path) -> None:
     Raises:
         HalfbyteError: an interrupted search is waiting.
     """
-    if (work_folder(output) / CODES).exists():
+    if any((work_folder(output) / name).exists() for name in (CODES, CANDIDATES)):
         raise HalfbyteError(
             "an interrupted search is waiting", where=work_folder(output),
             fix="go on with it: --resume; or start over: --force",
@@ -86,10 +87,21 @@ class Stages:
         """The W4 codes while the search runs; when the plan stands they have moved beside it."""
         return self.folder / CODES
 
+    @property
+    def candidates(self) -> Path:
+        """Folder of the encoded matrices to choose from."""
+        return self.folder / CANDIDATES
+
+    @property
+    def types(self) -> Path:
+        """The encoded matrices of the winner, until the plan stands."""
+        return self.folder / TYPES
+
     def __enter__(self) -> Stages:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        """Leave the folder only if there is something to resume."""
-        if not self.codes.exists() if self.group.first else not self.shared:
+    def __exit__(self, failed: object, *_: object) -> None:
+        """Leave the folder only if a search failed that can be resumed."""
+        waiting = failed is not None and (self.codes.exists() or self.candidates.exists())
+        if not (waiting if self.group.first else self.shared):
             shutil.rmtree(self.folder, ignore_errors=True)

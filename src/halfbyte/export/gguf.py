@@ -6,6 +6,7 @@ Source of the container: the GGUF specification (ggml, docs/gguf.md), written wi
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFReader, GGUFValue
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.gguf_hparams import add_hparams_, copy_keys_, rope_frequency_factors
-from halfbyte.export.gguf_tensors import TensorPlan, TensorRow, TensorTypes, plan_tensors
+from halfbyte.export.gguf_tensors import EncodedRows, TensorPlan, TensorRow, TensorTypes, plan_tensors
 from halfbyte.export.gguf_vocab import add_tokenizer_
 from halfbyte.files import check_output, check_space, whole_file
 from halfbyte.formats.ggml import decode
@@ -44,6 +45,7 @@ def write_gguf(
     layer_types: Mapping[str, str] | None = None,
     embedding_type: str = "Q8_0",
     output_type: str = "Q8_0",
+    encoded: Mapping[str, EncodedRows] | None = None,
     metadata: Mapping[str, str | int | float] | None = None,
     report: Reporter = silent,
 ) -> list[TensorRow]:
@@ -57,6 +59,7 @@ def write_gguf(
         layer_types: layer name -> a type of ``halfbyte.formats.ggml.WRITABLE``.
         embedding_type, output_type: types of the token embedding and of an untied output head. A tied head is not
             written: llama.cpp then uses the embedding, and ``embedding_type`` decides for both.
+        encoded: matrix, also embedding or head -> what to write for it as it is, before everything else.
         metadata: values to keep in the file under ``halfbyte.`` keys.
         report: told about every finished tensor, stage ``export``.
 
@@ -71,22 +74,27 @@ def write_gguf(
     path = check_output(path, force=True)
     reader = open_gguf(source.origin.gguf_file) if source.origin.gguf_file else None
     types = TensorTypes(embedding_type, output_type, layer_types)
-    plans = plan_tensors(source, weights or {}, overrides or {}, types, rope_frequency_factors(source.config))
+    factors = rope_frequency_factors(source.config)
+    plans = plan_tensors(source, weights or {}, overrides or {}, types, factors, encoded)
     check_space(path, sum(plan.row.nbytes for plan in plans))
     with whole_file(path) as partial:
-        writer = GGUFWriter(partial, source.family.gguf_arch)
-        _add_keys_(writer, source, reader, plans, metadata or {})
-        for plan in plans:
-            kind = GGMLQuantizationType[plan.row.type]
-            writer.add_tensor_info(plan.row.name, plan.row.shape, np.dtype(np.float32), plan.row.nbytes, kind)
-        try:
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-        finally:
-            writer.close()
-        _append_data(partial, plans, writer.data_alignment, report)
+        alignment = _write_header(partial, source, reader, plans, metadata or {})
+        _append_data(partial, plans, alignment, report)
     return [plan.row for plan in plans]
+
+
+def header_bytes(source: SourceModel) -> int:
+    """Size of a file of ``source`` before the first tensor's data; the types of the tensors do not change it.
+
+    Raises:
+        HalfbyteError: what :func:`check_exportable` refuses.
+    """
+    reader = open_gguf(source.origin.gguf_file) if source.origin.gguf_file else None
+    plans = plan_tensors(source, {}, {}, TensorTypes("F16", "F16"), rope_frequency_factors(source.config))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "header"
+        _write_header(path, source, reader, plans, {})
+        return path.stat().st_size
 
 
 def check_exportable(source: SourceModel) -> None:
@@ -107,6 +115,7 @@ def check_gguf(
     weights: Mapping[str, PackedWeight] | None = None,
     overrides: Mapping[str, torch.Tensor] | None = None,
     layer_types: Mapping[str, str] | None = None,
+    encoded: Mapping[str, EncodedRows] | None = None,
 ) -> int:
     """Read a written file back and compare it with what it was made from (arguments as for :func:`write_gguf`).
 
@@ -126,7 +135,8 @@ def check_gguf(
     written = {name: tensor.tensor_type.name for name, tensor in found.items()}
     embedding, head = family.gguf_name(f"{family.embedding}.weight"), family.gguf_name(f"{family.head}.weight")
     types = TensorTypes(written.get(embedding, "F16"), written.get(head, "F16"), layer_types)
-    plans = plan_tensors(source, weights, overrides or {}, types, rope_frequency_factors(source.config))
+    factors = rope_frequency_factors(source.config)
+    plans = plan_tensors(source, weights, overrides or {}, types, factors, encoded)
     names = {plan.row.name for plan in plans}
     if names != set(found):
         differing = sorted(names.symmetric_difference(found))
@@ -153,6 +163,25 @@ def check_gguf(
             if not torch.equal(values, codes.decode().cpu()):
                 raise HalfbyteError("blocks do not decode to the codes", where=where, fix="report this as a bug")
     return len(plans)
+
+
+def _write_header(
+    path: Path, source: SourceModel, reader: GGUFReader | None, plans: list[TensorPlan],
+    metadata: Mapping[str, str | int | float],
+) -> int:  # fmt: skip
+    """Write everything before the tensors' data; returns the alignment of the data."""
+    writer = GGUFWriter(path, source.family.gguf_arch)
+    _add_keys_(writer, source, reader, plans, metadata)
+    for plan in plans:
+        kind = GGMLQuantizationType[plan.row.type]
+        writer.add_tensor_info(plan.row.name, plan.row.shape, np.dtype(np.float32), plan.row.nbytes, kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+    finally:
+        writer.close()
+    return writer.data_alignment
 
 
 def _add_keys_(

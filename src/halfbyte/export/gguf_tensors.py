@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 
-from torch import Tensor
+from torch import Tensor, uint8
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.gguf_hparams import ROPE_FREQS
@@ -49,6 +49,14 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
+class EncodedRows:
+    """A matrix that was encoded before: ``rows`` uint8 ``[out, row bytes]`` of ggml type ``type``."""
+
+    type: str
+    rows: Tensor
+
+
+@dataclass(frozen=True)
 class TensorTypes:
     """Which ggml type each tensor gets.
 
@@ -69,8 +77,12 @@ def plan_tensors(
     overrides: Mapping[str, Tensor],
     types: TensorTypes,
     rope_factors: Tensor | None = None,
+    encoded: Mapping[str, EncodedRows] | None = None,
 ) -> list[TensorPlan]:
     """Decide name, type and shape of every tensor, in model order.
+
+    Args:
+        encoded: matrix, also embedding or head -> what to write for it as it is.
 
     Raises:
         HalfbyteError: names that the model does not have, shapes that do not match, codes that Q4_0 cannot hold, rows
@@ -92,6 +104,11 @@ def plan_tensors(
     for name, value in parameters.items():
         layer = name.removesuffix(".weight")
         codes = weights.get(layer)
+        made = (encoded or {}).get(layer)
+        if made is not None:
+            row = TensorRow(_gguf_name(source, name), name, made.type, tuple(value.shape), 0)
+            plans.append(_plan(row, _encoded_rows(source, row, made)))
+            continue
         kind = "F32" if value.ndim == 1 else outside.get(name) or per_layer.get(layer, "Q4_0" if codes else "F16")
         row = TensorRow(_gguf_name(source, name), name, kind, tuple(value.shape), 0)
         heads = _rotary_heads(source, row.name)
@@ -124,6 +141,19 @@ def _parameters(source: SourceModel, overrides: Mapping[str, Tensor]) -> dict[st
     return parameters
 
 
+def _encoded_rows(source: SourceModel, row: TensorRow, made: EncodedRows) -> Callable[[], Tensor]:
+    """The rows themselves, in the order of the file.
+
+    Raises:
+        HalfbyteError: they are of another shape.
+    """
+    expected = [row.shape[0], row_bytes(row.shape[1], row.type, where=row.parameter)]
+    if list(made.rows.shape) != expected:
+        got = list(made.rows.shape)
+        raise HalfbyteError("encoded rows do not fit", where=row.parameter, expected=expected, got=got)
+    return _reordered(made.rows, _rotary_heads(source, row.name))
+
+
 def _plan(row: TensorRow, make: Callable[[], Tensor | GroupedWeight]) -> TensorPlan:
     """Size the row and choose the encoder by what ``make`` returns: codes keep their numbers, floats are encoded."""
     where = row.parameter or row.name
@@ -133,6 +163,9 @@ def _plan(row: TensorRow, make: Callable[[], Tensor | GroupedWeight]) -> TensorP
         made = make()
         if isinstance(made, GroupedWeight):
             yield q4_0_blocks(made, where=where)
+            return
+        if made.dtype == uint8:
+            yield made.numpy()
             return
         for rows in made.split(max(1, CHUNK_ELEMENTS // row.shape[-1])) if made.ndim > 1 else (made,):
             yield encode(rows, row.type, where=where)

@@ -1,5 +1,7 @@
 """A plan on disk: ``NAME.pt`` or ``NAME.json`` with the choice, and ``NAME.safetensors`` beside it with the W4 codes.
 
+``NAME.types.safetensors`` holds the matrices of a GGUF file as they were encoded (:mod:`halfbyte.formats.encoded`).
+
 The codes file holds, per layer, ``LAYER.codes`` (two int4 codes per byte) and ``LAYER.scales`` (fp16); per unit with a
 low-rank input transform ``LAYER.basis`` and ``LAYER.gain`` under its first layer's name; and under their own names the
 parameters that transforms changed (norms, biases, a rotated embedding). Export and simulation read these numbers;
@@ -53,6 +55,11 @@ def check_suffix(path: Path) -> None:
 def codes_path(path: str | Path) -> Path:
     """Where the codes of the plan at ``path`` are."""
     return Path(path).with_suffix(".safetensors")
+
+
+def types_path(path: str | Path) -> Path:
+    """Where the encoded matrices of the plan at ``path`` are."""
+    return Path(path).with_suffix(".types.safetensors")
 
 
 def save_codes(path: str | Path, codes: Codes) -> str:
@@ -141,9 +148,14 @@ def load_plan(path: str | Path, *, with_codes: bool = True) -> Plan:
         raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
     plan = Plan.from_dict(data, where=path)
     if with_codes:
-        codes = codes_path(path)
-        if not codes.is_file():
-            raise HalfbyteError("codes file is missing", where=codes, fix="keep it beside the plan, or search again")
-        if sha256(codes) != plan.codes_sha256:
-            raise HalfbyteError("codes file belongs to another plan, or is damaged", where=codes, fix="search again")
+        for digest, beside in ((plan.codes_sha256, codes_path(path)), (plan.file.get("sha256"), types_path(path))):
+            if digest:
+                _check_beside(beside, digest)
     return plan
+
+
+def _check_beside(path: Path, digest: str) -> None:
+    if not path.is_file():
+        raise HalfbyteError("codes file is missing", where=path, fix="keep it beside the plan, or search again")
+    if sha256(path) != digest:
+        raise HalfbyteError("codes file belongs to another plan, or is damaged", where=path, fix="search again")

@@ -1,0 +1,181 @@
+"""Every matrix of a model in every type of its menu, and how much output error that makes.
+
+The model stays unquantised: transforms are folded into it in place, block by block on the device, and each matrix is
+encoded for the inputs of the unquantised model, so that any mixture of types can be put together afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from halfbyte.calibration.twins import TwinStep, walk_twins
+from halfbyte.errors import HalfbyteError
+from halfbyte.files import write_text
+from halfbyte.formats.encoded import Encoded, save_encoded
+from halfbyte.formats.ggml import decode_tensor
+from halfbyte.models.archs import Family
+from halfbyte.models.loading import SourceModel
+from halfbyte.models.modules import head_dim, is_tied, linear
+from halfbyte.models.surgery import InputScheme
+from halfbyte.numerics.hadamard import rotation_matrix
+from halfbyte.prepare.menus import OUTSIDE, TensorMenu
+from halfbyte.prepare.recipe import Recipe
+from halfbyte.prepare.scales import scale_unit_
+from halfbyte.progress import Progress, Reporter
+from halfbyte.transforms.rotation import transform_heads_
+from halfbyte.weights.gptq import DAMPING, NotPositive, Ordered
+from halfbyte.weights.on_grid import Job, encode_
+
+BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
+TOP_ROWS = 8192  # of embedding and head, encoded at once
+STAGE = "encode candidates"
+
+
+@dataclass
+class Candidates:
+    """What :func:`encode_candidates_` leaves.
+
+    Attributes:
+        encoded: the encoded matrices, in files.
+        errors: matrix -> type -> squared output error per token; of an embedding that is not the head, squared error.
+    """
+
+    encoded: Encoded = field(default_factory=Encoded)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def add(self, folder: Path, stem: str) -> None:
+        """Map what was written for one part of the model."""
+        self.encoded.add(folder / f"{stem}.safetensors")
+        self.errors |= json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+
+
+def encode_candidates_(
+    source: SourceModel,
+    tokens: torch.Tensor,
+    recipe: Recipe,
+    menus: Sequence[TensorMenu],
+    folder: Path,
+    report: Reporter,
+    *,
+    device: torch.device,
+) -> Candidates:
+    """Fold the recipe's transforms into ``source.model``, in place, and encode its matrices into ``folder``.
+
+    Parts that are in the folder already are not encoded again. Blocks visit ``device`` one at a time, in fp32.
+
+    Args:
+        tokens: calibration text, int64 ``[windows, length]``.
+        menus: see :func:`halfbyte.prepare.menus.menus_of`.
+
+    Raises:
+        HalfbyteError: values that are not finite, or that a type cannot hold.
+    """
+    family, made = source.family, Candidates()
+    batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
+    last: list[torch.Tensor] = []
+
+    def leave(step: TwinStep) -> None:
+        last[:] = step.outputs
+
+    for step in walk_twins(source.model, family, tokens, device=device, batch=batch, leave=leave):
+        fold_(step, source, recipe)
+        stem = f"block-{step.index:03d}"
+        if not (folder / f"{stem}.json").exists():
+            own = {menu.name: menu for menu in menus if menu.block == step.index}
+            _encode_block(step, family, own, recipe, folder, stem)
+        made.add(folder, stem)
+        step.split()
+        report(Progress(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem))
+    if not (folder / "top.json").exists():
+        _encode_top(source, [menu for menu in menus if menu.block == OUTSIDE], last, folder)
+    made.add(folder, "top")
+    report(Progress(STAGE, 1, 1, f"{sum(len(menu.types) for menu in menus)} of {len(menus)} matrices"))
+    return made
+
+
+def fold_(step: TwinStep, source: SourceModel, recipe: Recipe) -> None:
+    """Fold rotations and channel scales into the original block, and see its inputs."""
+    family, size = source.family, head_dim(source.config)
+    if "r2" in recipe.transforms:
+        value = linear(step.original, family.value).weight
+        turn = rotation_matrix(size).to(value).expand(value.shape[0] // size, -1, -1)
+        transform_heads_(step.original, family, turn, turn.mT, size)
+    step.observe([group[0] for group in family.groups])
+    if recipe.scales_channels:
+        for group in family.groups:
+            scale_unit_(step, family, group, recipe, InputScheme(), size)
+
+
+def _encode_block(
+    step: TwinStep, family: Family, menus: dict[str, TensorMenu], recipe: Recipe, folder: Path, stem: str
+) -> None:
+    rows: dict[tuple[str, str], torch.Tensor] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for group in family.groups:
+        known, importance = hessian_of(step.seen.pop(group[0]))
+        own = [menus[f"{family.blocks}.{step.index}.{part}"] for part in group]
+        weights = [linear(step.original, part).weight.float() for part in group]
+        jobs = [Job(weight, kind, menu.name) for menu, weight in zip(own, weights, strict=True) for kind in menu.types]
+        encode_(jobs, importance, known, feedback=recipe.quantiser.looks_at_inputs)
+        for job in jobs:
+            rows[job.where, job.type] = job.rows.cpu()
+            errors.setdefault(job.where, {})[job.type] = float(job.error.sum())
+    parameters = {
+        f"{family.blocks}.{step.index}.{name}": value
+        for name, value in step.original.named_parameters()
+        if name.removesuffix(".weight") not in family.linears
+    }
+    save_encoded(folder / f"{stem}.safetensors", rows, parameters)
+    write_text(folder / f"{stem}.json", json.dumps(errors))
+
+
+def _encode_top(source: SourceModel, menus: Sequence[TensorMenu], hidden: Iterable[torch.Tensor], folder: Path) -> None:
+    """Embedding and output head; a head that is tied is the embedding, and encoded for what it reads."""
+    model, family = source.model, source.family
+    norm = model.get_submodule(family.final_norm)
+    device = next(iter(hidden)).device
+    with torch.no_grad():
+        final = [norm.to(device)(states.to(source.dtype)).float().flatten(0, 1) for states in hidden]
+    norm.to(source.device)
+    known, importance = hessian_of(final)
+    rows: dict[tuple[str, str], torch.Tensor] = {}
+    errors: dict[str, dict[str, float]] = {}
+    for menu in menus:
+        is_read = menu.name == family.head or is_tied(model, family)
+        columns = importance if is_read else torch.ones_like(importance)
+        parts: dict[str, list[torch.Tensor]] = {kind: [] for kind in menu.types}
+        totals = dict.fromkeys(menu.types, 0.0)
+        for weight in linear(model, menu.name).weight.split(TOP_ROWS):
+            jobs = [Job(weight.to(device).float(), kind, menu.name) for kind in menu.types]
+            encode_(jobs, columns, known, feedback=menu.name == family.head)
+            for job in jobs:
+                if not is_read:
+                    job.error = (decode_tensor(job.rows, job.type) - job.weight).square().sum(-1)
+                parts[job.type].append(job.rows.cpu())
+                totals[job.type] += float(job.error.sum())
+        rows |= {(menu.name, kind): torch.cat(chunks) for kind, chunks in parts.items()}
+        errors[menu.name] = totals
+    save_encoded(folder / "top.safetensors", rows, {})
+    write_text(folder / "top.json", json.dumps(errors))
+
+
+def hessian_of(batches: Sequence[torch.Tensor]) -> tuple[Ordered, torch.Tensor]:
+    """Mean of x xᵀ over ``batches`` of ``[tokens, in]``, factorised, and its diagonal ``[in]``."""
+    count = sum(len(batch) for batch in batches)
+    hessian = batches[0].new_zeros(batches[0].shape[1], batches[0].shape[1])
+    for batch in batches:
+        hessian.addmm_(batch.T, batch, alpha=1 / count)
+    importance = hessian.diagonal().clone()
+    known = Ordered(hessian)
+    for damping in DAMPING:
+        try:
+            known.factorise(damping)
+        except NotPositive:
+            continue
+        return known, importance
+    raise HalfbyteError("activations are not finite", where="calibration", fix="compute in fp32 (--dtype fp32)")

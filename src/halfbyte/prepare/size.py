@@ -1,0 +1,78 @@
+"""How large a GGUF file may be, and what that leaves for its matrices."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from math import prod
+
+from halfbyte.errors import HalfbyteError
+from halfbyte.export.gguf import header_bytes
+from halfbyte.models.loading import SourceModel
+from halfbyte.models.modules import is_tied
+from halfbyte.prepare.menus import TensorMenu
+from halfbyte.runtime.file_types import FILE_TYPES, Shape, tensor_type
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+ALIGNMENT = 32  # of a tensor's data in the file
+METADATA = 2048  # for what the export says about itself
+
+
+def parse_size(text: str) -> int:
+    """``4.36GiB``, ``700MB`` or plain bytes, in bytes.
+
+    Raises:
+        HalfbyteError: not a size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = UNITS.get(match[2].upper()) if match else None
+    if match is None or unit is None:
+        raise HalfbyteError("not a size", where="--size", expected="such as 4.36GiB, 700MB or bytes", got=text)
+    return int(float(match[1]) * unit)
+
+
+def around(source: SourceModel, menus: Sequence[TensorMenu]) -> int:
+    """Bytes of the file that are not in one of the matrices: header, tokenizer, norms, biases, padding at most."""
+    matrices = {f"{menu.name}.weight" for menu in menus}
+    others = [value for name, value in source.model.named_parameters() if name not in matrices]
+    count = len(menus) + len(others)
+    return header_bytes(source) + METADATA + sum(4 * prod(value.shape) for value in others) + ALIGNMENT * (count + 1)
+
+
+def recipe_types(source: SourceModel, menus: Sequence[TensorMenu], file_type: str) -> dict[str, str]:
+    """Matrix -> the type it has in llama.cpp's ``file_type`` with an importance matrix."""
+    config, family = source.config, source.family
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", heads)
+    tied = is_tied(source.model, family)
+    shape = Shape(family.gguf_arch, config.num_hidden_layers, heads, kv_heads, tied, has_imatrix=True)
+    names = {menu.name: family.gguf_name(f"{menu.name}.weight") for menu in menus}
+    return {menu.name: tensor_type(file_type, names[menu.name], menu.columns, shape)[1].name for menu in menus}
+
+
+def capacity_of(source: SourceModel, menus: Sequence[TensorMenu], *, size: str, bpw: float, like: str) -> int:
+    """Bytes that the matrices may take together.
+
+    Args:
+        size: of the whole file, such as ``4.36GiB``; empty: not said.
+        bpw: mean bits per weight of the matrices; 0: not said.
+        like: otherwise the size of llama.cpp's file of this type, with what the export says about itself.
+
+    Raises:
+        HalfbyteError: more than one of them is said, or something that is none.
+    """
+    if size and bpw:
+        raise HalfbyteError("two budgets", where="--size, --bpw", fix="leave one of them out")
+    if size:
+        left = parse_size(size) - around(source, menus)
+        if left <= 0:
+            raise HalfbyteError("no room for weights", where="--size", expected=f"over {around(source, menus)} bytes")
+        return left
+    if bpw:
+        if not 1 <= bpw <= 16:
+            raise HalfbyteError("out of range", where="--bpw", expected="1 to 16 bits per weight", got=bpw)
+        return int(bpw * sum(menu.rows * menu.columns for menu in menus) / 8)
+    if like not in FILE_TYPES:
+        raise HalfbyteError("unknown file type", where="--like", expected=", ".join(FILE_TYPES), got=like)
+    types = recipe_types(source, menus, like)
+    return sum(menu.nbytes(types[menu.name]) for menu in menus) - METADATA

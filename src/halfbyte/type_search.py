@@ -1,0 +1,195 @@
+"""Search a ggml type for every matrix of a model under a size: what ``--target gguf`` adds to a plan.
+
+candidates of every matrix → KL of each matrix at its smallest type → knapsack → genetic search → validation
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+
+from halfbyte.allocation import validated
+from halfbyte.errors import HalfbyteError
+from halfbyte.formats.encoded import save_encoded
+from halfbyte.models.loading import SourceModel
+from halfbyte.options import SearchOptions
+from halfbyte.parallel import Group
+from halfbyte.prepare.candidates import encode_candidates_
+from halfbyte.prepare.menus import TensorMenu, menus_of
+from halfbyte.prepare.recipe import Recipe
+from halfbyte.prepare.size import capacity_of, recipe_types
+from halfbyte.progress import Progress, Reporter
+from halfbyte.results import TypesFound
+from halfbyte.search.fitness import KLFitness, stages_of
+from halfbyte.search.genetic import GeneticSettings
+from halfbyte.search.menu import Menu, pruned
+from halfbyte.search.problem import Genome
+from halfbyte.search.reference import Reference
+from halfbyte.search.runner import run_genetic
+from halfbyte.search.type_evaluator import MixedTypes, TypeEvaluator
+from halfbyte.stages import Stages
+from halfbyte.transforms import expand
+
+DEFAULT_LIKE = "Q4_K_M"
+GROUP_SIZE = 32  # weights that share a scale in most types; for the choice of channel scales
+TINY = 1e-12  # nats: no matrix is free
+
+
+def capacity(source: SourceModel, options: SearchOptions) -> tuple[int, list[TensorMenu]]:
+    """Bytes that the matrices may take together, and the types to choose from.
+
+    Raises:
+        HalfbyteError: no mixture of types is that small.
+    """
+    menus = menus_of(source, mean_bits=4.5)
+    room = capacity_of(source, menus, size=options.size, bpw=options.bpw, like=options.like or DEFAULT_LIKE)
+    menus = menus_of(source, 8 * room / sum(menu.rows * menu.columns for menu in menus))
+    any_losses = [tuple(range(len(menu.types), 0, -1)) for menu in menus]
+    Menu(_costs(menus), tuple(any_losses), room)
+    return room, menus
+
+
+class TypeSearch:
+    """The search on one model and one set of texts.
+
+    Args:
+        source: the model, unquantised; transforms are folded into it.
+        windows: ``calib``, ``search`` and ``valid`` text, int64 ``[windows, length]``.
+        known: the unquantised model's answers on ``search`` and on ``valid``.
+        room, menus: see :func:`capacity`.
+    """
+
+    def __init__(
+        self, source: SourceModel, windows: Mapping[str, torch.Tensor], known: tuple[Reference, Reference],
+        room: int, menus: Sequence[TensorMenu], options: SearchOptions, stages: Stages, report: Reporter,
+        device: torch.device, group: Group,
+    ) -> None:  # fmt: skip
+        self.source, self.room, self.options, self.stages = source, room, options, stages
+        self.report, self.group = report, group
+        self.transforms = transforms_of(options)
+        recipe = Recipe(self.transforms, options.weights, group_size=GROUP_SIZE, scale_bits=8)
+        stages.candidates.mkdir(parents=True, exist_ok=True)
+        where = torch.device("cpu") if device.type == "mps" else device  # see pipeline
+        made = encode_candidates_(source, windows["calib"], recipe, menus, stages.candidates, report, device=where)
+        self.encoded, self.errors = made.encoded, made.errors
+        self.menus = [_pruned(menu, made.errors[menu.name]) for menu in menus]
+        self.mixed = MixedTypes(source.model, source.family, self.menus, made.encoded, device)
+        self.evaluator, self.judge = (
+            TypeEvaluator(self.mixed, windows[part], answers, group=group)
+            for part, answers in zip(("search", "valid"), known, strict=True)
+        )
+        self.fitness = KLFitness(self.evaluator, stages_of(self.evaluator.windows))
+
+    @cached_property
+    def losses(self) -> list[list[float]]:
+        """What each type of each matrix adds to the KL: measured for the smallest, by output error for the others.
+
+        KL is quadratic in a small error of one matrix, and so is the output error; the measured KL of a type that
+        changes little would be noise.
+        """
+
+        def measure() -> list[float]:
+            found = [0.0] * len(self.menus)
+            for done, (at, loss) in enumerate(self.evaluator.each_alone([0] * len(self.menus)), start=1):
+                found[at] = loss
+                self.report(Progress("KL of each matrix", done, len(found), self.menus[at].name))
+            return found
+
+        found = []
+        for menu, smallest in zip(self.menus, self.stages.value("matrix_losses", measure), strict=True):
+            errors = [self.errors[menu.name][kind] for kind in menu.types]
+            found.append([max(smallest, TINY) * error / errors[0] for error in errors])
+        return found
+
+    def best(self, room: int, generations: int, name: str = "types") -> TypesFound:
+        """Search one size.
+
+        Args:
+            room: bytes that the matrices may take.
+            generations: of the genetic algorithm.
+            name: of its state file.
+        """
+        space = Menu(_costs(self.menus), tuple(map(tuple, self.losses)), room)
+        starts = {"knapsack": space.knapsack(), "llama.cpp's mixture": space.fill(space.repair(self._mixture()))}
+        algorithm = run_genetic(
+            space,
+            GeneticSettings(population=self.options.ga_pop, generations=generations),
+            seeds=list(starts.values()),
+            seed=self.options.seed,
+            fitness=self.fitness,
+            state_file=self.stages.folder / f"{name}.json",
+            resume=self.stages.resumed,
+            report=self.report,
+            group=self.group,
+        )
+        tokens = self.judge.windows * self.judge.length
+        self.report(Progress("validation", 0, 1, f"{tokens} tokens each"))
+        choice = validated(starts.values(), algorithm, self.evaluator, self.judge)
+        winner = choice.winner
+        labels = {genome: label for label, genome in starts.items()}
+        self.report(Progress("validation", 1, 1, f"noise floor {choice.noise_floor:.2g}"))
+        types = {menu.name: menu.types[gene] for menu, gene in zip(self.menus, winner, strict=True)}
+        return TypesFound(
+            transforms=self.transforms,
+            types=types,
+            capacity=room,
+            nbytes=space.spent(winner),
+            losses={label: self.judge.score(genome) for label, genome in {**starts, "plan": winner}.items()},
+            history=algorithm.history,
+            about={
+                "evaluations": len(algorithm.scores), "finalists": len(choice.differences), "ties": len(choice.ties),
+                "noise_floor": choice.noise_floor, "winner": labels.get(winner, "genetic search"),
+            },
+            rows=[
+                {
+                    "matrix": menu.name, "rows": menu.rows, "columns": menu.columns, "type": types[menu.name],
+                    "bytes": menu.nbytes(types[menu.name]), "kl_alone": losses[gene],
+                }
+                for menu, losses, gene in zip(self.menus, self.losses, winner, strict=True)
+            ],
+        )  # fmt: skip
+
+    def _mixture(self) -> Genome:
+        """llama.cpp's own mixture, in types on the menus that are no larger."""
+        types = recipe_types(self.source, self.menus, self.options.like or DEFAULT_LIKE)
+        genome = []
+        for menu in self.menus:
+            wanted = menu.nbytes(types[menu.name])
+            fitting = [gene for gene, kind in enumerate(menu.types) if menu.nbytes(kind) <= wanted]
+            genome.append(fitting[-1] if fitting else 0)
+        return tuple(genome)
+
+    def save(self, types: Mapping[str, str]) -> None:
+        """Write the encoded matrices of a mixture, and the parameters that transforms changed."""
+        rows = {(name, kind): self.encoded.rows(name, kind) for name, kind in types.items()}
+        save_encoded(self.stages.types, rows, self.encoded.extra)
+
+
+def transforms_of(options: SearchOptions) -> tuple[str, ...]:
+    """What is folded before matrices are encoded.
+
+    Raises:
+        HalfbyteError: a transform that cannot be folded into one matrix after the other.
+    """
+    if options.transforms == "auto":
+        return ("smooth",)
+    chosen = expand(options.transforms, "gguf", tied=True)
+    if "r1" in chosen:
+        raise HalfbyteError(
+            "R1 is not for a mixture of types", where="--transforms", expected="smooth, r2 or none",
+            fix="leave it out, or search with --spaces a4a8",
+        )  # fmt: skip
+    return chosen
+
+
+def _costs(menus: Sequence[TensorMenu]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(menu.nbytes(kind) for kind in menu.types) for menu in menus)
+
+
+def _pruned(menu: TensorMenu, errors: Mapping[str, float]) -> TensorMenu:
+    """Without types for which another one is no larger and no worse."""
+    kept = pruned([menu.nbytes(kind) for kind in menu.types], [errors[kind] for kind in menu.types])
+    return replace(menu, types=tuple(menu.types[at] for at in kept))

@@ -93,7 +93,7 @@ def check_search_options(options: SearchOptions) -> None:
     recipe_of(options, tied=False)
     if "ggml" not in spaces_of(options) and (options.size or options.bpw or options.like):
         raise HalfbyteError(
-            "only a GGUF file has a size to keep to", where="--size, --bpw, --like", fix="use --target gguf"
+            "only types keep to a size", where="--size, --bpw, --like", fix="search with --target gguf --spaces ggml"
         )
 
 
@@ -199,9 +199,11 @@ def _search_types(run: Run, room: int, menus: Sequence[TensorMenu]) -> TypesFoun
     stages = (run.stages, run.report, run.device, run.group)
     found = TypeSearch(run.source, run.windows, known, room, menus, run.options, *stages)
     best = found.best(room, run.options.ga_gen)
+    front = found.front(best) if run.options.pareto else {}
     if run.group.first:
-        found.save(best.types)
-    return best
+        for like, one in {"": best, **front}.items():
+            found.save(one, like)
+    return replace(best, front=front)
 
 
 def _check_outputs(options: SearchOptions) -> None:

@@ -16,7 +16,7 @@ from halfbyte.naming import short_name
 from halfbyte.options import SearchOptions
 from halfbyte.prepare.walk import Prepared
 from halfbyte.provenance import made_with
-from halfbyte.report.front import front_plot
+from halfbyte.report.front import front_plot, size_front_plot
 from halfbyte.report.plots import convergence_plot, sensitivity_heatmap
 from halfbyte.report.tables import csv_text
 from halfbyte.search.problem import Genome
@@ -33,6 +33,7 @@ REPORTS = (
 )
 FRONT_REPORTS = ("front.json", "front.csv", "front.png")
 TYPE_REPORTS = ("types.csv", "types.json")
+TYPE_FRONT_REPORTS = ("types-front.csv", "types-front.png")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class TypesFound:
         history: one row per generation.
         about: how it was found.
         rows: one per matrix: its type, bytes, and predicted loss.
+        front: file type of llama.cpp -> the best mixture of its size, if asked for.
     """
 
     transforms: tuple[str, ...]
@@ -74,6 +76,7 @@ class TypesFound:
     history: list[dict[str, float]]
     about: dict[str, Any]
     rows: list[dict[str, Any]]
+    front: Mapping[str, TypesFound] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def output_paths(output: Path, spaces: Sequence[str], *, front: bool) -> list[Pa
         paths += [codes_path(output), *(_beside(output, kind) for kind in kinds)]
     if "ggml" in spaces:
         paths += [types_path(output), *(_beside(output, kind) for kind in TYPE_REPORTS)]
+        paths += [_beside(output, kind) for kind in TYPE_FRONT_REPORTS if front]
     return paths
 
 
@@ -159,12 +163,16 @@ def make_plan(
         plan = _with_activations(plan, options, activations, outcomes, stages)
     if types is not None:
         outcomes += [Outcome(name, "a ggml type", kind) for name, kind in types.types.items()]
-        record = {
-            "transforms": list(types.transforms), "capacity": types.capacity, "nbytes": types.nbytes,
-            "losses": types.losses, **types.about, "sha256": sha256(stages.types),
-        }  # fmt: skip
-        plan = replace(plan, tensors=types.types, file=record)
+        plan = _with_types(plan, types, stages.types())
     return plan, outcomes
+
+
+def _with_types(plan: Plan, found: TypesFound, encoded: Path) -> Plan:
+    record = {
+        "transforms": list(found.transforms), "capacity": found.capacity, "nbytes": found.nbytes,
+        "losses": found.losses, **found.about, "sha256": sha256(encoded),
+    }  # fmt: skip
+    return replace(plan, tensors=found.types, file=record)
 
 
 def _with_activations(
@@ -208,18 +216,24 @@ def write_results(
     if activations is not None:
         named += _activation_reports(output, plan, outcomes, activations, made_by)
         moved.append((stages.codes, codes_path(output)))
+    plans = {output: plan}
     if types is not None:
         named += _type_reports(output, plan, types, made_by)
-        moved.append((stages.types, types_path(output)))
+        moved.append((stages.types(), types_path(output)))
+        for like, point in types.front.items():
+            path = output.with_name(f"{output.stem}.{like}{output.suffix}")
+            plans[path] = _with_types(replace(plan, layers={}, codes_sha256=""), point, stages.types(like))
+            moved.append((stages.types(like), types_path(path)))
     for here, there in moved:
         here.replace(there)
     try:
-        save_plan(output, plan)
+        for path, one in plans.items():
+            save_plan(path, one)
     except HalfbyteError:
         for here, there in moved:
             there.replace(here)  # a resumed run starts from here
         raise
-    return [output, *(there for _, there in moved), *named]
+    return [*plans, *(there for _, there in moved), *named]
 
 
 def _activation_reports(
@@ -253,12 +267,24 @@ def _activation_reports(
 
 
 def _type_reports(output: Path, plan: Plan, found: TypesFound, made_by: dict[str, Any]) -> list[Path]:
-    """Matrix, type, bytes, what it loses alone; and the history."""
+    """Matrix, type, bytes, what it loses alone; the history; and a front of sizes."""
     table, history = (_beside(output, kind) for kind in TYPE_REPORTS)
     write_text(table, csv_text(list(found.rows[0]), [list(row.values()) for row in found.rows]))
     record = {"made_by": made_by, "losses": found.losses, **found.about, "generations": found.history}
     write_text(history, json.dumps(record, indent=1))
-    return [table, history]
+    if not found.front:
+        return [table, history]
+    points = [
+        {
+            "like": like, "bytes": point.nbytes, "kl_validation": point.losses["plan"],
+            "kl_knapsack": point.losses["knapsack"], "noise_floor": point.about["noise_floor"],
+        }
+        for like, point in sorted(found.front.items(), key=lambda item: item[1].nbytes)
+    ]  # fmt: skip
+    numbers, picture = (_beside(output, kind) for kind in TYPE_FRONT_REPORTS)
+    write_text(numbers, csv_text(list(points[0]), [list(point.values()) for point in points]))
+    size_front_plot(picture, points, title=f"{short_name(plan.model_id)}: KL against size", chosen=found.nbytes)
+    return [table, history, numbers, picture]
 
 
 def _draw(heatmap: Path, convergence: Path, plan: Plan, rows: list[dict[str, Any]], found: Found) -> None:

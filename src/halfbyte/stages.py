@@ -12,7 +12,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.files import write_text
 from halfbyte.parallel import ALONE, Group
 
-RECORD, CODES, TYPES = "settings.json", "codes.safetensors", "types.safetensors"
+RECORD, CODES = "settings.json", "codes.safetensors"
 CANDIDATES = "candidates"  # folder of encoded matrices
 
 
@@ -92,10 +92,9 @@ class Stages:
         """Folder of the encoded matrices to choose from."""
         return self.folder / CANDIDATES
 
-    @property
-    def types(self) -> Path:
-        """The encoded matrices of the winner, until the plan stands."""
-        return self.folder / TYPES
+    def types(self, like: str = "") -> Path:
+        """The encoded matrices of the winner, or of another point of a front, until the plan stands."""
+        return self.folder / f"types{like and '-'}{like}.safetensors"
 
     def __enter__(self) -> Stages:
         return self

@@ -34,6 +34,8 @@ from halfbyte.stages import Stages
 from halfbyte.transforms import expand
 
 DEFAULT_LIKE = "Q4_K_M"
+FRONT = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")  # whose sizes make a front
+FRONT_SHARE = 2  # of the generations, for each of them
 GROUP_SIZE = 32  # weights that share a scale in most types; for the choice of channel scales
 TINY = 1e-12  # nats: no matrix is free
 
@@ -47,8 +49,8 @@ def capacity(source: SourceModel, options: SearchOptions) -> tuple[int, list[Ten
     menus = menus_of(source, mean_bits=4.5)
     room = capacity_of(source, menus, size=options.size, bpw=options.bpw, like=options.like or DEFAULT_LIKE)
     menus = menus_of(source, 8 * room / sum(menu.rows * menu.columns for menu in menus))
-    any_losses = [tuple(range(len(menu.types), 0, -1)) for menu in menus]
-    Menu(_costs(menus), tuple(any_losses), room)
+    costs = [tuple(sorted(set(own))) for own in _costs(menus)]
+    Menu(tuple(costs), tuple(tuple(range(len(own), 0, -1)) for own in costs), room)  # refuses what is too small
     return room, menus
 
 
@@ -104,23 +106,24 @@ class TypeSearch:
             found.append([max(smallest, TINY) * error / errors[0] for error in errors])
         return found
 
-    def best(self, room: int, generations: int, name: str = "types") -> TypesFound:
+    def best(self, room: int, generations: int, like: str = "") -> TypesFound:
         """Search one size.
 
         Args:
             room: bytes that the matrices may take.
             generations: of the genetic algorithm.
-            name: of its state file.
+            like: llama.cpp's file type of about that size, where the search starts from too.
         """
         space = Menu(_costs(self.menus), tuple(map(tuple, self.losses)), room)
-        starts = {"knapsack": space.knapsack(), "llama.cpp's mixture": space.fill(space.repair(self._mixture()))}
+        mixture = self._mixture(like or self.options.like or DEFAULT_LIKE)
+        starts = {"knapsack": space.knapsack(), "llama.cpp's mixture": space.fill(space.repair(mixture))}
         algorithm = run_genetic(
             space,
             GeneticSettings(population=self.options.ga_pop, generations=generations),
             seeds=list(starts.values()),
             seed=self.options.seed,
             fitness=self.fitness,
-            state_file=self.stages.folder / f"{name}.json",
+            state_file=self.stages.folder / f"types{like and '-'}{like}.json",
             resume=self.stages.resumed,
             report=self.report,
             group=self.group,
@@ -152,9 +155,25 @@ class TypeSearch:
             ],
         )  # fmt: skip
 
-    def _mixture(self) -> Genome:
+    def front(self, known: TypesFound) -> dict[str, TypesFound]:
+        """llama.cpp's file type -> the best mixture of its size, by shorter searches; those that the menus reach.
+
+        Args:
+            known: the winner of one size.
+        """
+        sizes = [sum(menu.nbytes(menu.types[end]) for menu in self.menus) for end in (0, -1)]
+        found = {}
+        for like in FRONT:
+            room = capacity_of(self.source, self.menus, size="", bpw=0, like=like)
+            if room == known.capacity:
+                found[like] = known
+            elif sizes[0] < room < sizes[1]:
+                found[like] = self.best(room, max(1, self.options.ga_gen // FRONT_SHARE), like)
+        return found
+
+    def _mixture(self, like: str) -> Genome:
         """llama.cpp's own mixture, in types on the menus that are no larger."""
-        types = recipe_types(self.source, self.menus, self.options.like or DEFAULT_LIKE)
+        types = recipe_types(self.source, self.menus, like)
         genome = []
         for menu in self.menus:
             wanted = menu.nbytes(types[menu.name])
@@ -162,10 +181,10 @@ class TypeSearch:
             genome.append(fitting[-1] if fitting else 0)
         return tuple(genome)
 
-    def save(self, types: Mapping[str, str]) -> None:
+    def save(self, found: TypesFound, like: str = "") -> None:
         """Write the encoded matrices of a mixture, and the parameters that transforms changed."""
-        rows = {(name, kind): self.encoded.rows(name, kind) for name, kind in types.items()}
-        save_encoded(self.stages.types, rows, self.encoded.extra)
+        rows = {(name, kind): self.encoded.rows(name, kind) for name, kind in found.types.items()}
+        save_encoded(self.stages.types(like), rows, self.encoded.extra)
 
 
 def transforms_of(options: SearchOptions) -> tuple[str, ...]:

@@ -124,6 +124,8 @@ def test_importance_changes_the_codes_and_is_checked(tiny: Path, tmp_path: Path)
         engine.quantize(tiny, tmp_path / "x", "Q4_0", imatrix={name: np.ones(7)})
     with pytest.raises(HalfbyteError, match="not finite"):
         engine.quantize(tiny, tmp_path / "x", "Q4_0", imatrix={name: np.full(WIDTH, np.nan)})
+    with pytest.raises(HalfbyteError, match="negative"):
+        engine.quantize(tiny, tmp_path / "x", "Q4_0", imatrix={name: np.full(WIDTH, -1.0)})
     with pytest.raises(HalfbyteError, match="not an importance matrix"):
         engine.quantize(tiny, tmp_path / "x", "Q4_0", imatrix=plain)
     assert not (tmp_path / "x").exists()

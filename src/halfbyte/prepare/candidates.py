@@ -7,7 +7,7 @@ encoded for the inputs of the unquantised model, so that any mixture of types ca
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -92,7 +92,8 @@ def encode_candidates_(
         step.split()
         report(Progress(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem))
     if not (folder / "top.json").exists():
-        _encode_top(source, [menu for menu in menus if menu.block == OUTSIDE], last, folder)
+        outside = [menu for menu in menus if menu.block == OUTSIDE]
+        _encode_top(source, outside, last, folder, feedback=recipe.quantiser.looks_at_inputs)
     made.add(folder, "top")
     report(Progress(STAGE, 1, 1, f"{sum(len(menu.types) for menu in menus)} of {len(menus)} matrices"))
     return made
@@ -134,11 +135,13 @@ def _encode_block(
     write_text(folder / f"{stem}.json", json.dumps(errors))
 
 
-def _encode_top(source: SourceModel, menus: Sequence[TensorMenu], hidden: Iterable[torch.Tensor], folder: Path) -> None:
+def _encode_top(
+    source: SourceModel, menus: Sequence[TensorMenu], hidden: Sequence[torch.Tensor], folder: Path, *, feedback: bool
+) -> None:
     """Embedding and output head; a head that is tied is the embedding, and encoded for what it reads."""
     model, family = source.model, source.family
     norm = model.get_submodule(family.final_norm)
-    device = next(iter(hidden)).device
+    device = hidden[0].device
     with torch.no_grad():
         final = [norm.to(device)(states.to(source.dtype)).float().flatten(0, 1) for states in hidden]
     norm.to(source.device)
@@ -152,7 +155,7 @@ def _encode_top(source: SourceModel, menus: Sequence[TensorMenu], hidden: Iterab
         totals = dict.fromkeys(menu.types, 0.0)
         for weight in linear(model, menu.name).weight.split(TOP_ROWS):
             jobs = [Job(weight.to(device).float(), kind, menu.name) for kind in menu.types]
-            encode_(jobs, columns, known, feedback=menu.name == family.head)
+            encode_(jobs, columns, known, feedback=is_read and feedback)
             for job in jobs:
                 if not is_read:
                     job.error = (decode_tensor(job.rows, job.type) - job.weight).square().sum(-1)

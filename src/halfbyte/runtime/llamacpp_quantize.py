@@ -21,6 +21,7 @@ import numpy as np
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import whole_file
 from halfbyte.formats.gguf_file import open_gguf
+from halfbyte.formats.imatrix import check_values, read_imatrix
 from halfbyte.runtime.file_types import Shape, block_size, file_type_number, is_quantised, tensor_type
 from halfbyte.spec import Outcome
 
@@ -29,28 +30,15 @@ QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 
 
 def read_importance(imatrix: str | Path | Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Mean squared input of each matrix: tensor name -> float32 [in].
-
-    A file holds ``<name>.in_sum2`` [1, in] and ``<name>.counts`` [1, 1] (llama.cpp ``tools/imatrix``).
+    """Mean squared input of each matrix: tensor name -> float32 [in], from a file or given so.
 
     Raises:
-        HalfbyteError: not an importance-matrix file, or a value is not finite.
+        HalfbyteError: not an importance-matrix file, or a value is negative or not finite.
     """
-    if isinstance(imatrix, Mapping):
-        values = {name: np.ascontiguousarray(value, np.float32).reshape(-1) for name, value in imatrix.items()}
-    else:
-        reader = open_gguf(Path(imatrix))
-        sums = {t.name: np.asarray(t.data, np.float32).reshape(-1) for t in reader.tensors}
-        names = [name.removesuffix(".in_sum2") for name in sums if name.endswith(".in_sum2")]
-        if not names or any(f"{name}.counts" not in sums for name in names):
-            raise HalfbyteError("not an importance matrix", where=imatrix, expected="tensors .in_sum2 and .counts")
-        values = {}
-        for name in names:
-            total, count = sums[f"{name}.in_sum2"], float(sums[f"{name}.counts"][0])
-            values[name] = total / np.float32(count) if count > 0 else np.ones_like(total)
-    strange = next((name for name, value in values.items() if not np.isfinite(value).all()), None)
-    if strange is not None:
-        raise HalfbyteError("importance is not finite", where=strange)
+    if not isinstance(imatrix, Mapping):
+        return dict(read_imatrix(imatrix).values)
+    values = {name: np.ascontiguousarray(value, np.float32).reshape(-1) for name, value in imatrix.items()}
+    check_values(values)
     return values
 
 

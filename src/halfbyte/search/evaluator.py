@@ -154,9 +154,14 @@ class KLEvaluator:
         with torch.no_grad():
             final = self.model.get_submodule(self.family.final_norm)(states).flatten(0, 1)
             normaliser = torch.cat([logits(self.head, part).logsumexp(dim=-1) for part in token_chunks(final)])
-            projected = self.reference.projected[windows].flatten(0, 1)
-            negentropy = self.reference.negentropy[windows].flatten()
+            reference = self._reference(batch[0].genome)
+            projected = reference.projected[windows].flatten(0, 1)
+            negentropy = reference.negentropy[windows].flatten()
             return negentropy - (projected * final.float()).sum(dim=-1) + normaliser
+
+    def _reference(self, genome: Genome) -> Reference:
+        """The reference for the head that ``genome`` has."""
+        return self.reference
 
     def _set(self, batch: Sequence[Row]) -> torch.Tensor:
         """Give every row its activation bits; returns the window of each, ``[rows]``."""

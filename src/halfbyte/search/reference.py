@@ -33,10 +33,12 @@ class Reference:
     Attributes:
         projected: Wᵀ p, fp32 ``[windows, length, hidden]``.
         negentropy: Σ p log p in nats, fp32 ``[windows, length]``.
+        final: hidden states that the head reads, ``[windows, length, hidden]``; for models with another head.
     """
 
     projected: torch.Tensor
     negentropy: torch.Tensor
+    final: torch.Tensor | None = None
 
     def for_rotated(self, final_norm: torch.Tensor) -> Reference:
         """The same for a model whose residual stream is rotated, its final norm's scale ``[hidden]`` in the head.
@@ -49,10 +51,21 @@ class Reference:
 
     def split(self, windows: int) -> tuple[Reference, Reference]:
         """The first ``windows``, and the others."""
-        (first, others), (known, rest) = (
-            tensor.split([windows, len(tensor) - windows]) for tensor in (self.projected, self.negentropy)
+        parts = (
+            (None, None) if tensor is None else tensor.split([windows, len(tensor) - windows])
+            for tensor in (self.projected, self.negentropy, self.final)
         )
-        return Reference(first, known), Reference(others, rest)
+        first, others = zip(*parts, strict=True)
+        return Reference(*first), Reference(*others)
+
+    def for_head(self, original: torch.Tensor, other: torch.Tensor) -> Reference:
+        """The same for a model whose output head is ``other`` ``[vocab, hidden]`` in place of ``original``."""
+        assert self.final is not None
+        head = nn.Linear(*original.shape[::-1], bias=False, device="meta")
+        head.weight = nn.Parameter(original, requires_grad=False)
+        parts = token_chunks(self.final.flatten(0, 1))
+        projected = torch.cat([_project(head, part, other)[0] for part in parts])
+        return Reference(projected.view_as(self.projected), self.negentropy, self.final)
 
 
 def reference(
@@ -62,15 +75,19 @@ def reference(
     hidden = run_blocks(model, family, tokens, device=device, batch=batch)
     norm = copy.deepcopy(model.get_submodule(family.final_norm)).to(device)
     head = copy.deepcopy(linear(model, family.head)).to(device)
-    projected, negentropy = [], []
+    projected, negentropy, finals = [], [], []
     for states in hidden:
         with torch.no_grad():
             final = norm(states).flatten(0, 1)
+        finals.append(final)
         for part in token_chunks(final):
             vectors, sums = _project(head, part)
             projected.append(vectors)
             negentropy.append(sums)
-    return Reference(torch.cat(projected).view(*tokens.shape, -1), torch.cat(negentropy).view(tokens.shape))
+    shape = (*tokens.shape, -1)
+    return Reference(
+        torch.cat(projected).view(shape), torch.cat(negentropy).view(tokens.shape), torch.cat(finals).view(shape)
+    )
 
 
 def token_chunks(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -90,13 +107,17 @@ def logits(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
     return torch.cat([hidden.float() @ rows.float().T for rows in head.weight.split(CHUNK_ROWS)], dim=-1)
 
 
-def _project(head: nn.Linear, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _project(
+    head: nn.Linear, hidden: torch.Tensor, onto: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Wᵀ p and Σ p log p of ``hidden`` ``[tokens, hidden]``; with ``onto`` as W, whose p still is the head's."""
+    weight = head.weight if onto is None else onto
     with torch.no_grad():
         log_p = torch.log_softmax(logits(head, hidden), dim=-1)  # [tokens, vocab]
         mass = log_p.exp().sum(dim=-1, keepdim=True)  # 1 up to rounding, which lse(o) ≈ 30 would magnify
         log_p -= mass.log()
         p = log_p.exp()
         projected = torch.zeros_like(hidden, dtype=torch.float32)
-        for rows, share in zip(head.weight.split(CHUNK_ROWS), p.split(CHUNK_ROWS, dim=-1), strict=True):
+        for rows, share in zip(weight.split(CHUNK_ROWS), p.split(CHUNK_ROWS, dim=-1), strict=True):
             projected += share @ rows.float()
         return projected, (p * log_p).sum(dim=-1)

@@ -54,6 +54,8 @@ class MixedTypes:
     ) -> None:
         self.model, self.family, self.matrices, self.encoded = model, family, list(matrices), encoded
         self.embedding = next(at for at, matrix in enumerate(matrices) if matrix.name == family.embedding)
+        names = [matrix.name for matrix in matrices]
+        self.head = names.index(family.head) if family.head in names else self.embedding  # tied to it
         self.original: Genome = (ORIGINAL,) * len(self.matrices)
         self.device = device
         self._weights = {matrix.name: linear(model, matrix.name).weight for matrix in matrices}
@@ -73,6 +75,10 @@ class MixedTypes:
         if gene != self._loaded[at]:
             self._load(at, gene)
             self._loaded[at] = gene
+
+    def unquantised(self, at: int) -> torch.Tensor:
+        """The weight of a matrix as it was, on the device."""
+        return self._weights[self.matrices[at].name].to(self.device)
 
     def _load(self, at: int, gene: int) -> None:
         matrix = self.matrices[at]
@@ -107,6 +113,7 @@ class TypeEvaluator(KLEvaluator):
         super().__init__(mixed.model, mixed.family, [], tokens, reference, rows=rows, group=group)
         self.mixed, self._tokens = mixed, tokens
         self._first = {ORIGINAL: self._embedded}  # gene of the embedding -> first hidden states
+        self._references = {ORIGINAL: reference}  # gene of the head -> what is known of the unquantised model
 
     def each_alone(self, genes: Sequence[int]) -> Iterator[tuple[int, float]]:
         """(place, KL) for each matrix with its gene from ``genes`` and all others as they were, in any order.
@@ -147,6 +154,13 @@ class TypeEvaluator(KLEvaluator):
 
     def _kl(self, batch: Sequence[Row], hidden: torch.Tensor, start: int) -> torch.Tensor:
         return super()._kl(batch, self._hidden(batch[0].genome) if start == 0 else hidden, start)
+
+    def _reference(self, genome: Genome) -> Reference:
+        gene = genome[self.mixed.head]
+        if gene not in self._references:
+            original = self.mixed.unquantised(self.mixed.head)
+            self._references[gene] = self.reference.for_head(original, self.head.weight)
+        return self._references[gene]
 
     def _hidden(self, genome: Genome) -> torch.Tensor:
         """First hidden states with the embedding that ``genome`` has."""

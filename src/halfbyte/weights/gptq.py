@@ -64,6 +64,11 @@ class Ordered:
         if int(info) or not bool(torch.isfinite(self._factor.diagonal()).all()):
             raise NotPositive(int(info))
 
+    @property
+    def added(self) -> torch.Tensor:
+        """What was added to each element of the diagonal."""
+        return self._damping * self._mean
+
     def _turned(self, matrix: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
         n = len(matrix)
         return matrix[n - rows.stop : n - rows.start, n - columns.stop : n - columns.start].flip(0, 1)

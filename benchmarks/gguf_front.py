@@ -1,0 +1,261 @@
+"""Size against quality of GGUF files: llama.cpp's recipes with an importance matrix, and any files beside them.
+
+    python benchmarks/gguf_front.py --model DIR --work DIR [--ours FILE ...] [--json OUT] [--plot OUT.png] [--tool PATH]
+
+The model becomes an F16 file, which is the reference, and the recipes are made from that file with an importance matrix
+of the calibration part of the text. Every file is then run by llama.cpp on the evaluation part: mean KL (nats per
+token) and its 99th percentile against the F16 file, top-1 agreement, perplexity. Speeds are taken in rounds, one file
+after the other, and the median counts; they compare within one run only. ``--tool`` is llama.cpp's own
+llama-perplexity, whose KL is then put beside ours. For a fair comparison of formats take a model whose weights lie on
+no grid (``benchmarks/unaligned.py``).
+
+Files that are made stay in ``--work``, in a folder named after the weights and the calibration text, and are reused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from agreement import by_tool, by_us
+from matplotlib.figure import Figure
+from transformers.utils.logging import disable_progress_bar
+
+from halfbyte.calibration.importance import matrices, measure_importance
+from halfbyte.calibration.text import Text, load_text
+from halfbyte.calibration.windows import cut, first_scored
+from halfbyte.errors import HalfbyteError
+from halfbyte.evaluate.quality import LogitsFile, measure
+from halfbyte.export.gguf import write_gguf
+from halfbyte.files import check_output, write_text
+from halfbyte.formats.imatrix import check_for, read_imatrix, write_imatrix
+from halfbyte.host import cores, cpu_name
+from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.report.plots import DOTS_PER_INCH, LINE_COLOURS, SEARCH_COLOUR, save_figure, set_title
+from halfbyte.report.tables import Cell, format_bytes, markdown_table, significant
+from halfbyte.runtime.llamacpp import open_engine
+
+RECIPES = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M")
+REFERENCE, LLAMACPP, OURS = "reference", "llama.cpp", "halfbyte"
+CTX = 512  # tokens per window, as in agreement.py
+PROMPT, GENERATED = 512, 64  # tokens that are timed
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One file of the table.
+
+    Attributes:
+        label: what the table calls it.
+        maker: ``REFERENCE``, ``LLAMACPP`` or ``OURS``.
+    """
+
+    label: str
+    path: Path
+    maker: str
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="Hugging Face id, local folder, .gguf file, or demo")
+    parser.add_argument("--work", required=True, type=Path, help="folder for the files that are made")
+    parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help="llama.cpp file types")
+    parser.add_argument("--ours", nargs="*", type=Path, default=[], help="more GGUF files of the same model")
+    parser.add_argument("--text", default="pydoc", help="wikitext2, pydoc, or a file")
+    parser.add_argument("--calib_tokens", type=int, default=32768, help="for the importance matrix")
+    parser.add_argument("--chunks", type=int, default=24, help=f"windows of {CTX} tokens to score")
+    parser.add_argument("--rounds", type=int, default=5, help="of speed; 0 leaves speed out")
+    parser.add_argument("--tool", help="llama-perplexity, to put its numbers beside ours")
+    parser.add_argument("--json", help="also write the rows here, after each file")
+    parser.add_argument("--plot", help="also draw KL against size, a PNG file")
+    parser.add_argument("--force", action="store_true", help="overwrite existing --json and --plot files")
+    return parser.parse_args()
+
+
+def reference_file(folder: Path, source: SourceModel) -> Candidate:
+    """The model as F16 GGUF: what recipes are made from, and what they are compared with."""
+    path = folder / "F16.gguf"
+    if not path.exists():
+        write_gguf(path, source, embedding_type="F16", output_type="F16")
+    return Candidate("F16", path, REFERENCE)
+
+
+def importance_file(folder: Path, source: SourceModel, text: Text, tokens: int) -> Path:
+    """The importance matrix of ``tokens`` tokens spread over the calibration part of the text."""
+    path = folder / "imatrix.gguf"
+    if not path.exists():
+        ids = source.tokenizer(text.parts["calib"], add_special_tokens=False).input_ids
+        windows = torch.tensor(cut(ids, CTX, max(1, tokens // CTX), spread=True, where="calibration text"))
+        write_imatrix(path, measure_importance(source, windows, device=source.device, text=text.name))
+    check_for(read_imatrix(path), matrices(source), where=path)
+    return path
+
+
+def recipe_files(folder: Path, reference: Path, importance: Path, recipes: Sequence[str]) -> list[Candidate]:
+    """llama.cpp's own file types, made from ``reference``."""
+    made = [Candidate(recipe, folder / f"{recipe}.gguf", LLAMACPP) for recipe in recipes]
+    for candidate in made:
+        if not candidate.path.exists():
+            open_engine().quantize(reference, candidate.path, candidate.label, imatrix=importance)
+    return made
+
+
+class Ruler:
+    """Measures files against the reference on one text, by our worker and, if there is one, by llama.cpp's tool."""
+
+    def __init__(self, reference: Path, text: str, chunks: int, scratch: Path, tool: str | None) -> None:
+        self.chunks, self.scratch, self.tool = chunks, scratch, tool
+        self.text, self._base = scratch / "text.txt", scratch / "base.kld"
+        self.text.write_text(text, encoding="utf-8")
+        self.reference, self._reference = reference, by_us(str(reference), self.text, self._folder("reference"), chunks)
+        if tool:
+            by_tool(tool, str(reference), self.text, self._base, chunks, is_reference=True)
+
+    def quality(self, path: Path) -> dict[str, Any]:
+        """Fields of :class:`halfbyte.numerics.metrics.Quality`, ``bytes``, ``peak_memory``, ``engine`` and ``tool``."""
+        is_reference = path == self.reference
+        run = self._reference if is_reference else by_us(str(path), self.text, self._folder("candidate"), self.chunks)
+        ours, theirs = self._logits(run), self._logits(self._reference)
+        quality = measure(run["windows"], iter(ours), iter(theirs))
+        if not is_reference:
+            ours.path.unlink()
+        known = {key: run[key] for key in ("bytes", "peak_memory", "engine")}
+        if self.tool and not is_reference:
+            known["tool"] = by_tool(self.tool, str(path), self.text, self._base, self.chunks, is_reference=False)
+        return {**known, **vars(quality)}
+
+    def _folder(self, name: str) -> Path:
+        (self.scratch / name).mkdir(exist_ok=True)
+        return self.scratch / name
+
+    @staticmethod
+    def _logits(run: dict[str, Any]) -> LogitsFile:
+        return LogitsFile(Path(run["logits_file"]), run["vocab"], CTX - first_scored(CTX) - 1)
+
+
+def speeds(paths: Sequence[Path], rounds: int) -> list[dict[str, float]]:
+    """Median tokens per second of each file, prompt and generation; the files take turns in every round."""
+    seen: list[list[tuple[float, float]]] = [[] for _ in paths]
+    for _ in range(rounds):
+        for path, runs in zip(paths, seen, strict=True):
+            with open_engine().load(path, n_ctx=max(PROMPT, GENERATED)) as model:
+                run = model.speed(PROMPT, GENERATED)
+            runs.append((run.prompt_tokens_per_second, run.generation_tokens_per_second))
+    names = ("prompt_tokens_per_second", "generation_tokens_per_second")
+    return [
+        dict(zip(names, map(statistics.median, zip(*runs, strict=True)), strict=True)) if runs else {} for runs in seen
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows as Markdown, largest file first."""
+    with_tool, with_speed = any("tool" in row for row in rows), any("prompt_tokens_per_second" in row for row in rows)
+    headers = ["file", "by", "bytes", "KL", "KL 99%", "top-1", "ppl"]
+    headers += ["prompt, tokens/s", "generation, tokens/s"] if with_speed else []
+    headers += ["KL, llama-perplexity", "difference"] if with_tool else []
+    cells: list[list[Cell]] = []
+    for row in sorted(rows, key=lambda row: -row["bytes"]):
+        cell: list[Cell] = [row["label"], row["maker"], f"{row['bytes']:,}", significant(row["kld_mean"])]
+        cell += [significant(row["kld_p99"]), f"{100 * row['top1_agreement']:.1f}%", significant(row["ppl"], 4)]
+        if with_speed:
+            cell += [significant(row.get(f"{kind}_tokens_per_second")) for kind in ("prompt", "generation")]
+        if with_tool:
+            theirs = row["tool"]["kld_mean"] if "tool" in row else None
+            cell += [significant(theirs), f"{100 * (row['kld_mean'] / theirs - 1):+.1f}%" if theirs else None]
+        cells.append(cell)
+    return markdown_table(headers, cells)
+
+
+def plot(path: str | Path, rows: Sequence[dict[str, Any]], *, title: str) -> None:
+    """Write a PNG of KL (logarithmic) against size; the reference is left out, its KL is 0.
+
+    Raises:
+        HalfbyteError: the file cannot be written.
+    """
+    figure = Figure(figsize=(6.8, 4.4), dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.add_subplot()
+    styles: dict[str, dict[str, Any]] = {
+        LLAMACPP: {"color": LINE_COLOURS[0], "marker": "x", "linestyle": "none"},
+        OURS: {"color": SEARCH_COLOUR, "marker": "o", "linestyle": "--", "linewidth": 0.8},
+    }
+    beside: dict[str, dict[str, Any]] = {  # labels of one maker to the upper right, of the other to the lower left
+        LLAMACPP: {"xytext": (5, 4), "ha": "left"},
+        OURS: {"xytext": (-5, -4), "ha": "right", "va": "top"},
+    }
+    for maker, style in styles.items():
+        points = sorted((row["bytes"] / 1e6, row["kld_mean"], row["label"]) for row in rows if row["maker"] == maker)
+        if points:
+            axes.plot([point[0] for point in points], [point[1] for point in points], label=maker, **style)
+        for size, loss, label in points:
+            place = {**beside[maker], "textcoords": "offset points", "fontsize": 8, "parse_math": False}
+            axes.annotate(label, (size, loss), color=style["color"], **place)
+    axes.set_yscale("log")
+    axes.margins(x=0.12)
+    axes.set_xlabel("file size, MB")
+    axes.set_ylabel("KL(F16 ‖ file), nats per token")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False, fontsize=8)
+    set_title(figure, title)
+    save_figure(figure, path)
+
+
+def main() -> int:
+    """Make what is missing, measure everything, print one table."""
+    options = parse()
+    outputs = [check_output(path, force=options.force) for path in (options.json, options.plot) if path]
+    disable_progress_bar()
+    text = load_text(options.text)
+    source = load(find(options.model), device=torch.device("cpu"), dtype=torch.float32)
+    folder = options.work / f"{source.fingerprint}-{text.record()['calib']}-{options.calib_tokens}"
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = reference_file(folder, source)
+    importance = importance_file(folder, source, text, options.calib_tokens)
+    made_by = {
+        "model": options.model, "fingerprint": source.fingerprint, "text": text.record(), "ctx": CTX,
+        "calib_tokens": read_imatrix(importance).tokens, "chunks": options.chunks, "speed_rounds": options.rounds,
+        "machine": f"{cpu_name()}, {cores()} cores", "engine": open_engine().version,
+    }  # fmt: skip
+    del source
+    candidates = [reference, *recipe_files(folder, reference.path, importance, options.recipes)]
+    candidates += [Candidate(path.stem, path, OURS) for path in options.ours]
+    print(f"files are in {folder}", flush=True)
+    rows: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        if options.json:
+            write_text(outputs[0], json.dumps({"made_by": made_by, "rows": rows}, indent=1))
+
+    with tempfile.TemporaryDirectory(prefix="halfbyte-", dir=options.work) as name:
+        ruler = Ruler(reference.path, text.parts["eval"], options.chunks, Path(name), options.tool)
+        for candidate in candidates:
+            found = ruler.quality(candidate.path)
+            rows.append({"label": candidate.label, "maker": candidate.maker, **found})
+            keep()
+            print(f"{candidate.label}: {format_bytes(found['bytes'])}, KL {significant(found['kld_mean'])}", flush=True)
+    for row, speed in zip(rows, speeds([candidate.path for candidate in candidates], options.rounds), strict=True):
+        row |= speed
+    keep()
+    print(f"\n{table(rows)}\n")
+    print(
+        f"{made_by['machine']}, {made_by['engine']}; text {text.name}: {made_by['calib_tokens']} tokens of its first "
+        f"half for the importance matrix, {rows[0]['tokens']} scored in {options.chunks} windows of {CTX}"
+    )
+    if options.plot:
+        plot(outputs[-1], rows, title="GGUF files: KL against size")
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except HalfbyteError as error:
+        sys.exit(str(error))

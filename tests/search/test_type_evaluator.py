@@ -1,0 +1,92 @@
+"""KL of mixtures of ggml types: a pure function of the genome, equal to whole forward passes of what was encoded."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from halfbyte.formats.ggml import decode_tensor
+from halfbyte.models.modules import is_tied, linear
+from halfbyte.numerics.metrics import kl_per_token
+from halfbyte.prepare.candidates import encode_candidates_
+from halfbyte.prepare.menus import menus_of
+from halfbyte.prepare.recipe import Recipe
+from halfbyte.progress import silent
+from halfbyte.search.reference import reference
+from halfbyte.search.type_evaluator import ORIGINAL, MixedTypes, TypeEvaluator
+from tests.tiny_models import FAMILIES
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def mixed(tiny, tmp_path):
+    def make(family, transforms=("smooth", "r2")):
+        source = copy.deepcopy(tiny(family))
+        tokens = torch.randint(source.config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            expected = source.model(tokens).logits
+        known = reference(source.model, source.family, tokens, device=CPU)
+        menus = menus_of(source, 4.8)
+        recipe = Recipe(transforms, "gptq", group_size=32, scale_bits=8)
+        made = encode_candidates_(source, tokens, recipe, menus, tmp_path, silent, device=CPU)
+        types = MixedTypes(source.model, source.family, menus, made.encoded, CPU)
+        return source, tokens, expected, types, TypeEvaluator(types, tokens, known, rows=2), made
+
+    return make
+
+
+def some_genome(types, seed=0):
+    draw = torch.Generator().manual_seed(seed)
+    return tuple(int(torch.randint(len(menu.types), (), generator=draw)) for menu in types.matrices)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_score_is_the_kl_of_whole_forward_passes(mixed, family):
+    """Embedding and head included: a tied head is another matrix for the reference's probabilities too."""
+    source, tokens, expected, types, evaluator, made = mixed(family)
+    for genome in (some_genome(types), (0,) * len(types.matrices)):
+        score = evaluator.score(genome)
+        tied = is_tied(source.model, source.family)
+        for menu, gene in zip(types.matrices, genome, strict=True):
+            weight = decode_tensor(made.encoded.rows(menu.name, menu.types[gene]), menu.types[gene])
+            linear(source.model, menu.name).weight = torch.nn.Parameter(weight)
+            if tied and menu.name == source.family.embedding:
+                linear(source.model, source.family.head).weight = linear(source.model, menu.name).weight
+        with torch.no_grad():
+            logits = source.model(tokens).logits
+        direct = kl_per_token(expected.flatten(0, 1), logits.flatten(0, 1)).mean()
+        assert score == pytest.approx(float(direct), rel=1e-3)
+        assert score > 0
+        types.load(types.original)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama-tied"])
+def test_scores_do_not_depend_on_company(mixed, family):
+    *_, types, evaluator, _ = mixed(family)
+    genomes = [some_genome(types, seed) for seed in range(3)]
+    alone = {genome: evaluator.losses([genome]) for genome in genomes}
+    evaluator.forget()
+    together = evaluator.losses(genomes[::-1])
+    for genome, losses in zip(genomes[::-1], together, strict=True):
+        assert (losses == alone[genome][0]).all()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama-tied"])
+def test_one_matrix_at_a_time_is_the_score_of_the_whole(mixed, family):
+    *_, types, evaluator, _ = mixed(family)
+    found = dict(evaluator.each_alone([0] * len(types.matrices)))
+    assert sorted(found) == list(range(len(types.matrices)))
+    evaluator.forget()
+    for at, loss in found.items():
+        genome = [ORIGINAL] * len(types.matrices)
+        genome[at] = 0
+        assert evaluator.score(tuple(genome)) == pytest.approx(loss, rel=1e-4, abs=1e-8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_unquantised_model_keeps_its_function(mixed, family):
+    _, _, _, types, evaluator, _ = mixed(family)
+    assert abs(evaluator.score(types.original)) < 1e-5

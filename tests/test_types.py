@@ -1,0 +1,154 @@
+"""The search of ggml types through the commands: sizes, fronts, resuming, reading the file back, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from halfbyte import cli, type_search
+from halfbyte.errors import HalfbyteError
+from halfbyte.export.plan_file import load_plan
+from halfbyte.prepare.size import parse_size
+from halfbyte.simulation import become_types_, load_for_plan, load_types
+from tests.command_line import EVAL, fails, search
+
+TYPES = ["--spaces", "ggml"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-tied"])
+def test_transformers_reads_the_very_weights_that_were_searched(family, tiny_folder, here):
+    folder = tiny_folder(family)
+    assert search(folder, *TYPES, "--bpw", "5.5") == 0
+    plan = load_plan("mixed_precision_config.pt")
+    weights = sum(row["rows"] * row["columns"] for row in table())
+    assert 0.9 * 5.5 < 8 * plan.file["nbytes"] / weights <= 5.5
+    assert cli.run("export", ["--output", "m.gguf"]) == 0
+    read = AutoModelForCausalLM.from_pretrained(".", gguf_file="m.gguf", dtype=torch.float32).eval()
+    source = load_for_plan(plan, str(folder), device="cpu", dtype="fp32")
+    become_types_(source, plan.tensors, load_types("mixed_precision_config.pt"))
+    tokens = torch.arange(32).unsqueeze(0)
+    with torch.no_grad():
+        ours, theirs = source.model(tokens).logits, read(tokens).logits
+    assert torch.allclose(ours, theirs, atol=1e-4 * float(ours.abs().max()))
+    assert AutoTokenizer.from_pretrained(folder).vocab_size
+
+
+def table():
+    lines = Path("mixed_precision_config.types.csv").read_text().splitlines()
+    keys = lines[0].split(",")
+    rows = [dict(zip(keys, line.split(","), strict=True)) for line in lines[1:]]
+    return [{**row, "rows": int(row["rows"]), "columns": int(row["columns"])} for row in rows]
+
+
+def test_the_size_of_a_file_is_kept_to_the_byte(tiny_folder, here):
+    folder = tiny_folder("qwen3")
+    assert search(folder, *TYPES, "--like", "Q5_K_M") == 0
+    assert cli.run("export", ["--output", "like.gguf"]) == 0
+    size = Path("like.gguf").stat().st_size - 1000
+    assert search(folder, *TYPES, "--size", str(size), "--force") == 0
+    assert cli.run("export", ["--output", "size.gguf"]) == 0
+    reached = Path("size.gguf").stat().st_size
+    assert size - 0.03 * size < reached <= size
+
+
+def test_a_plan_without_activation_bits(tiny_folder, here, capsys):
+    assert search(tiny_folder("llama"), *TYPES) == 0
+    capsys.readouterr()
+    for policy in ("exact", "tiered"):
+        match = "the plan has no activation bits"
+        fails(capsys, cli.run("export", ["--policy", policy, "--output", "m.gguf"]), match=match)
+    assert cli.run("simulate", [*EVAL, "--json", "s.json"]) == 0
+    rows = {row["name"]: row["quality"]["kld_mean"] for row in json.loads(Path("s.json").read_text())["rows"]}
+    assert set(rows) == {"original", "GGUF types"}
+    config = ["--model_id", str(tiny_folder("llama")), "--config", "mixed_precision_config.pt"]
+    assert cli.run("eval", [*config, *EVAL[:6], "--json", "e.json"]) == 0
+    assert json.loads(Path("e.json").read_text())["kld_mean"] == pytest.approx(rows["GGUF types"], rel=1e-3)
+
+
+def test_a_plan_without_types_has_no_budget_policy(tiny_folder, here, capsys):
+    assert search(tiny_folder("llama")) == 0
+    capsys.readouterr()
+    fails(capsys, cli.run("export", ["--policy", "budget", "--output", "m.gguf"]), match="the plan has no types")
+    assert cli.run("export", ["--output", "m.gguf"]) == 0
+    assert "policy exact" in capsys.readouterr().out
+
+
+def test_a_front_is_a_plan_for_every_size(tiny_folder, here):
+    assert search(tiny_folder("llama"), *TYPES, "--pareto", "--output", "plan.json") == 0
+    front = sorted(Path().glob("plan.Q*.json"))
+    assert {"plan.Q4_K_M.json", "plan.Q5_K_M.json"} <= {path.name for path in front}
+    sizes, losses = [], []
+    for path in front:
+        plan = load_plan(path)
+        assert plan.file["nbytes"] <= plan.file["capacity"]
+        sizes.append(plan.file["nbytes"])
+        losses.append(plan.file["losses"]["plan"])
+        assert cli.run("export", ["--config", str(path), "--output", f"{path.stem}.gguf"]) == 0
+    order = sorted(range(len(front)), key=sizes.__getitem__)
+    assert [losses[at] for at in order] == sorted(losses, reverse=True)
+    assert load_plan("plan.Q4_K_M.json").tensors == load_plan("plan.json").tensors
+    assert Path("plan.types-front.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("stopped_in", ["run_genetic", "validated"])
+def test_resumed_in_the_same_plan(stopped_in, tiny_folder, here, monkeypatch):
+    folder = tiny_folder("qwen2")
+    assert search(folder, *TYPES, "--output", "whole.json") == 0
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type_search, stopped_in, interrupt)
+        assert search(folder, *TYPES, "--output", "stopped.json") == 2
+    assert search(folder, *TYPES, "--output", "stopped.json") == 2  # an interrupted search is waiting
+    assert search(folder, *TYPES, "--output", "stopped.json", "--resume") == 0
+    whole, stopped = load_plan("whole.json"), load_plan("stopped.json")
+    assert whole.hash == stopped.hash
+    assert whole.file == stopped.file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--size", "10kB"], "no room for weights"),
+        (["--size", "300kB"], "capacity is below the smallest choices"),
+        (["--bpw", "2"], "capacity is below the smallest choices"),
+        (["--size", "4 apples"], "not a size"),
+        (["--size", "1GB", "--bpw", "5"], "two budgets"),
+        (["--bpw", "40"], "out of range"),
+        (["--like", "Q4_K_XL"], "unknown file type"),
+        (["--transforms", "r1"], "R1 is not for a mixture of types"),
+        (["--target", "sim"], "only a GGUF file has types"),
+    ],
+)
+def test_what_is_refused_before_any_work(arguments, match, tiny_folder, here, capsys):
+    fails(capsys, search(tiny_folder("llama"), *TYPES, *arguments), match=match)
+    assert not list(here.iterdir())
+
+
+def test_a_size_is_only_for_types(tiny_folder, here, capsys):
+    fails(capsys, search(tiny_folder("llama"), "--size", "1GB"), match="only types keep to a size")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("123", 123), ("4.36GiB", int(4.36 * 2**30)), ("700 MB", 700_000_000), ("1.5kib", 1536)]
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3MB", "1e9", "3 XB"])
+def test_no_sizes(text):
+    with pytest.raises(HalfbyteError, match="not a size"):
+        parse_size(text)

@@ -30,6 +30,7 @@ TIERS = [
         "doctor",
         "pipeline",
         "type_search",
+        "importance_file",
     ),
     ("drawing", "cli"),
 ]

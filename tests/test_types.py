@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -12,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from halfbyte import cli, type_search
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.plan_file import load_plan
+from halfbyte.formats.imatrix import read_imatrix, write_imatrix
 from halfbyte.prepare.size import parse_size
 from halfbyte.simulation import become_types_, load_for_plan, load_types
 from tests.command_line import EVAL, fails, search
@@ -152,3 +155,27 @@ def test_sizes(text, size):
 def test_no_sizes(text):
     with pytest.raises(HalfbyteError, match="not a size"):
         parse_size(text)
+
+
+def test_scales_by_an_importance_matrix(tiny_folder, here, capsys, tmp_path_factory):
+    """The model's own importance changes nothing; another one does, and that of another model is refused."""
+    folder = str(tiny_folder("qwen2"))
+    text = ["--device", "cpu", "--calib", "pydoc", "--ctx", "64", "--calib_tokens", "128"]
+    assert cli.run("imatrix", ["--model_id", folder, *text, "--output", "own.gguf"]) == 0
+    search_it = [*TYPES, "--transforms", "smooth", "--weights", "rtn"]
+    assert search(folder, *search_it, "--output", "a.json") == 0
+    assert search(folder, *search_it, "--output", "b.json", "--imatrix", "own.gguf") == 0
+    a, b = load_plan("a.json"), load_plan("b.json")
+    assert b.file["losses"]["plan"] == pytest.approx(a.file["losses"]["plan"], rel=0.02)
+    other = read_imatrix("own.gguf")
+    values = {name: np.geomspace(1, 1e4, value.size).astype(np.float32) for name, value in other.values.items()}
+    write_imatrix("other.gguf", replace(other, values=values))
+    assert search(folder, *search_it, "--output", "c.json", "--imatrix", "other.gguf") == 0
+    assert load_plan("c.json").file["losses"]["plan"] > a.file["losses"]["plan"]
+    assert load_plan("c.json").file["sha256"] != a.file["sha256"]
+    capsys.readouterr()
+    wrong = {name: value[:-1] for name, value in other.values.items()}
+    write_imatrix("wrong.gguf", replace(other, values=wrong))
+    match = "does not belong to this model"
+    fails(capsys, search(folder, *TYPES, "--imatrix", "wrong.gguf", "--output", "d.json"), match=match)
+    assert not Path(".d.json.work").exists()

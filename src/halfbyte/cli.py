@@ -33,6 +33,7 @@ from halfbyte.options import (
     DoctorOptions,
     EvalOptions,
     ExportOptions,
+    ImatrixOptions,
     SearchOptions,
     SimulateOptions,
 )
@@ -276,12 +277,25 @@ def doctor(options: DoctorOptions, draw: Drawing) -> dict[str, Any]:
     return as_dict(findings)
 
 
+def imatrix(options: ImatrixOptions, draw: Drawing) -> dict[str, Any]:
+    """Measure an importance matrix for llama.cpp's tools."""
+    from halfbyte.importance_file import make_imatrix
+
+    _check_json(options.json, options.force)
+    made = make_imatrix(options, draw.report)
+    draw.finish()
+    draw.say(f"{len(made.values)} matrices, {made.tokens} tokens of {', '.join(made.texts)}")
+    draw.files([Path(options.output)])
+    return {"path": options.output, "matrices": len(made.values), "tokens": made.tokens, "texts": list(made.texts)}
+
+
 COMMANDS: dict[str, tuple[type, Callable[[Any, Drawing], dict[str, Any]]]] = {
     "search": (SearchOptions, search),
     "export": (ExportOptions, export),
     "compare": (CompareOptions, compare),
     "simulate": (SimulateOptions, simulate),
     "eval": (EvalOptions, evaluate),
+    "imatrix": (ImatrixOptions, imatrix),
     "doctor": (DoctorOptions, doctor),
 }
 

@@ -71,7 +71,13 @@ class SearchOptions(ModelOptions):
     size: str = option("", "size of the GGUF file, such as 4.36GiB or 700MB", metavar="SIZE")
     bpw: float = option(0.0, "or its mean bits per weight", metavar="X")
     like: str = option("", "or the size of llama.cpp's file of this type; Q4_K_M where nothing is said", metavar="TYPE")
-    pareto: bool = option(False, "also search the front: the best allocation of each budget from 0.5 to 1")
+    imatrix: str | None = option(
+        None, "importance matrix to choose scales of types by, ours or llama.cpp's; by default it is measured",
+        metavar="FILE",
+    )  # fmt: skip
+    pareto: bool = option(
+        False, "also search the fronts: the best bits of each budget from 0.5 to 1, the best file of each common size"
+    )
     codes: str = option(
         "auto",
         "W4 codes on the device: packed, decoded layer by layer, or decoded once; auto decodes where that fits",
@@ -164,6 +170,19 @@ class EvalOptions(ModelOptions):
     threads: int = option(0, "CPU threads for llama.cpp; 0 is one per core", metavar="N")
     force: bool = option(False, "overwrite an existing --json file")
     json: str | None = option(None, "write the result here", metavar="OUT")
+
+
+@dataclass(frozen=True)
+class ImatrixOptions(ModelOptions):
+    """``halfbyte imatrix``."""
+
+    model_id: str = option(DEFAULT_MODEL, "Hugging Face id, local folder, .gguf file, or demo", metavar="M")
+    output: str = option("imatrix.gguf", "file to write", metavar="FILE")
+    calib: str = option("auto", "text: auto (wikitext2, else pydoc), wikitext2, pydoc, or a file", metavar="TEXT")
+    ctx: int = option(512, "tokens per window", metavar="N")
+    calib_tokens: int = option(32768, "tokens, at most; shorter texts are used whole", metavar="N")
+    force: bool = option(False, "overwrite an existing output")
+    json: str | None = option(None, "also write the summary as JSON", metavar="FILE")
 
 
 @dataclass(frozen=True)

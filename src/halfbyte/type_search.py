@@ -14,12 +14,14 @@ import torch
 from halfbyte.allocation import validated
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats.encoded import save_encoded
+from halfbyte.importance_file import importance_for
 from halfbyte.models.loading import SourceModel
 from halfbyte.options import SearchOptions
 from halfbyte.parallel import Group
-from halfbyte.prepare.candidates import encode_candidates_
+from halfbyte.prepare.candidates import Candidates, encode_candidates_, part_files
 from halfbyte.prepare.menus import TensorMenu, menus_of
 from halfbyte.prepare.recipe import Recipe
+from halfbyte.prepare.screen import screened
 from halfbyte.prepare.size import capacity_of, recipe_types
 from halfbyte.progress import Progress, Reporter
 from halfbyte.results import TypesFound
@@ -71,11 +73,32 @@ class TypeSearch:
     ) -> None:  # fmt: skip
         self.source, self.room, self.options, self.stages = source, room, options, stages
         self.report, self.group = report, group
-        self.transforms = transforms_of(options)
-        recipe = Recipe(self.transforms, options.weights, group_size=GROUP_SIZE, scale_bits=8)
-        stages.candidates.mkdir(parents=True, exist_ok=True)
         where = torch.device("cpu") if device.type == "mps" else device  # see pipeline
-        made = encode_candidates_(source, windows["calib"], recipe, menus, stages.candidates, report, device=where)
+        self.screen: dict[str, float] = {}
+        chosen = transforms_of(options)
+        if chosen is None:
+            bits = 8 * room / sum(menu.rows * menu.columns for menu in menus)
+            calib, judged = windows["calib"], (windows["search"], known[0])
+            self.screen = stages.value(
+                "screen", lambda: screened(source, calib, *judged, menus, bits, options.weights, report, device=where)
+            )
+            best = min(self.screen, key=self.screen.__getitem__)
+            chosen = tuple(name for name in best.split(",") if name)
+        self.transforms = chosen
+        recipe = Recipe(chosen, options.weights, group_size=GROUP_SIZE, scale_bits=8)
+        stages.candidates.mkdir(parents=True, exist_ok=True)
+
+        names = [menu.name for menu in menus]
+        given = importance_for(source, options.imatrix, names) if options.imatrix else None
+
+        def encode() -> Candidates:
+            calib, folder = windows["calib"], stages.candidates
+            return encode_candidates_(source, calib, recipe, menus, folder, report, device=where, given=given)
+
+        made = encode() if group.first else None
+        for path in part_files(stages.candidates, source.config.num_hidden_layers):
+            group.send_file(path)
+        made = made or encode()  # reads the files
         self.encoded, self.errors = made.encoded, made.errors
         self.menus = [_pruned(menu, made.errors[menu.name]) for menu in menus]
         self.mixed = MixedTypes(source.model, source.family, self.menus, made.encoded, device)
@@ -145,6 +168,7 @@ class TypeSearch:
             about={
                 "evaluations": len(algorithm.scores), "finalists": len(choice.differences), "ties": len(choice.ties),
                 "noise_floor": choice.noise_floor, "winner": labels.get(winner, "genetic search"),
+                "transforms_tried": self.screen,
             },
             rows=[
                 {
@@ -187,14 +211,14 @@ class TypeSearch:
         save_encoded(self.stages.types(like), rows, self.encoded.extra)
 
 
-def transforms_of(options: SearchOptions) -> tuple[str, ...]:
-    """What is folded before matrices are encoded.
+def transforms_of(options: SearchOptions) -> tuple[str, ...] | None:
+    """What is folded before matrices are encoded; None: what helps.
 
     Raises:
         HalfbyteError: a transform that cannot be folded into one matrix after the other.
     """
     if options.transforms == "auto":
-        return ("smooth",)
+        return None
     chosen = expand(options.transforms, "gguf", tied=True)
     if "r1" in chosen:
         raise HalfbyteError(

@@ -129,7 +129,9 @@ class TwinStep:
             self.quantised.set_submodule(self._attention, attention)
 
     def advance(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """What the next block is called with."""
+        """What the next block is called with; without a copy, the same twice."""
+        if self.quantised is self.original:  # never split: nothing was quantised
+            return list(zip(self.outputs, self.outputs, strict=True))
         copies = [self._run_copy(index) for index in range(len(self._hidden))]
         self._mixed, self._attended = [], []
         return list(zip(self.outputs, copies, strict=True))

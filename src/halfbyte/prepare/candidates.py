@@ -7,7 +7,7 @@ encoded for the inputs of the unquantised model, so that any mixture of types ca
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,6 +63,7 @@ def encode_candidates_(
     report: Reporter,
     *,
     device: torch.device,
+    given: Mapping[str, torch.Tensor] | None = None,
 ) -> Candidates:
     """Fold the recipe's transforms into ``source.model``, in place, and encode its matrices into ``folder``.
 
@@ -71,6 +72,8 @@ def encode_candidates_(
     Args:
         tokens: calibration text, int64 ``[windows, length]``.
         menus: see :func:`halfbyte.prepare.menus.menus_of`.
+        given: matrix -> importance of its input channels in the model as it is, fp32 ``[in]``, to choose scales by in
+            place of what is measured.
 
     Raises:
         HalfbyteError: values that are not finite, or that a type cannot hold.
@@ -83,13 +86,13 @@ def encode_candidates_(
         last[:] = step.outputs
 
     for step in walk_twins(source.model, family, tokens, device=device, batch=batch, leave=leave):
-        fold_(step, source, recipe)
-        stem = f"block-{step.index:03d}"
+        shrunk = fold_(step, source, recipe)
+        stem = part_name(step.index)
         if not (folder / f"{stem}.json").exists():
             own = {menu.name: menu for menu in menus if menu.block == step.index}
-            _encode_block(step, family, own, recipe, folder, stem)
+            folded = {name: shrunk[name] * value.to(device) for name, value in (given or {}).items() if name in shrunk}
+            _encode_block(step, family, own, recipe, folded, folder, stem)
         made.add(folder, stem)
-        step.split()
         report(Progress(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem))
     if not (folder / "top.json").exists():
         outside = [menu for menu in menus if menu.block == OUTSIDE]
@@ -99,22 +102,46 @@ def encode_candidates_(
     return made
 
 
-def fold_(step: TwinStep, source: SourceModel, recipe: Recipe) -> None:
-    """Fold rotations and channel scales into the original block, and see its inputs."""
+def part_name(block: int) -> str:
+    """Of the files of a block."""
+    return f"block-{block:03d}"
+
+
+def part_files(folder: Path, blocks: int) -> list[Path]:
+    """Everything that is written for a model of so many blocks; the JSON of a part comes last."""
+    stems = [*map(part_name, range(blocks)), "top"]
+    return [folder / f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".json")]
+
+
+def fold_(step: TwinStep, source: SourceModel, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Fold rotations and channel scales into the original block, and see its inputs.
+
+    Returns:
+        matrix -> what folding did to the mean square of each of its input channels, ``[in]``; without those whose
+        input was rotated.
+    """
     family, size = source.family, head_dim(source.config)
     if "r2" in recipe.transforms:
         value = linear(step.original, family.value).weight
         turn = rotation_matrix(size).to(value).expand(value.shape[0] // size, -1, -1)
         transform_heads_(step.original, family, turn, turn.mT, size)
     step.observe([group[0] for group in family.groups])
-    if recipe.scales_channels:
-        for group in family.groups:
+    shrunk = {}
+    for group in family.groups:
+        before = step.seen[group[0]][0].square().sum(0)
+        if recipe.scales_channels:
             scale_unit_(step, family, group, recipe, InputScheme(), size)
+        after = step.seen[group[0]][0].square().sum(0)
+        ratio = torch.where(before > 0, after / before, torch.ones_like(before))
+        if "r2" not in recipe.transforms or group != (family.attention_out,):
+            shrunk |= {f"{family.blocks}.{step.index}.{part}": ratio for part in group}
+    return shrunk
 
 
 def _encode_block(
-    step: TwinStep, family: Family, menus: dict[str, TensorMenu], recipe: Recipe, folder: Path, stem: str
-) -> None:
+    step: TwinStep, family: Family, menus: dict[str, TensorMenu], recipe: Recipe, given: Mapping[str, torch.Tensor],
+    folder: Path, stem: str,
+) -> None:  # fmt: skip
     rows: dict[tuple[str, str], torch.Tensor] = {}
     errors: dict[str, dict[str, float]] = {}
     for group in family.groups:
@@ -122,6 +149,7 @@ def _encode_block(
         own = [menus[f"{family.blocks}.{step.index}.{part}"] for part in group]
         weights = [linear(step.original, part).weight.float() for part in group]
         jobs = [Job(weight, kind, menu.name) for menu, weight in zip(own, weights, strict=True) for kind in menu.types]
+        importance = given.get(own[0].name, importance)
         encode_(jobs, importance, known, feedback=recipe.quantiser.looks_at_inputs)
         for job in jobs:
             rows[job.where, job.type] = job.rows.cpu()

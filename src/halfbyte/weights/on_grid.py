@@ -16,6 +16,7 @@ from halfbyte.formats.ggml_grid import GRIDS, grid_of, has_grid, with_codes
 from halfbyte.weights.gptq import Ordered, descended_codes, feedback_codes
 
 SWEEPS = 2  # of coordinate descent
+FINE = 8  # bits of codes that are as good as they need to be
 TOGETHER = 1 << 25  # weights whose codes are chosen at once: the loops over columns cost the same for many rows
 FAR = 1e30  # a step so wide that nothing is a step away
 
@@ -59,7 +60,7 @@ def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered, *, fe
         job.error = output_error(job.weight, job.rows, job.type, known)
     if not feedback:
         return
-    even = [job for job in jobs if has_grid(job.type) and GRIDS[job.type].table is None]
+    even = [job for job in jobs if has_grid(job.type) and GRIDS[job.type].table is None and GRIDS[job.type].bits < FINE]
     for batch in _batches(even):
         _choose_codes_(batch, known, None)
     for table in {GRIDS[job.type].table for job in jobs if has_grid(job.type)} - {None}:

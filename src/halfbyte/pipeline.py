@@ -24,7 +24,7 @@ from halfbyte.files import check_output
 from halfbyte.formats.int_group import fitting_group_size
 from halfbyte.importance_file import importance_for
 from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
-from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_search, fits
+from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_search, fits
 from halfbyte.models.loading import Origin, SourceModel, find, layers_of, load, units_of
 from halfbyte.models.modules import is_tied, move_
 from halfbyte.options import SearchOptions
@@ -115,7 +115,9 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
     device = _own_device(resolve_device(options.device), group)
     dtype = resolve_dtype(options.dtype, device)
     origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
-    packed, gradients = _memory_modes(options, origin, device, dtype)
+    packed, gradients = _memory_modes(options, origin, device, dtype) if "a4a8" in spaces else (False, False)
+    if "ggml" in spaces:
+        check_memory(estimate_load(origin.config, origin.family, dtype), device)
 
     report(Progress("load model", 0, 1, options.model_id))
     source = load(origin, device=torch.device("cpu"), dtype=dtype)

@@ -13,6 +13,7 @@ import torch
 
 from halfbyte.allocation import validated
 from halfbyte.errors import HalfbyteError
+from halfbyte.files import check_space
 from halfbyte.formats.encoded import save_encoded
 from halfbyte.models.loading import SourceModel
 from halfbyte.options import SearchOptions
@@ -86,6 +87,7 @@ class TypeSearch:
             chosen = tuple(name for name in best.split(",") if name)
         self.transforms = chosen
         recipe = Recipe(chosen, options.weights, group_size=GROUP_SIZE, scale_bits=8)
+        check_space(stages.candidates, sum(menu.nbytes(kind) for menu in menus for kind in menu.types))
         stages.candidates.mkdir(parents=True, exist_ok=True)
 
         def encode() -> Candidates:

@@ -1,6 +1,7 @@
 """Size against quality of GGUF files: llama.cpp's recipes with an importance matrix, and any files beside them.
 
-    python benchmarks/gguf_front.py --model DIR --work DIR [--ours FILE ...] [--json OUT] [--plot OUT.png] [--tool PATH]
+    python mixed_precision_ptq.py --model_id DIR --spaces ggml --pareto --output PLAN
+    python benchmarks/gguf_front.py --model DIR --work DIR --plan PLAN [--json OUT] [--plot OUT.png] [--tool PATH]
 
 The model becomes an F16 file, which is the reference, and the recipes are made from that file with an importance matrix
 of the calibration part of the text. Every file is then run by llama.cpp on the evaluation part: mean KL (nats per
@@ -35,13 +36,16 @@ from halfbyte.calibration.windows import cut, first_scored
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.quality import LogitsFile, measure
 from halfbyte.export.gguf import write_gguf
+from halfbyte.exporting import export_gguf
 from halfbyte.files import check_output, write_text
 from halfbyte.formats.imatrix import check_for, read_imatrix, write_imatrix
 from halfbyte.host import cores, cpu_name
 from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.options import ExportOptions
 from halfbyte.report.plots import DOTS_PER_INCH, LINE_COLOURS, SEARCH_COLOUR, save_figure, set_title
 from halfbyte.report.tables import Cell, format_bytes, markdown_table, significant
 from halfbyte.runtime.llamacpp import open_engine
+from halfbyte.type_search import FRONT
 
 RECIPES = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M")
 REFERENCE, LLAMACPP, OURS = "reference", "llama.cpp", "halfbyte"
@@ -69,6 +73,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="Hugging Face id, local folder, .gguf file, or demo")
     parser.add_argument("--work", required=True, type=Path, help="folder for the files that are made")
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help="llama.cpp file types")
+    parser.add_argument("--plan", type=Path, help="plan of a search with --pareto, whose front is exported")
     parser.add_argument("--ours", nargs="*", type=Path, default=[], help="more GGUF files of the same model")
     parser.add_argument("--text", default="pydoc", help="wikitext2, pydoc, or a file")
     parser.add_argument("--calib_tokens", type=int, default=32768, help="for the importance matrix")
@@ -107,6 +112,18 @@ def recipe_files(folder: Path, reference: Path, importance: Path, recipes: Seque
         if not candidate.path.exists():
             open_engine().quantize(reference, candidate.path, candidate.label, imatrix=importance)
     return made
+
+
+def our_files(folder: Path, plan: Path) -> list[Candidate]:
+    """The front of ``plan`` as files, each checked by the export."""
+    found = []
+    for like in FRONT:
+        config = plan.with_name(f"{plan.stem}.{like}{plan.suffix}")
+        if config.exists():
+            path = folder / f"halfbyte-{like}.gguf"
+            export_gguf(ExportOptions(config=str(config), output=str(path), force=True))
+            found.append(Candidate(f"at {like}", path, OURS))
+    return found
 
 
 class Ruler:
@@ -226,6 +243,7 @@ def main() -> int:
     }  # fmt: skip
     del source
     candidates = [reference, *recipe_files(folder, reference.path, importance, options.recipes)]
+    candidates += our_files(folder, options.plan) if options.plan else []
     candidates += [Candidate(path.stem, path, OURS) for path in options.ours]
     print(f"files are in {folder}", flush=True)
     rows: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
 """Put measured tables into the READMEs: ``make demo``, then ``python benchmarks/readme_tables.py [FOLDER]``.
 
-``accuracy.json``, ``peers.json`` and ``search.json`` (of search_quality.py) are used too, where FOLDER (default demo)
-has them.
+Used too, where FOLDER (default demo) has them: ``accuracy.json`` and ``peers.json`` of the benchmarks of that name,
+``search.json`` (search_quality.py) and ``front.json`` (gguf_front.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import accuracy
+import gguf_front
 import peers
 import search_quality
 
@@ -55,7 +56,7 @@ def main(folder: Path) -> int:
     """Replace what stands between the markers."""
     kinds = {
         "comparison": comparison, "simulation": simulation, "accuracy": accuracy.table, "peers": peers.table,
-        "search": search_quality.table,
+        "search": search_quality.table, "front": gguf_front.table,
     }  # fmt: skip
     tables = {
         name: make(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["rows"])

@@ -17,7 +17,7 @@ from halfbyte.export.plan_file import load_plan
 from halfbyte.formats.imatrix import read_imatrix, write_imatrix
 from halfbyte.prepare.size import parse_size
 from halfbyte.simulation import become_types_, load_for_plan, load_types
-from tests.command_line import EVAL, fails, search
+from tests.command_line import EVAL, changed, fails, search
 
 TYPES = ["--spaces", "ggml"]
 
@@ -180,3 +180,15 @@ def test_scales_by_an_importance_matrix(tiny_folder, here, capsys, tmp_path_fact
     match = "does not belong to this model"
     fails(capsys, search(folder, *TYPES, "--imatrix", "wrong.gguf", "--output", "d.json"), match=match)
     assert not Path(".d.json.work").exists()
+
+
+@pytest.mark.parametrize("dead", ["model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_dead_matrices_and_dead_inputs(dead, tiny_folder, here, tmp_path_factory):
+    folder = changed(tiny_folder("llama"), tmp_path_factory, dead, factor=0)
+    assert search(folder, *TYPES) == 0
+    assert cli.run("export", ["--output", "m.gguf"]) == 0
+
+
+def test_values_that_no_type_holds(tiny_folder, here, tmp_path_factory, capsys):
+    folder = changed(tiny_folder("llama"), tmp_path_factory, "model.layers.1.mlp.gate_proj.weight", factor=1e25)
+    fails(capsys, search(folder, *TYPES, "--transforms", "none"), match="layers.1.mlp.gate_proj: values do not fit")

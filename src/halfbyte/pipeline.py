@@ -39,7 +39,7 @@ from halfbyte.search.fitness import KLFitness, TableFitness, stages_of
 from halfbyte.search.reference import Reference, reference
 from halfbyte.spec import Layer, Outcome, Plan
 from halfbyte.stages import RECORD, Stages, refuse_waiting, work_folder
-from halfbyte.type_search import TypeSearch, capacity
+from halfbyte.type_search import TypeSearch, capacity, transforms_of
 
 FISHER_WINDOWS = 4  # for loss gradients
 
@@ -92,6 +92,8 @@ def check_search_options(options: SearchOptions) -> None:
     if options.pareto and options.fitness != "kl":
         raise HalfbyteError("a front needs the whole model's KL", where="--pareto", fix="leave --fitness at kl")
     recipe_of(options, tied=False)
+    if "ggml" in spaces_of(options):
+        transforms_of(options)
     for flag in ("size", "bpw", "like", "imatrix"):
         if getattr(options, flag) and "ggml" not in spaces_of(options):
             raise HalfbyteError(

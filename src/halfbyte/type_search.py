@@ -125,7 +125,8 @@ class TypeSearch:
         found = []
         for menu, smallest in zip(self.menus, self.stages.value("matrix_losses", measure), strict=True):
             errors = [self.errors[menu.name][kind] for kind in menu.types]
-            found.append([max(smallest, TINY) * error / errors[0] for error in errors])
+            largest = errors[0] or 1.0  # a matrix of zeros has no errors
+            found.append([max(smallest, TINY) * error / largest for error in errors])
         return found
 
     def best(self, room: int, generations: int, like: str = "") -> TypesFound:

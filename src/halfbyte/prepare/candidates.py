@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from halfbyte.calibration.twins import TwinStep, walk_twins
-from halfbyte.errors import HalfbyteError
 from halfbyte.files import write_text
 from halfbyte.formats.encoded import Encoded, save_encoded
 from halfbyte.formats.ggml import decode_tensor
+from halfbyte.formats.int_group import check_finite
 from halfbyte.models.archs import Family
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import head_dim, is_tied, linear
@@ -145,7 +145,8 @@ def _encode_block(
     rows: dict[tuple[str, str], torch.Tensor] = {}
     errors: dict[str, dict[str, float]] = {}
     for group in family.groups:
-        known, importance = hessian_of(step.seen.pop(group[0]))
+        name = f"{family.blocks}.{step.index}.{group[0]}"
+        known, importance = hessian_of(step.seen.pop(group[0]), name)
         own = [menus[f"{family.blocks}.{step.index}.{part}"] for part in group]
         weights = [linear(step.original, part).weight.float() for part in group]
         jobs = [Job(weight, kind, menu.name) for menu, weight in zip(own, weights, strict=True) for kind in menu.types]
@@ -173,7 +174,7 @@ def _encode_top(
     with torch.no_grad():
         final = [norm.to(device)(states.to(source.dtype)).float().flatten(0, 1) for states in hidden]
     norm.to(source.device)
-    known, importance = hessian_of(final)
+    known, importance = hessian_of(final, family.head)
     rows: dict[tuple[str, str], torch.Tensor] = {}
     errors: dict[str, dict[str, float]] = {}
     for menu in menus:
@@ -195,13 +196,20 @@ def _encode_top(
     write_text(folder / "top.json", json.dumps(errors))
 
 
-def hessian_of(batches: Sequence[torch.Tensor]) -> tuple[Ordered, torch.Tensor]:
-    """Mean of x xᵀ over ``batches`` of ``[tokens, in]``, factorised, and its diagonal ``[in]``."""
-    count = sum(len(batch) for batch in batches)
-    hessian = batches[0].new_zeros(batches[0].shape[1], batches[0].shape[1])
+def hessian_of(batches: Sequence[torch.Tensor], where: str) -> tuple[Ordered, torch.Tensor]:
+    """Mean of x xᵀ over ``batches`` of ``[tokens, in]``, factorised, and its diagonal ``[in]``.
+
+    Inputs that are all zero have no Hessian; the identity stands for it, so that nothing is gained or lost by feedback.
+
+    Raises:
+        HalfbyteError: activations are not finite.
+    """
+    count, width = sum(len(batch) for batch in batches), batches[0].shape[1]
+    hessian = batches[0].new_zeros(width, width)
     for batch in batches:
         hessian.addmm_(batch.T, batch, alpha=1 / count)
     importance = hessian.diagonal().clone()
+    check_finite(importance, where, "activations are")
     known = Ordered(hessian)
     for damping in DAMPING:
         try:
@@ -209,4 +217,6 @@ def hessian_of(batches: Sequence[torch.Tensor]) -> tuple[Ordered, torch.Tensor]:
         except NotPositive:
             continue
         return known, importance
-    raise HalfbyteError("activations are not finite", where="calibration", fix="compute in fp32 (--dtype fp32)")
+    known = Ordered(torch.eye(width, device=hessian.device))
+    known.factorise(0.0)
+    return known, importance

@@ -80,7 +80,8 @@ def _quantise_(step: TwinStep, source: SourceModel, types: Mapping[str, str], re
     """Round the original's weights, in place."""
     family = source.family
     for group in family.groups:
-        known, importance = hessian_of(step.seen.pop(group[0]))
+        first = f"{family.blocks}.{step.index}.{group[0]}"
+        known, importance = hessian_of(step.seen.pop(group[0]), first)
         for part in group:
             name = f"{family.blocks}.{step.index}.{part}"
             layer = linear(step.original, part)

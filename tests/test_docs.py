@@ -30,10 +30,20 @@ def test_option_tables_are_current():
 @pytest.mark.parametrize("name", READMES)
 def test_every_flag_in_the_readme_exists(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    ours = [line for line in text.splitlines() if not line.lstrip("- ").startswith(("pip ", "hf "))]
+    others = ("pip ", "hf ", "python benchmarks/")
+    ours = [line for line in text.splitlines() if not line.lstrip("- ").startswith(others)]
     used = set(re.findall(r"--([a-z0-9_]+)\b", "\n".join(ours)))
     assert used - FLAGS <= {"index", "no", "nproc"}  # of pip and torchrun: --index-url, --no-deps, --nproc-per-node
     assert {"ga_pop", "ga_gen", "target_compression", "skip_original", "q4km_path", "mixed_path", "max_tokens"} <= used
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_flag_of_a_benchmark_exists(name):
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines():
+        if match := re.match(r"\s+python (benchmarks/\w+\.py)(.*)", line):
+            script = (ROOT / match[1]).read_text(encoding="utf-8")
+            for flag in re.findall(r"--[a-z0-9_]+", match[2]):
+                assert f'"{flag}"' in script, line
 
 
 @pytest.mark.parametrize(

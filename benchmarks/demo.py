@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TEXT = "pydoc"  # offline; the same text wherever the version of Python is the same
 PLAN, MIXED = "mixed_precision_config.pt", "models/smollm2-135m-mixed.gguf"
 COMMANDS = [
-    "mixed_precision_ptq.py --model_id demo --device cpu --spaces ggml --ga_pop 12 --ga_gen 6 "
-    f"--calib {TEXT} --search_tokens 512 --calib_tokens 4096 --output {PLAN} --force",
+    "mixed_precision_ptq.py --model_id demo --device cpu --spaces ggml --ga_pop 12 --ga_gen 3 "
+    f"--calib {TEXT} --search_tokens 256 --calib_tokens 4096 --output {PLAN} --force",
     f"export_gguf_official.py --config {PLAN} --output {MIXED} --force",
     f"test_mixed_precision.py --config {PLAN} --text {TEXT} --chunks 4 --max_tokens 40 --json simulation.json --force",
     f"compare_real_quant.py --config {PLAN} --mixed_path {MIXED} --text {TEXT} --chunks 8 --max_tokens 60 "

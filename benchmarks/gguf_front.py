@@ -44,8 +44,8 @@ from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.options import ExportOptions
 from halfbyte.report.plots import DOTS_PER_INCH, LINE_COLOURS, SEARCH_COLOUR, save_figure, set_title
 from halfbyte.report.tables import Cell, format_bytes, markdown_table, significant
+from halfbyte.results import FRONT_TYPES
 from halfbyte.runtime.llamacpp import open_engine
-from halfbyte.type_search import FRONT
 
 RECIPES = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M")
 REFERENCE, LLAMACPP, OURS = "reference", "llama.cpp", "halfbyte"
@@ -117,7 +117,7 @@ def recipe_files(folder: Path, reference: Path, importance: Path, recipes: Seque
 def our_files(folder: Path, plan: Path) -> list[Candidate]:
     """The front of ``plan`` as files, each checked by the export."""
     found = []
-    for like in FRONT:
+    for like in FRONT_TYPES:
         config = plan.with_name(f"{plan.stem}.{like}{plan.suffix}")
         if config.exists():
             path = folder / f"halfbyte-{like}.gguf"

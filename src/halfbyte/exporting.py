@@ -170,12 +170,13 @@ def summary(plan: Plan, policy: str) -> dict[str, str | int | float]:
         "plan.layers_a4": len(plan.layers) - a8,
         "plan.transforms": ",".join(plan.file["transforms"] if policy == "budget" else plan.transforms) or "none",
         "plan.weights": plan.weights,
-        "plan.types_kl": float(plan.file["losses"]["plan"]) if policy == "budget" else 0.0,
         "plan.text": str(plan.text.get("name", "")),
         "plan.text_search": str(plan.text.get("search", "")),
         "plan.seed": plan.seed,
         "version": plan.versions.get("halfbyte", ""),
     }
+    if policy == "budget":
+        values["plan.types_kl"] = float(plan.file["losses"]["plan"])
     return values
 
 

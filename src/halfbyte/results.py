@@ -32,6 +32,8 @@ REPORTS = (
     "convergence.png",
 )
 FRONT_REPORTS = ("front.json", "front.csv", "front.png")
+FRONT_TYPES = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")  # of llama.cpp, whose sizes make a front
+ALL_A8: dict[str, Any] = {"budget_asked": 1.0, "budget_reached": 1.0}  # what llama.cpp computes with
 TYPE_REPORTS = ("types.csv", "types.json")
 TYPE_FRONT_REPORTS = ("types-front.csv", "types-front.png")
 
@@ -139,8 +141,15 @@ def output_paths(output: Path, spaces: Sequence[str], *, front: bool) -> list[Pa
         paths += [codes_path(output), *(_beside(output, kind) for kind in kinds)]
     if "ggml" in spaces:
         paths += [types_path(output), *(_beside(output, kind) for kind in TYPE_REPORTS)]
-        paths += [_beside(output, kind) for kind in TYPE_FRONT_REPORTS if front]
+    if "ggml" in spaces and front:
+        plans = [_point_path(output, like) for like in FRONT_TYPES]
+        paths += [*plans, *map(types_path, plans), *(_beside(output, kind) for kind in TYPE_FRONT_REPORTS)]
     return paths
+
+
+def _point_path(output: Path, like: str) -> Path:
+    """Where the plan of one point of a front of types goes."""
+    return output.with_name(f"{output.stem}.{like}{output.suffix}")
 
 
 def _beside(output: Path, kind: str) -> Path:
@@ -154,9 +163,8 @@ def make_plan(
     """The plan of the winners, and per layer and matrix what was asked and what was done."""
     plan = Plan(
         model_id=options.model_id, fingerprint=source.fingerprint, target=options.target,
-        granularity=options.granularity, layers={}, budget_asked=options.target_compression,
-        budget_reached=options.target_compression, weights=options.weights, text=text, seed=options.seed,
-        versions=made_with(source),
+        granularity=options.granularity, layers={}, weights=options.weights, text=text, seed=options.seed,
+        versions=made_with(source), **ALL_A8,
     )  # fmt: skip
     outcomes: list[Outcome] = []
     if activations is not None:
@@ -188,6 +196,7 @@ def _with_activations(
     return replace(
         plan,
         layers=entries,
+        budget_asked=options.target_compression,
         budget_reached=mean_bits_fraction(units, found.genome),
         transforms=made.transforms,
         search={
@@ -221,8 +230,9 @@ def write_results(
         named += _type_reports(output, plan, types, made_by)
         moved.append((stages.types(), types_path(output)))
         for like, point in types.front.items():
-            path = output.with_name(f"{output.stem}.{like}{output.suffix}")
-            plans[path] = _with_types(replace(plan, layers={}, codes_sha256=""), point, stages.types(like))
+            path = _point_path(output, like)
+            bare = replace(plan, layers={}, codes_sha256="", search={}, transforms=(), **ALL_A8)
+            plans[path] = _with_types(bare, point, stages.types(like))
             moved.append((stages.types(like), types_path(path)))
     for here, there in moved:
         here.replace(there)

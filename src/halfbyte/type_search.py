@@ -24,7 +24,7 @@ from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.screen import screened
 from halfbyte.prepare.size import capacity_of, recipe_types
 from halfbyte.progress import Progress, Reporter
-from halfbyte.results import TypesFound
+from halfbyte.results import FRONT_TYPES, TypesFound
 from halfbyte.search.fitness import KLFitness, stages_of
 from halfbyte.search.genetic import GeneticSettings
 from halfbyte.search.menu import Menu, pruned
@@ -36,7 +36,6 @@ from halfbyte.stages import Stages
 from halfbyte.transforms import expand
 
 DEFAULT_LIKE = "Q4_K_M"
-FRONT = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")  # whose sizes make a front
 FRONT_SHARE = 2  # of the generations, for each of them
 GROUP_SIZE = 32  # weights that share a scale in most types; for the choice of channel scales
 TINY = 1e-12  # nats: no matrix is free
@@ -187,7 +186,7 @@ class TypeSearch:
         """
         sizes = [sum(menu.nbytes(menu.types[end]) for menu in self.menus) for end in (0, -1)]
         found = {}
-        for like in FRONT:
+        for like in FRONT_TYPES:
             room = capacity_of(self.source, self.menus, size="", bpw=0, like=like)
             if room == known.capacity:
                 found[like] = known

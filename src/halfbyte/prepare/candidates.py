@@ -98,7 +98,7 @@ def encode_candidates_(
         outside = [menu for menu in menus if menu.block == OUTSIDE]
         _encode_top(source, outside, last, folder, feedback=recipe.quantiser.looks_at_inputs)
     made.add(folder, "top")
-    report(Progress(STAGE, 1, 1, f"{sum(len(menu.types) for menu in menus)} of {len(menus)} matrices"))
+    report(Progress(STAGE, 1, 1, f"{len(menus)} matrices, {sum(len(menu.types) for menu in menus)} candidates"))
     return made
 
 

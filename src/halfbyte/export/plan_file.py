@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from halfbyte.errors import HalfbyteError, first_line
-from halfbyte.files import sha256, whole_file, write_error
+from halfbyte.files import sha256, whole_file
+from halfbyte.formats.encoded import save_tensors
 from halfbyte.formats.int_group import PackedWeight
 from halfbyte.numerics.balance import LowRank
 from halfbyte.spec import Plan
@@ -64,21 +64,12 @@ def types_path(path: str | Path) -> Path:
 
 def save_codes(path: str | Path, codes: Codes) -> str:
     """Write ``codes`` to ``path`` (a ``.safetensors`` name); returns the file's sha256."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = dict(codes.parameters)
     for name, weight in codes.weights.items():
-        tensors[f"{name}.codes"] = weight.packed.cpu()
-        tensors[f"{name}.scales"] = weight.scales.cpu().contiguous()
+        tensors |= {f"{name}.codes": weight.packed, f"{name}.scales": weight.scales}
     for name, transform in codes.low_rank.items():
-        tensors[f"{name}.basis"] = transform.basis.cpu().contiguous()
-        tensors[f"{name}.gain"] = transform.gain.cpu().contiguous()
-    for name, value in codes.parameters.items():
-        tensors[name] = value.detach().cpu().contiguous()
-    with whole_file(path) as partial:
-        try:
-            save_file(tensors, partial, metadata={"format": "halfbyte.codes.v1"})
-        except SafetensorError as error:  # it wraps the operating system's error as text
-            full = "os error 28" in str(error) or "No space left" in str(error)
-            raise write_error(OSError(28 if full else 5, str(error)), path) from error
+        tensors |= {f"{name}.basis": transform.basis, f"{name}.gain": transform.gain}
+    save_tensors(path, tensors, "halfbyte.codes.v1")
     return sha256(path)
 
 

@@ -19,18 +19,27 @@ from halfbyte.files import whole_file, write_error
 SEPARATOR = "|"
 
 
-def save_encoded(
-    path: Path, encoded: Mapping[tuple[str, str], torch.Tensor], extra: Mapping[str, torch.Tensor]
-) -> None:
-    """Write ``(name, type) -> rows``, and ``extra`` tensors under their own names, whole or not at all."""
-    tensors = {SEPARATOR.join(key): rows.cpu().contiguous() for key, rows in encoded.items()}
-    tensors |= {name: value.detach().cpu().contiguous() for name, value in extra.items()}
+def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], form: str) -> None:
+    """Write a safetensors file whole or not at all; ``form`` says in its metadata what it holds.
+
+    Raises:
+        HalfbyteError: it cannot be written.
+    """
+    on_host = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     with whole_file(path) as partial:
         try:
-            save_file(tensors, partial, metadata={"format": "halfbyte.encoded.v1"})
+            save_file(on_host, partial, metadata={"format": form})
         except SafetensorError as error:  # it wraps the operating system's error as text
             full = "os error 28" in str(error) or "No space left" in str(error)
             raise write_error(OSError(28 if full else 5, str(error)), path) from error
+
+
+def save_encoded(
+    path: Path, encoded: Mapping[tuple[str, str], torch.Tensor], extra: Mapping[str, torch.Tensor]
+) -> None:
+    """Write ``(name, type) -> rows``, and ``extra`` tensors under their own names."""
+    rows = {SEPARATOR.join(key): rows for key, rows in encoded.items()}
+    save_tensors(path, {**rows, **extra}, "halfbyte.encoded.v1")
 
 
 class Encoded:

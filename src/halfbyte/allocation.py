@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ from halfbyte.results import Found, FrontPoint
 from halfbyte.search.asktell import AskTell
 from halfbyte.search.baselines import all_choice, rule_genome
 from halfbyte.search.evaluator import KLEvaluator
-from halfbyte.search.fitness import Fitness, KLFitness
+from halfbyte.search.fitness import Fitness, KLFitness, PricedEvaluator
 from halfbyte.search.genetic import GeneticSettings
 from halfbyte.search.problem import Genome, Problem
 from halfbyte.search.racing import Choice, choose
@@ -138,9 +138,17 @@ def table_knapsack(problem: Problem, units: Sequence[Unit], rows: Mapping[str, L
     return best_for(replace(problem, priority=tuple(gains)), np.array(gains))
 
 
-def validated(starts: Iterable[Genome], algorithm: AskTell[Any], evaluator: KLEvaluator, judge: KLEvaluator) -> Choice:
-    """The choice among where a search started and its best, by text that it has not seen."""
-    best = finalists(algorithm.problem, algorithm.scores, FINALISTS, algorithm.shares)
-    judged = list(dict.fromkeys([*starts, *best]))
+def validated(
+    starts: Iterable[Genome], algorithm: AskTell[Any], evaluator: KLEvaluator | PricedEvaluator,
+    judge: KLEvaluator | PricedEvaluator, allowed: Callable[[Genome], bool] = lambda _: True,
+) -> Choice:  # fmt: skip
+    """The choice among where a search started and its best, by text that it has not seen.
+
+    Args:
+        allowed: genomes that may be chosen; at least one start is.
+    """
+    ranked = finalists(algorithm.problem, algorithm.scores, len(algorithm.scores), algorithm.shares)
+    best = [genome for genome in ranked if allowed(genome)][:FINALISTS]
+    judged = list(dict.fromkeys([*filter(allowed, starts), *best]))
     unseen, seen = (dict(zip(judged, text.losses(judged), strict=True)) for text in (judge, evaluator))
     return choose(unseen, seen, prefer=best[:1])  # among ties the model's own, which has averaged noise out

@@ -111,6 +111,8 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
             f"{format_bytes(types.nbytes)} of {format_bytes(types.capacity)} for {len(types.types)} matrices: "
             + ", ".join(f"{count} {kind}" for kind, count in counts.most_common())
         )
+        speed = types.about["predicted_speed"]
+        draw.say(f"generation on a CPU, predicted: {speed:.2f} of the speed of llama.cpp's {types.about['rival']}")
     note = f" ({plan.text['note']})" if plan.text["note"] else ""
     draw.say(f"plan {plan.hash}, text {plan.text['name']}{note}")
     notes: dict[str, int] = {}

@@ -71,6 +71,11 @@ class SearchOptions(ModelOptions):
     size: str = option("", "size of the GGUF file, such as 4.36GiB or 700MB", metavar="SIZE")
     bpw: float = option(0.0, "or its mean bits per weight", metavar="X")
     like: str = option("", "or the size of llama.cpp's file of this type; Q4_K_M where nothing is said", metavar="TYPE")
+    speed: float = option(
+        1.0,
+        "least generation speed of that file, of llama.cpp's own of its size, as predicted for CPUs; 0 is any",
+        metavar="X",
+    )
     imatrix: str | None = option(
         None, "importance matrix to choose scales of types by, ours or llama.cpp's; by default it is measured",
         metavar="FILE",

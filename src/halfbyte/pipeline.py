@@ -91,6 +91,8 @@ def check_search_options(options: SearchOptions) -> None:
     check_suffix(Path(options.output))
     if options.pareto and options.fitness != "kl":
         raise HalfbyteError("a front needs the whole model's KL", where="--pareto", fix="leave --fitness at kl")
+    if not 0 <= options.speed <= 2:
+        raise HalfbyteError("out of range", where="--speed", expected="0 (any) to 2", got=options.speed)
     recipe_of(options, tied=False)
     if "ggml" in spaces_of(options):
         transforms_of(options)

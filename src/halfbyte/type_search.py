@@ -5,6 +5,7 @@ candidates of every matrix → KL of each matrix at its smallest type → knapsa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -16,18 +17,21 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.files import check_space
 from halfbyte.formats.encoded import save_encoded
 from halfbyte.models.loading import SourceModel
+from halfbyte.models.modules import is_tied
 from halfbyte.options import SearchOptions
 from halfbyte.parallel import Group
 from halfbyte.prepare.candidates import Candidates, encode_candidates_, part_files
 from halfbyte.prepare.menus import TensorMenu, menus_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.screen import screened
-from halfbyte.prepare.size import capacity_of, recipe_types
+from halfbyte.prepare.size import capacity_of, recipe_types, rival_of
 from halfbyte.progress import Progress, Reporter
 from halfbyte.results import FRONT_TYPES, TypesFound
-from halfbyte.search.fitness import KLFitness, stages_of
+from halfbyte.runtime.type_speed import seconds_per_weight
+from halfbyte.search.fitness import KLFitness, PricedEvaluator, stages_of
 from halfbyte.search.genetic import GeneticSettings
 from halfbyte.search.menu import Menu, pruned
+from halfbyte.search.priced import offer_within
 from halfbyte.search.problem import Genome
 from halfbyte.search.reference import Reference
 from halfbyte.search.runner import run_genetic
@@ -72,7 +76,7 @@ class TypeSearch:
         stages: Stages, report: Reporter, device: torch.device, group: Group,
     ) -> None:  # fmt: skip
         self.source, self.room, self.options, self.stages = source, room, options, stages
-        self.report, self.group = report, group
+        self.report, self.group, self.tied = report, group, is_tied(source.model, source.family)
         where = torch.device("cpu") if device.type == "mps" else device  # see pipeline
         self.screen: dict[str, float] = {}
         chosen = transforms_of(options)
@@ -104,7 +108,6 @@ class TypeSearch:
             TypeEvaluator(self.mixed, windows[part], answers, group=group)
             for part, answers in zip(("search", "valid"), known, strict=True)
         )
-        self.fitness = KLFitness(self.evaluator, stages_of(self.evaluator.windows))
 
     @cached_property
     def losses(self) -> list[list[float]]:
@@ -134,40 +137,48 @@ class TypeSearch:
         Args:
             room: bytes that the matrices may take.
             generations: of the genetic algorithm.
-            like: llama.cpp's file type of about that size, where the search starts from too.
+            like: llama.cpp's file type of about that size, to be as fast as, and to start from too.
         """
-        space = Menu(_costs(self.menus), tuple(map(tuple, self.losses)), room)
-        mixture = self._mixture(like or self.options.like or DEFAULT_LIKE)
-        starts = {"knapsack": space.knapsack(), "llama.cpp's mixture": space.fill(space.repair(mixture))}
+        rival = like or self.options.like or rival_of(self.source, self.menus, room)
+        theirs = recipe_types(self.source, self.menus, rival)
+        limit = self._seconds(theirs) / self.options.speed if self.options.speed else math.inf
+        times = [[self._matrix_seconds(menu, kind) for kind in menu.types] for menu in self.menus]
+        offer, knapsack = offer_within(_costs(self.menus), self.losses, times, room, limit=limit)
+        space = offer.space
+        mixture = space.fill(space.repair(offer.below(self._below(theirs))))
+        starts = {"knapsack": knapsack, "llama.cpp's mixture": mixture}
+        evaluator, judge = (PricedEvaluator(text, offer) for text in (self.evaluator, self.judge))
         algorithm = run_genetic(
             space,
             GeneticSettings(population=self.options.ga_pop, generations=generations),
             seeds=list(starts.values()),
             seed=self.options.seed,
-            fitness=self.fitness,
+            fitness=KLFitness(evaluator, stages_of(evaluator.windows)),
             state_file=self.stages.folder / f"types{like and '-'}{like}.json",
             resume=self.stages.resumed,
             report=self.report,
             group=self.group,
         )
-        tokens = self.judge.windows * self.judge.length
-        self.report(Progress("validation", 0, 1, f"{tokens} tokens each"))
-        choice = validated(starts.values(), algorithm, self.evaluator, self.judge)
-        winner = choice.winner
+        self.report(Progress("validation", 0, 1, f"{judge.windows * judge.length} tokens each"))
+        allowed = max(1.0, offer.time(knapsack))
+        choice = validated(starts.values(), algorithm, evaluator, judge, lambda one: offer.time(one) <= allowed)
+        winner = offer.whole(choice.winner)
         labels = {genome: label for label, genome in starts.items()}
         self.report(Progress("validation", 1, 1, f"noise floor {choice.noise_floor:.2g}"))
         types = {menu.name: menu.types[gene] for menu, gene in zip(self.menus, winner, strict=True)}
+        named = {**starts, "plan": choice.winner}
         return TypesFound(
             transforms=self.transforms,
             types=types,
             capacity=room,
-            nbytes=space.spent(winner),
-            losses={label: self.judge.score(genome) for label, genome in {**starts, "plan": winner}.items()},
+            nbytes=space.spent(choice.winner),
+            losses={label: self.judge.score(offer.whole(genome)) for label, genome in named.items()},
             history=algorithm.history,
             about={
                 "evaluations": len(algorithm.scores), "finalists": len(choice.differences), "ties": len(choice.ties),
-                "noise_floor": choice.noise_floor, "winner": labels.get(winner, "genetic search"),
-                "transforms_tried": self.screen,
+                "noise_floor": choice.noise_floor, "winner": labels.get(choice.winner, "genetic search"),
+                "transforms_tried": self.screen, "rival": rival,
+                "predicted_speed": self._seconds(theirs) / self._seconds(types), "price_of_time": offer.price,
             },
             rows=[
                 {
@@ -194,15 +205,22 @@ class TypeSearch:
                 found[like] = self.best(room, max(1, self.options.ga_gen // FRONT_SHARE), like)
         return found
 
-    def _mixture(self, like: str) -> Genome:
-        """llama.cpp's own mixture, in types on the menus that are no larger."""
-        types = recipe_types(self.source, self.menus, like)
+    def _below(self, types: Mapping[str, str]) -> Genome:
+        """A mixture in types on the menus that are no larger."""
         genome = []
         for menu in self.menus:
             wanted = menu.nbytes(types[menu.name])
             fitting = [gene for gene, kind in enumerate(menu.types) if menu.nbytes(kind) <= wanted]
             genome.append(fitting[-1] if fitting else 0)
         return tuple(genome)
+
+    def _matrix_seconds(self, menu: TensorMenu, kind: str) -> float:
+        """What llama.cpp is expected to take for a matrix per generated token: an embedding is only looked up."""
+        is_read = menu.name != self.source.family.embedding or self.tied
+        return is_read * menu.rows * menu.columns * seconds_per_weight(kind)
+
+    def _seconds(self, types: Mapping[str, str]) -> float:
+        return sum(self._matrix_seconds(menu, types[menu.name]) for menu in self.menus)
 
     def save(self, found: TypesFound, like: str = "") -> None:
         """Write the encoded matrices of a mixture, and the parameters that transforms changed."""

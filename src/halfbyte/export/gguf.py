@@ -28,6 +28,7 @@ from halfbyte.models.loading import SourceModel
 from halfbyte.progress import Progress, Reporter, silent
 
 PREFIX = "halfbyte."
+NAMED_AS = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # no file type has the name of the tensor type
 METADATA_TYPES = {  # the first that fits; a bool is an int too
     str: GGUFValueType.STRING,
     bool: GGUFValueType.BOOL,
@@ -212,7 +213,7 @@ def _file_type(source: SourceModel, plans: list[TensorPlan]) -> LlamaFileType:
         if plan.row.parameter.startswith(source.family.blocks) and len(plan.row.shape) == 2:
             sizes[plan.row.type] += plan.row.shape[0] * plan.row.shape[1]
     most = sizes.most_common(1)[0][0]
-    return LlamaFileType.ALL_F32 if most == "F32" else LlamaFileType[f"MOSTLY_{most}"]
+    return LlamaFileType.ALL_F32 if most == "F32" else LlamaFileType[f"MOSTLY_{NAMED_AS.get(most, most)}"]
 
 
 def _append_data(path: Path, plans: list[TensorPlan], alignment: int, report: Reporter) -> None:

@@ -15,6 +15,7 @@ from halfbyte.runtime.file_types import FILE_TYPES, Shape, tensor_type
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 ALIGNMENT = 32  # of a tensor's data in the file
+FLOATS = ("F16", "BF16")  # file types that quantise nothing
 METADATA = 2048  # for what the export says about itself
 
 
@@ -48,6 +49,16 @@ def recipe_types(source: SourceModel, menus: Sequence[TensorMenu], file_type: st
     shape = Shape(family.gguf_arch, config.num_hidden_layers, heads, kv_heads, tied, has_imatrix=True)
     names = {menu.name: family.gguf_name(f"{menu.name}.weight") for menu in menus}
     return {menu.name: tensor_type(file_type, names[menu.name], menu.columns, shape)[1].name for menu in menus}
+
+
+def rival_of(source: SourceModel, menus: Sequence[TensorMenu], room: int) -> str:
+    """llama.cpp's largest quantised file type whose matrices take no more than ``room`` bytes, else its smallest."""
+    sizes = {
+        name: sum(menu.nbytes(kinds[menu.name]) for menu in menus)
+        for name, kinds in ((name, recipe_types(source, menus, name)) for name in FILE_TYPES if name not in FLOATS)
+    }
+    fitting = {name: size for name, size in sizes.items() if size <= room}
+    return max(fitting, key=fitting.__getitem__) if fitting else min(sizes, key=sizes.__getitem__)
 
 
 def capacity_of(source: SourceModel, menus: Sequence[TensorMenu], *, size: str, bpw: float, like: str) -> int:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
 
 from halfbyte.search.evaluator import KLEvaluator
+from halfbyte.search.priced import Offer
 from halfbyte.search.problem import Genome
 from halfbyte.search.racing import ANCHORS, race
 from halfbyte.search.sensitivity import LayerSensitivity, unit_errors
@@ -43,6 +46,41 @@ class Fitness(ABC):
         return {genome: self.score(genome) for genome in genomes}, dict.fromkeys(genomes, 1.0)
 
 
+class PricedEvaluator:
+    """An evaluator of whole genomes that takes those of an offer, and adds what their time costs beyond the limit.
+
+    A genome that is exactly as fast as the limit scores what it loses.
+    """
+
+    def __init__(self, evaluator: KLEvaluator, offer: Offer) -> None:
+        self.evaluator, self.offer = evaluator, offer
+        self.windows, self.length = evaluator.windows, evaluator.length
+
+    @property
+    def tokens_run(self) -> float:
+        """See :class:`halfbyte.search.evaluator.KLEvaluator`."""
+        return self.evaluator.tokens_run
+
+    @property
+    def tick(self) -> Callable[[], None]:
+        """See :class:`halfbyte.search.evaluator.KLEvaluator`."""
+        return self.evaluator.tick
+
+    @tick.setter
+    def tick(self, value: Callable[[], None]) -> None:
+        self.evaluator.tick = value
+
+    def losses(self, genomes: Sequence[Genome], windows: Iterable[int] | None = None) -> np.ndarray:
+        """Mean KL per segment and the price, ``[genomes, windows, segments]``."""
+        found = self.evaluator.losses([self.offer.whole(genome) for genome in genomes], windows)
+        extra = [self.offer.price * (self.offer.time(genome) - 1) for genome in genomes]
+        return found + np.array(extra).reshape(-1, 1, 1)
+
+    def score(self, genome: Genome) -> float:
+        """Mean over all windows."""
+        return float(self.losses([genome]).mean())
+
+
 class KLFitness(Fitness):
     """KL of the whole model, on few tokens for every candidate and on more for those that could still win.
 
@@ -50,7 +88,7 @@ class KLFitness(Fitness):
         stages: windows of text after which candidates are compared, ascending; the last is all of them.
     """
 
-    def __init__(self, evaluator: KLEvaluator, stages: Sequence[int]) -> None:
+    def __init__(self, evaluator: KLEvaluator | PricedEvaluator, stages: Sequence[int]) -> None:
         self.evaluator, self.stages = evaluator, tuple(stages)
         evaluator.tick = lambda: self.tick()
 
@@ -62,6 +100,7 @@ class KLFitness(Fitness):
         return self.evaluator.score(genome)
 
     def gains(self, report: Callable[[int], None]) -> list[float]:
+        assert isinstance(self.evaluator, KLEvaluator)
         base = self.evaluator.score((8,) * len(self.evaluator.units))
         found = []
         for loss in self.evaluator.one_at_a_time(8, 4):

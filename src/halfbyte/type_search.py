@@ -52,11 +52,16 @@ def capacity(source: SourceModel, options: SearchOptions) -> tuple[int, list[Ten
         HalfbyteError: no mixture of types is that small.
     """
     menus = menus_of(source, mean_bits=4.5)
-    room = capacity_of(source, menus, size=options.size, bpw=options.bpw, like=options.like or DEFAULT_LIKE)
+    room = capacity_of(source, menus, size=options.size, bpw=options.bpw, like=named_size(options))
     menus = menus_of(source, 8 * room / sum(menu.rows * menu.columns for menu in menus))
     costs = [tuple(sorted(set(own))) for own in _costs(menus)]
     Menu(tuple(costs), tuple(tuple(range(len(own), 0, -1)) for own in costs), room)  # refuses what is too small
     return room, menus
+
+
+def named_size(options: SearchOptions) -> str:
+    """llama.cpp's file type whose size is the budget; empty where bytes or bits are."""
+    return options.like or ("" if options.size or options.bpw else DEFAULT_LIKE)
 
 
 class TypeSearch:
@@ -139,7 +144,7 @@ class TypeSearch:
             generations: of the genetic algorithm.
             like: llama.cpp's file type of about that size, to be as fast as, and to start from too.
         """
-        rival = like or self.options.like or rival_of(self.source, self.menus, room)
+        rival = like or named_size(self.options) or rival_of(self.source, self.menus, room)
         theirs = recipe_types(self.source, self.menus, rival)
         limit = self._seconds(theirs) / self.options.speed if self.options.speed else math.inf
         times = [[self._matrix_seconds(menu, kind) for kind in menu.types] for menu in self.menus]

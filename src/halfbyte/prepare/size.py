@@ -52,12 +52,12 @@ def recipe_types(source: SourceModel, menus: Sequence[TensorMenu], file_type: st
 
 
 def rival_of(source: SourceModel, menus: Sequence[TensorMenu], room: int) -> str:
-    """llama.cpp's largest quantised file type whose matrices take no more than ``room`` bytes, else its smallest."""
+    """llama.cpp's largest quantised file type that is no larger than a file with ``room`` bytes for its matrices, else its smallest."""
     sizes = {
         name: sum(menu.nbytes(kinds[menu.name]) for menu in menus)
         for name, kinds in ((name, recipe_types(source, menus, name)) for name in FILE_TYPES if name not in FLOATS)
     }
-    fitting = {name: size for name, size in sizes.items() if size <= room}
+    fitting = {name: size for name, size in sizes.items() if size <= room + METADATA}
     return max(fitting, key=fitting.__getitem__) if fitting else min(sizes, key=sizes.__getitem__)
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import halfbyte.export.gguf_tensors as gguf_tensors
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.gguf import check_gguf, write_gguf
+from halfbyte.formats.ggml import QUANTISED, encode
 from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.loading import find, layers_of, load
 from halfbyte.runtime.llamacpp import open_engine
@@ -103,6 +104,22 @@ def test_f32_file_loads_back_equal_and_exports_again_to_the_same_bytes(tiny, tmp
     assert torch.equal(logits_of(theirs, ids), reference)
     write_gguf(second, again, layer_types=types, metadata={"note": "first"}, **F32)
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_every_type_can_be_most_of_a_file(kind, tiny_folder, tmp_path):
+    """llama.cpp's file types are not named after their tensor types."""
+    folder = str(tiny_folder("qwen2", hidden_size=256, head_dim=64, num_hidden_layers=1))
+    source = load(find(folder), device=torch.device("cpu"), dtype=torch.float32)
+    layers = {layer.name: layer.in_features for layer in layers_of(source.model, source.family)}
+    importance = {name: torch.linspace(1, 5, width) for name, width in layers.items()}
+    path = tmp_path / "m.gguf"
+    write_gguf(path, source, layer_types=dict.fromkeys(layers, kind), importance=importance)
+    assert LlamaFileType(keys(path)["general.file_type"]).name.startswith(f"MOSTLY_{kind}")
+    down = next(name for name in layers if name.endswith("down_proj"))
+    expected = encode(source.model.get_submodule(down).weight, kind, importance=importance[down])
+    written = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
+    assert np.array_equal(written[source.family.gguf_name(f"{down}.weight")].data.reshape(expected.shape), expected)
 
 
 def test_tiered_layers_carry_the_same_w4_values(tiny, tmp_path):

@@ -46,6 +46,7 @@ def write_gguf(
     layer_types: Mapping[str, str] | None = None,
     embedding_type: str = "Q8_0",
     output_type: str = "Q8_0",
+    importance: Mapping[str, torch.Tensor] | None = None,
     encoded: Mapping[str, EncodedRows] | None = None,
     metadata: Mapping[str, str | int | float] | None = None,
     report: Reporter = silent,
@@ -60,6 +61,7 @@ def write_gguf(
         layer_types: layer name -> a type of ``halfbyte.formats.ggml.WRITABLE``.
         embedding_type, output_type: types of the token embedding and of an untied output head. A tied head is not
             written: llama.cpp then uses the embedding, and ``embedding_type`` decides for both.
+        importance: matrix -> what a squared error costs in each input channel, ``[in]``, where floats are encoded.
         encoded: matrix, also embedding or head -> what to write for it as it is, before everything else.
         metadata: values to keep in the file under ``halfbyte.`` keys.
         report: told about every finished tensor, stage ``export``.
@@ -74,7 +76,7 @@ def write_gguf(
     """
     path = check_output(path, force=True)
     reader = open_gguf(source.origin.gguf_file) if source.origin.gguf_file else None
-    types = TensorTypes(embedding_type, output_type, layer_types)
+    types = TensorTypes(embedding_type, output_type, layer_types, importance)
     factors = rope_frequency_factors(source.config)
     plans = plan_tensors(source, weights or {}, overrides or {}, types, factors, encoded)
     check_space(path, sum(plan.row.nbytes for plan in plans))

@@ -64,11 +64,13 @@ class TensorTypes:
         embedding: of the token embedding, and so of a tied output head.
         output: of an untied output head.
         layers: layer name -> type; a layer not listed is Q4_0 if it has codes, else F16.
+        importance: matrix -> what a squared error costs in each input channel, ``[in]``, where floats are encoded.
     """
 
     embedding: str = "Q8_0"
     output: str = "Q8_0"
     layers: Mapping[str, str] | None = None
+    importance: Mapping[str, Tensor] | None = None
 
 
 def plan_tensors(
@@ -113,7 +115,7 @@ def plan_tensors(
         row = TensorRow(_gguf_name(source, name), name, kind, tuple(value.shape), 0)
         heads = _rotary_heads(source, row.name)
         if codes is None:
-            plans.append(_plan(row, _reordered(value, heads)))
+            plans.append(_plan(row, _reordered(value, heads), (types.importance or {}).get(layer)))
             continue
         if codes.shape != tuple(value.shape):
             expected, got = list(value.shape), list(codes.shape)
@@ -154,7 +156,7 @@ def _encoded_rows(source: SourceModel, row: TensorRow, made: EncodedRows) -> Cal
     return _reordered(made.rows, _rotary_heads(source, row.name))
 
 
-def _plan(row: TensorRow, make: Callable[[], Tensor | GroupedWeight]) -> TensorPlan:
+def _plan(row: TensorRow, make: Callable[[], Tensor | GroupedWeight], importance: Tensor | None = None) -> TensorPlan:
     """Size the row and choose the encoder by what ``make`` returns: codes keep their numbers, floats are encoded."""
     where = row.parameter or row.name
     row = replace(row, nbytes=prod(row.shape[:-1]) * row_bytes(row.shape[-1], row.type, where=where))
@@ -168,7 +170,7 @@ def _plan(row: TensorRow, make: Callable[[], Tensor | GroupedWeight]) -> TensorP
             yield made.numpy()
             return
         for rows in made.split(max(1, CHUNK_ELEMENTS // row.shape[-1])) if made.ndim > 1 else (made,):
-            yield encode(rows, row.type, where=where)
+            yield encode(rows, row.type, importance=importance, where=where)
 
     return TensorPlan(row, chunks)
 

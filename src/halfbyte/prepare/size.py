@@ -52,7 +52,11 @@ def recipe_types(source: SourceModel, menus: Sequence[TensorMenu], file_type: st
 
 
 def rival_of(source: SourceModel, menus: Sequence[TensorMenu], room: int) -> str:
-    """llama.cpp's largest quantised file type that is no larger than a file with ``room`` bytes for its matrices, else its smallest."""
+    """llama.cpp's largest quantised file type that fits, else its smallest.
+
+    Args:
+        room: bytes that the matrices may take, with what the export says about itself on top.
+    """
     sizes = {
         name: sum(menu.nbytes(kinds[menu.name]) for menu in menus)
         for name, kinds in ((name, recipe_types(source, menus, name)) for name in FILE_TYPES if name not in FLOATS)

@@ -23,8 +23,15 @@ from tests.tiny_models import MODELS, SIZE, hf_byte_level, hf_sentencepiece, ran
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread, here and in the processes that tests start: tiny tensors only wait for a second one."""
-    if "not slow" in config.option.markexpr:
+    """One thread, here and in the processes that tests start: tiny tensors only wait for a second one.
+
+    Each process of ``pytest -n`` gets a core of its own, because threads of llama.cpp that share one wait by spinning.
+    """
+    worker = getattr(config, "workerinput", {}).get("workerid", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    if worker or "not slow" in config.option.markexpr:
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"
 

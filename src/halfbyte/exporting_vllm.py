@@ -29,7 +29,7 @@ from halfbyte.models.device import available_memory
 from halfbyte.models.estimate import estimate_load
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied
-from halfbyte.models.surgery import set_activation_bits_
+from halfbyte.models.surgery import set_activation_bits_, set_parameters_
 from halfbyte.naming import DEMO_NAME, mixed_folder
 from halfbyte.options import VllmExportOptions
 from halfbyte.progress import Progress, Reporter, silent
@@ -167,7 +167,8 @@ def _compare(folder: Path, source: SourceModel, codes: Codes, plan: Plan, report
     report(Progress("check logits", 1, 2, "simulation"))
     become_simulation_(source, codes, plan.layers, plan.transforms, packed=True)
     set_activation_bits_(source.model, plan_bits(plan))
-    source.model.float()
+    source.model.float()  # only now: its own weights, decoded, would not fit where the packed ones do
+    set_parameters_(source.model, codes.parameters)  # with all their bits
     with torch.no_grad():
         ours = source.model(input_ids=window, use_cache=False).logits
     difference = float((theirs - ours).abs().max() / ours.abs().max())

@@ -7,7 +7,15 @@ import math
 import pytest
 import torch
 
-from halfbyte.numerics.hadamard import factors, hadamard_matrix, rotate, rotation_matrix, signs
+from halfbyte.numerics.hadamard import (
+    factors,
+    hadamard_matrix,
+    largest_block,
+    rotate,
+    rotate_blocks,
+    rotation_matrix,
+    signs,
+)
 
 WIDTHS = [576, 896, 1536, 3584, 4864, 8960, 11008, 18944]
 COSINE = [11008, 43]  # their odd part, 43, has no small Hadamard matrix
@@ -75,3 +83,19 @@ def test_the_product_never_changes():
     assert [len(part) for part in factors(11008)] == [43, 16, 16]
     found = rotate(torch.eye(576)[[1, 200]])[:, [0, 7, 300, 575]].sign()
     assert found.tolist() == [[1, -1, 1, -1], [-1, -1, -1, -1]]
+
+
+@pytest.mark.parametrize(("width", "block"), [(96, 32), (128, 128), (12, 4), (7, 1)])
+def test_block_rotations_are_those_of_compressed_tensors(width, block):
+    """To the last bit: its transform of type hadamard in front of a layer."""
+    from compressed_tensors.transform import TransformArgs, TransformConfig, TransformScheme, apply_transform_config
+
+    assert largest_block(width) == block
+    x = torch.randn(3, 5, width, generator=torch.Generator().manual_seed(0))
+    layer = torch.nn.Sequential(torch.nn.Linear(width, width, bias=False))
+    layer[0].weight.data = torch.eye(width)
+    where = [TransformArgs(targets=["0"], location="input")]
+    scheme = TransformScheme(type="hadamard", head_dim=block, apply=where)
+    apply_transform_config(layer, TransformConfig(config_groups={"r": scheme}))
+    assert torch.equal(rotate_blocks(x, block), layer(x))
+    torch.testing.assert_close(rotate_blocks(rotate_blocks(x, block), block), x)

@@ -24,6 +24,14 @@ def test_the_target_decides_which_activations_count():
     assert recipe_of(SearchOptions(target="sim", symmetric=True), tied=True).symmetric
 
 
+def test_vllm_gets_what_compressed_tensors_can_say():
+    made = recipe_of(SearchOptions(target="vllm", online_transforms=True), tied=True)
+    assert (made.symmetric, made.clip, made.scale_bits) == (True, False, 4)
+    assert (made.scale_rule.bf16, made.scale_rule.signed) == (True, False)
+    assert [made.rotation_block(part, "down", 1536) for part in ("q", "down")] == [0, 512]
+    assert Recipe(("r4",)).rotation_block("down", "down", 1536) == 0
+
+
 def test_who_is_rotated_and_scaled():
     assert Recipe(("online",)).rotated("q", "down")
     assert [Recipe(("r4",)).rotated(part, "down") for part in ("q", "down")] == [False, True]

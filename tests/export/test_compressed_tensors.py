@@ -1,0 +1,321 @@
+"""Folders in the compressed-tensors format: transformers loads them unpatched and says what the simulation says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from halfbyte import cli, exporting_vllm, files
+from halfbyte.errors import HalfbyteError
+from halfbyte.export.compressed_tensors import check_tensors, exact_scales, packed_words, plan_tensors
+from halfbyte.export.plan_file import codes_path, load_codes, load_plan
+from halfbyte.exporting_vllm import logits_in_transformers
+from halfbyte.formats.int_group import GroupedWeight, PackedWeight
+from halfbyte.models.loading import layers_of, load
+from halfbyte.progress import silent
+from halfbyte.weights.rtn import round_to_nearest
+from tests.command_line import fails, search
+from tests.export.vllm_plans import PLAN, plan_for
+from tests.tiny_models import logits_of, some_ids
+
+EXPORT = ["--config", PLAN, "--output", "out"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_folder, tmp_path_factory):
+    """A plan of a tiny Llama, and the folder it is in."""
+    folder = tmp_path_factory.mktemp("plain")
+    return *plan_for(tiny_folder("llama"), folder / PLAN, transforms="none", weights="rtn"), folder
+
+
+def stored(folder):
+    found = {}
+    for file in Path(folder).glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def worst(ours, theirs):
+    return float((ours - theirs).abs().max() / ours.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "untied"),
+    [
+        ("llama", {"online_transforms": True}, False),
+        ("qwen2", {}, False),
+        ("qwen2-tied", {"group_size": 32}, False),
+        ("qwen2-tied", {"transforms": "r1,r2", "online_transforms": True, "weights": "rtn"}, True),
+    ],
+)
+def test_transformers_says_what_the_search_scored(family, options, untied, tiny_folder, here):
+    source, plan = plan_for(tiny_folder(family), **options)
+    assert {entry.a_bits for entry in plan.layers.values()} == {4, 8}
+    assert cli.run("export vllm", [*EXPORT, "--json", "e.json"]) == 0
+    assert json.loads(Path("e.json").read_text())["difference"] <= 1e-4
+    ids = some_ids(source)
+    assert worst(logits_of(source.model, ids), logits_in_transformers(Path("out"), ids[None])[0]) <= 1e-4
+    tensors, config = stored("out"), json.loads(Path("out/config.json").read_text())
+    assert "model.embed_tokens.weight" in tensors
+    tied = family.endswith("-tied") and not untied
+    assert config["tie_word_embeddings"] == tied == ("lm_head.weight" not in tensors)
+    assert ("r4" in plan.transforms) == bool(config["quantization_config"]["transform_config"])
+    assert AutoTokenizer.from_pretrained("out").chat_template == source.tokenizer.chat_template
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_without_its_rotation_or_its_activation_bits_the_model_is_another(online, tiny_folder, here):
+    """The comparison sees what transformers ignores by itself."""
+    source, _ = plan_for(tiny_folder("llama"), online_transforms=online, weights="rtn")
+    assert cli.run("export vllm", [*EXPORT, "--no-check"]) == 0
+    path = Path("out/config.json")
+    config = json.loads(path.read_text())
+    if online:
+        config["quantization_config"]["transform_config"] = {}
+    else:
+        for group in config["quantization_config"]["config_groups"].values():
+            group["input_activations"] = None
+    path.write_text(json.dumps(config))
+    ids = some_ids(source)
+    assert worst(logits_of(source.model, ids), logits_in_transformers(Path("out"), ids[None])[0]) > 1e-3
+
+
+def test_a_bf16_checkpoint_stays_bf16_where_that_is_exact(tiny_folder, here):
+    """Searched in fp32: rotated embedding and head are as large as before, norms keep the bits they need."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_folder("qwen2"), dtype=torch.bfloat16)
+    model.save_pretrained("m")
+    AutoTokenizer.from_pretrained(tiny_folder("qwen2")).save_pretrained("m")
+    source, _ = plan_for(Path("m"), weights="rtn")
+    assert cli.run("export vllm", EXPORT) == 0
+    tensors = stored("out")
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert tensors[name].dtype == torch.bfloat16, name
+        assert torch.equal(tensors[name].float(), source.model.get_parameter(name)), name
+    for name in ("model.layers.0.self_attn.v_proj.bias", "model.layers.1.input_layernorm.weight"):
+        assert torch.equal(tensors[name].float(), source.model.get_parameter(name)), name
+    assert tensors["model.layers.0.mlp.up_proj.weight_scale"].dtype == torch.bfloat16
+
+
+def test_codes_are_packed_as_the_library_packs_them():
+    weight = round_to_nearest(torch.randn(24, 96, generator=torch.Generator().manual_seed(0)), 32)
+    assert {-7, 7} <= set(weight.codes.flatten().tolist())
+    weight.codes[0, :2] = torch.tensor([-8, 7], dtype=torch.int8)
+    assert torch.equal(packed_words(weight.pack(), "here"), pack_to_int32(weight.codes, 4))
+    with pytest.raises(HalfbyteError, match="here: a row does not fill 32-bit words"):
+        packed_words(GroupedWeight(weight.codes[:, :12], weight.scales).pack(), "here")
+
+
+@pytest.mark.parametrize("scale", [-0.5, 1 + 2**-10])
+def test_scales_that_vllm_would_change_are_refused(scale):
+    packed = torch.zeros(1, 16, dtype=torch.uint8)
+    with pytest.raises(HalfbyteError, match=r"layer: scales are not what vLLM computes with.*--target vllm"):
+        exact_scales(PackedWeight(packed, torch.tensor([[scale]], dtype=torch.float16)), "layer")
+
+
+def test_the_config_names_every_layer_in_one_group(plain, here):
+    _, plan, at = plain
+    assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", "--no-check"]) == 0
+    config = json.loads(Path("out/config.json").read_text())["quantization_config"]
+    assert (config["format"], config["quantization_status"]) == ("pack-quantized", "compressed")
+    assert config["ignore"] == ["lm_head"]
+    named = {}
+    for group in config["config_groups"].values():
+        weights, inputs = group["weights"], group["input_activations"]
+        assert (weights["symmetric"], weights["strategy"], group["format"]) == (True, "group", "pack-quantized")
+        assert (inputs["symmetric"], inputs["strategy"], inputs["dynamic"]) == (True, "token", True)
+        for name in group["targets"]:
+            assert name not in named
+            named[name] = (weights["num_bits"], weights["group_size"], inputs["num_bits"])
+    assert named == {name: (4, entry.group_size, entry.a_bits) for name, entry in plan.layers.items()}
+
+
+def test_the_size_is_what_the_format_costs(plain, here):
+    source, plan, at = plain
+    assert (
+        cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", "--no-check", "--json", "e.json"]) == 0
+    )
+    linear = 0
+    for layer in layers_of(source.model, source.family):
+        linear += layer.macs // 2 + 2 * layer.macs // plan.layers[layer.name].group_size + 2 * 8
+    rest = sum(4 * value.numel() for name, value in source.model.named_parameters() if "_proj" not in name)
+    assert json.loads(Path("e.json").read_text())["bytes"] == linear + rest
+    assert sum(file.stat().st_size for file in Path("out").glob("*.safetensors")) < (linear + rest) * 1.01 + 20_000
+
+
+def test_shards(plain, here):
+    source, _, at = plain
+    arguments = ["--config", str(at / PLAN), "--output", "out"]
+    assert cli.run("export vllm", [*arguments, "--shard_size", "200KB"]) == 0  # with the check
+    index = json.loads(Path("out/model.safetensors.index.json").read_text())
+    shards = sorted(Path("out").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert {path.name for path in shards} == set(index["weight_map"].values())
+    limit = max(200_000, 4 * source.model.get_input_embeddings().weight.numel())
+    for path in shards:
+        with safe_open(path, framework="pt") as handle:
+            assert {index["weight_map"][name] for name in handle.keys()} == {path.name}  # noqa: SIM118
+        assert path.stat().st_size < limit + 20_000
+    assert index["metadata"]["total_size"] == sum(value.nbytes for value in stored("out").values())
+    ids = some_ids(source)
+    assert worst(logits_of(source.model, ids), logits_in_transformers(Path("out"), ids[None])[0]) <= 1e-4
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight_packed", "model.norm.weight"])
+def test_the_check_sees_a_damaged_tensor(name, plain, here):
+    source, _, at = plain
+    assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", "--no-check"]) == 0
+    codes = load_codes(codes_path(at / PLAN))
+    entries = plan_tensors(load(source.origin, device=source.device, dtype=torch.float32), codes)
+    check_tensors(Path("out"), entries, codes, silent)
+    tensors = load_file("out/model.safetensors")
+    tensors[name].view(-1)[-1] += 1
+    save_file(tensors, "out/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HalfbyteError, match=f"{name}: tensor data differs"):
+        check_tensors(Path("out"), entries, codes, silent)
+    del tensors[name]
+    save_file(tensors, "out/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HalfbyteError, match=f"tensors are missing, got {name}"):
+        check_tensors(Path("out"), entries, codes, silent)
+
+
+def test_the_card_says_what_it_is_and_how_it_was_measured(plain, here):
+    _, plan, at = plain
+    assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", "--no-check"]) == 0
+    card = Path("out/README.md").read_text(encoding="utf-8")
+    assert f"base_model: {plan.model_id}" in card
+    for said in (plan.hash, plan.fingerprint, "random tokens", "128 calib", "halfbyte test", "| plan", "0.500"):
+        assert said in card, said
+    first = next(line for line in card.splitlines() if line.strip("| ").startswith("0 "))
+    bits = [f"A{entry.a_bits}" for name, entry in plan.layers.items() if ".0." in name]
+    assert [cell.strip() for cell in first.strip("|").split("|")] == ["0", *bits]
+    assert "apply_transform_config" not in card
+
+
+def test_plans_for_other_targets_are_refused(tiny_folder, here, capsys):
+    folder = tiny_folder("llama")
+    plan_for(folder, target="gguf", weights="rtn", transforms="none")
+    fails(
+        capsys, cli.run("export vllm", EXPORT),
+        match="expected vllm (symmetric activation codes), got gguf; search again: halfbyte search --model_id "
+        f"{folder} --target vllm --target_compression 0.75 --output FILE",
+    )  # fmt: skip
+    plan_for(folder, weights="rtn", transforms="none")
+    for command in (["export", "gguf"], ["export"]):
+        code = cli.main([*command, "--config", PLAN, "--output", "m.gguf"])
+        fails(capsys, code, match="expected gguf, got vllm; search again with --target gguf")
+    assert {path.name for path in here.iterdir()} == {PLAN, codes_path(PLAN).name}
+
+
+def test_existing_outputs(plain, here, capsys):
+    _, _, at = plain
+    arguments = ["export", "vllm", "--config", str(at / PLAN), "--output", "out", "--no-check"]
+    assert cli.main(arguments) == 0
+    capsys.readouterr()
+    fails(capsys, cli.main(arguments), match="output already exists")
+    Path("out/old.txt").write_text("")
+    assert cli.main([*arguments, "--force"]) == 0
+    assert not Path("out/old.txt").exists()
+    capsys.readouterr()
+    (Path("out") / "mine").mkdir()
+    fails(capsys, cli.main([*arguments, "--force"]), match="will not replace a folder that holds other things")
+    Path("file").write_text("")
+    fails(capsys, cli.main([*arguments[:-2], "file"]), match="output is a file")
+    assert {path.name for path in here.iterdir()} == {"out", "file"}
+
+
+@pytest.mark.parametrize("when", ["write_tensors", "write_config", "check_tensors"])
+def test_an_interrupted_export_leaves_nothing(when, plain, here, capsys, monkeypatch):
+    _, _, at = plain
+    work = getattr(exporting_vllm, when)
+
+    def interrupted(*arguments, **more):
+        work(*arguments, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(exporting_vllm, when, interrupted)
+    assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out"]) == 2
+    assert "interrupted after" in capsys.readouterr().err
+    assert list(here.iterdir()) == []
+
+
+def test_a_killed_export_leaves_nothing_that_loads(plain, here, monkeypatch):
+    """config.json is written last, so what is left of a process that could not clean up is not a model."""
+    _, _, at = plain
+    seen = []
+    monkeypatch.setattr(exporting_vllm, "write_config", lambda folder, *_, **__: seen.extend(folder.iterdir()))
+    assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", "--no-check"]) == 0
+    names = {path.name for path in seen}
+    assert {"model.safetensors", "tokenizer.json", "README.md", "generation_config.json"} <= names
+    assert "config.json" not in names
+
+
+def test_a_full_disk_is_one_line(plain, here, capsys, monkeypatch):
+    _, _, at = plain
+    arguments = ["--config", str(at / PLAN), "--output", "out", "--no-check"]
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exporting_vllm, "write_text", full)
+    fails(capsys, cli.run("export vllm", arguments), match="disk is full")
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: files.shutil._ntuple_diskusage(1, 1, 10))
+    fails(capsys, cli.run("export vllm", arguments), match="disk is too small")
+    assert list(here.iterdir()) == []
+
+
+def test_what_vllm_cannot_run_is_refused_before_the_search(tiny_folder, here, capsys):
+    folder = tiny_folder("llama")
+    for arguments, match in [
+        (["--granularity", "layer"], "--granularity: vLLM wants one choice for q, k and v"),
+        (["--spaces", "a4a8,ggml"], "only a GGUF file has types"),
+        (["--transforms", "smooth,online"], "the target vllm cannot run this transform"),
+        (
+            ["--transforms", "r4"],
+            "vllm runs this transform on request only, expected smooth, r1, r2, got r4; ask for it",
+        ),
+        (["--group_size", "16"], "vLLM's kernels need groups of 32"),
+    ]:
+        fails(capsys, search(folder, "--target", "vllm", *arguments), match=match)
+    fails(capsys, search(folder, "--online_transforms"), match="only for --target vllm; name r4 in --transforms")
+    biased = tiny_folder("llama", mlp_bias=True)
+    code = search(biased, "--target", "vllm", "--online_transforms")
+    fails(capsys, code, match="model.layers.0.mlp.down_proj: vLLM cannot rotate the input of a layer with a bias")
+    assert list(here.iterdir()) == []
+
+
+def test_from_search_to_folder(tiny_folder, here, capsys):
+    """The whole way on the command line; R4's price is said twice."""
+    assert search(tiny_folder("llama-tied"), "--target", "vllm", "--online_transforms", "--transforms", "none") == 0
+    assert cli.main(["export", "vllm", "--output", "out"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("without tensor parallelism") == 2
+    plan = load_plan("mixed_precision_config.pt")
+    assert plan.transforms == ("r4",)
+    assert all(entry.a_symmetric and entry.a4_clip == 1 for entry in plan.layers.values())
+    assert {name.rpartition(".")[2]: entry.rotation_block for name, entry in plan.layers.items()}["down_proj"] == 256
+    assert "W4A4 g128" in out
+
+
+@pytest.mark.slow
+def test_the_real_model(here):
+    """SmolLM2: groups of 64 and 128, tied embedding, R4 in blocks of 512."""
+    source, plan = plan_for(Path("demo"), weights="rtn", online_transforms=True)
+    assert {(entry.a_bits, entry.group_size) for entry in plan.layers.values()} == {(4, 64), (8, 64), (4, 128)}
+    assert {entry.rotation_block for entry in plan.layers.values()} == {0, 512}
+    assert cli.run("export vllm", [*EXPORT, "--json", "e.json"]) == 0
+    assert json.loads(Path("e.json").read_text())["difference"] <= 1e-4
+    ids = some_ids(source, 64)
+    assert worst(logits_of(source.model, ids), logits_in_transformers(Path("out"), ids[None])[0]) <= 1e-4

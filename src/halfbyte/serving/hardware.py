@@ -75,7 +75,7 @@ def this_machine(device: torch.device) -> Hardware:
             return HARDWARE["rocm"]
         major, minor = torch.cuda.get_device_capability(device)
         key = f"sm{major}{minor}"
-        return HARDWARE.get(key, Hardware(key, torch.cuda.get_device_name(device), 10 * major + minor))
+        return HARDWARE.get(key) or Hardware(key, torch.cuda.get_device_name(device), 10 * major + minor)
     return HARDWARE["mps"] if device.type == "mps" else this_cpu()
 
 

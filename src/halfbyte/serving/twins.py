@@ -16,7 +16,7 @@ from typing import Any
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import write_error
-from halfbyte.serving.folder import ServedFolder
+from halfbyte.serving.folder import ServedFolder, matches
 
 TWINS = {"w4a16": 16, "w4a8": 8, "w4a4": 4}
 HUMMING_FILE = "humming-input.json"
@@ -75,14 +75,30 @@ def _write_twin(folder: ServedFolder, path: Path, a_bits: int) -> Path:
 
 
 def twin_config(folder: ServedFolder, a_bits: int) -> dict[str, Any]:
-    """``config.json`` with every group's activations at ``a_bits``: 4 or 8, symmetric per token, or 16 for none."""
+    """``config.json`` with every group's activations at ``a_bits``: 4 or 8, symmetric per token, or 16 for none.
+
+    Groups that then say the same become one that targets ``Linear``, where that means the same layers.
+    """
     config = json.loads(json.dumps(folder.config))
     inputs = None
     if a_bits < 16:
         inputs = {"num_bits": a_bits, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
-    for group in config["quantization_config"]["config_groups"].values():
+    groups = config["quantization_config"]["config_groups"]
+    for group in groups.values():
         group["input_activations"] = inputs
+    if _is_uniform(folder):
+        name, group = next(iter(groups.items()))
+        config["quantization_config"]["config_groups"] = {name: {**group, "targets": ["Linear"]}}
     return config
+
+
+def _is_uniform(folder: ServedFolder) -> bool:
+    """Whether one group of all linear layers says what the folder's groups say of the weights."""
+    groups = list(folder.quantisation["config_groups"].values())
+    ignore = folder.quantisation.get("ignore") or ()
+    return all(group["weights"] == groups[0]["weights"] for group in groups) and all(
+        any(matches(entry, name, "") for entry in ignore) for name in folder.unquantised
+    )
 
 
 def humming_input(folder: ServedFolder) -> dict[str, Any] | None:
@@ -90,17 +106,14 @@ def humming_input(folder: ServedFolder) -> dict[str, Any] | None:
 
     For ``vllm serve TWIN --quantization humming`` on an Nvidia GPU (vLLM ``layers/quantization/humming.py``): an
     explicit type is not replaced by a faster one. That method looks at one config group only, the one that targets
-    ``Linear``.
+    ``Linear``, and at no transforms.
 
     Returns:
-        The settings, or None where they would not fit: groups whose weights differ, no group that targets ``Linear``,
-        or nothing to round.
+        The settings, or None where they would not fit: groups whose weights differ, layers that are not rounded,
+        transforms at run time.
     """
-    groups = list(folder.quantisation["config_groups"].values())
-    rounded = {layer.a_bits for layer in folder.layers if layer.a_bits < 16}
-    if not rounded or any(group["weights"] != groups[0]["weights"] for group in groups):
-        return None
-    if not any("Linear" in group["targets"] for group in groups) or any(layer.a_bits > 8 for layer in folder.layers):
+    rounded = {layer.a_bits for layer in folder.layers}
+    if not rounded or not rounded <= {4, 8} or folder.transforms or not _is_uniform(folder):
         return None
     usual = max(rounded)
     other = dict.fromkeys(layer.module for layer in folder.layers if layer.a_bits != usual)

@@ -80,7 +80,7 @@ def tiny(tiny_folder) -> Callable[..., SourceModel]:
 def transformed(monkeypatch) -> Callable[..., Prepared]:
     """Preparation in place without rounding, so that only what transforms do is left."""
 
-    def keep(moments, group_size, _):
+    def keep(moments, group_size, *_):
         rows, width = moments.weight.shape
         return GroupedWeight(moments.weight, torch.ones(rows, width // group_size)), ""  # every "code" is the weight
 

@@ -26,6 +26,7 @@ TIERS = [
         "allocation",
         "simulation",
         "exporting",
+        "exporting_vllm",
         "evaluating",
         "doctor",
         "pipeline",

@@ -1,6 +1,6 @@
 """The command line: parse, draw progress, print tables, exit codes.
 
-    halfbyte search | export | compare | simulate | eval | doctor
+    halfbyte search | export [gguf] | export vllm | compare | simulate | eval | doctor
 
 Exit codes: 0 done, 2 something the user can put right (one line on standard error, Ctrl-C included).
 """
@@ -36,6 +36,7 @@ from halfbyte.options import (
     ImatrixOptions,
     SearchOptions,
     SimulateOptions,
+    VllmExportOptions,
 )
 
 Options = TypeVar("Options")
@@ -73,6 +74,7 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
     """Search an allocation and write the plan."""
     from halfbyte.parallel import joined
     from halfbyte.pipeline import search as run
+    from halfbyte.report.model_card import R4_COSTS
     from halfbyte.report.tables import Cell, format_bytes, text_table
     from halfbyte.results import score_label
 
@@ -125,6 +127,8 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
         "preparation_memory": result.activations.preparation_memory if result.activations else None,
         "peak_host": peak_process_memory(),
     }
+    if plan.target == "vllm" and "r4" in plan.transforms:
+        draw.say(R4_COSTS)
     draw.say(f"took {sum(draw.seconds.values()):.0f} s, peak memory {format_bytes(result.peak_memory)}")
     draw.files(result.files)
     files = [str(path) for path in result.files]
@@ -171,6 +175,35 @@ def export(options: ExportOptions, draw: Drawing) -> dict[str, Any]:
     return {
         "path": str(result.path), "bytes": size, "policy": result.policy, "kl": result.kl, "top1": result.top1,
         "plan": result.plan.hash,
+    }  # fmt: skip
+
+
+def export_vllm(options: VllmExportOptions, draw: Drawing) -> dict[str, Any]:
+    """Write a plan as a folder for vLLM and transformers and check it."""
+    from halfbyte.exporting_vllm import export_vllm as run
+    from halfbyte.report.model_card import R4_COSTS
+    from halfbyte.report.tables import format_bytes, text_table
+
+    _check_json(options.json, options.force)
+    result = run(options, draw.report)
+    draw.finish()
+    draw.say(text_table(["config group", "layers"], [[group, count] for group, count in result.groups.items()]))
+    if result.checked:
+        draw.say(
+            f"checked: {result.checked} tensors read back; "
+            + (
+                f"logits not compared: {result.skipped}"
+                if result.difference is None
+                else f"transformers against the simulation: logits differ by at most {result.difference:.1g}"
+            )
+        )
+    if "r4" in result.plan.transforms:
+        draw.say(R4_COSTS)
+    draw.files([result.path])
+    draw.say(f"{result.tensors} tensors, {format_bytes(result.nbytes)}")
+    return {
+        "path": str(result.path), "bytes": result.nbytes, "groups": result.groups, "difference": result.difference,
+        "not_compared": result.skipped, "plan": result.plan.hash,
     }  # fmt: skip
 
 
@@ -327,9 +360,11 @@ def imatrix(options: ImatrixOptions, draw: Drawing) -> dict[str, Any]:
     return {"path": options.output, "matrices": len(made.values), "tokens": made.tokens, "texts": list(made.texts)}
 
 
+ALIASES = {"export gguf": "export"}
 COMMANDS: dict[str, tuple[type, Callable[[Any, Drawing], dict[str, Any]]]] = {
     "search": (SearchOptions, search),
     "export": (ExportOptions, export),
+    "export vllm": (VllmExportOptions, export_vllm),
     "compare": (CompareOptions, compare),
     "simulate": (SimulateOptions, simulate),
     "eval": (EvalOptions, evaluate),
@@ -378,7 +413,7 @@ def run(command: str, arguments: Sequence[str] | None = None, *, prog: str | Non
 def main(arguments: Sequence[str] | None = None) -> int:
     """``halfbyte COMMAND …``."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    lines = "\n".join(f"  {name:<9} {work.__doc__}" for name, (_, work) in COMMANDS.items())
+    lines = "\n".join(f"  {name:<11} {work.__doc__}" for name, (_, work) in COMMANDS.items())
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: halfbyte COMMAND [options]\n\n{lines}\n\nhalfbyte COMMAND --help shows a command's options.")
         return 0
@@ -386,6 +421,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     command, *rest = arguments
+    with_kind = " ".join(arguments[:2])  # such as ``export vllm``
+    if with_kind in COMMANDS or with_kind in ALIASES:
+        command, rest = ALIASES.get(with_kind, with_kind), rest[1:]
     if command not in COMMANDS:
         print(f"error: unknown command {command!r}, expected one of {', '.join(COMMANDS)}", file=sys.stderr)
         return 2

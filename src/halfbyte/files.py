@@ -56,6 +56,59 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def check_output_folder(path: str | Path, *, force: bool = False) -> Path:
+    """Refuse, before any work, an output folder that exists (without ``force``) or that cannot be made.
+
+    With ``force`` only what an export left is replaced: files without folders among them, ``config.json`` one of them.
+    """
+    path = Path(os.path.abspath(path))
+    if path.is_file():
+        raise HalfbyteError("output is a file", where=path, expected="the name of a folder")
+    if path.exists():
+        if not force:
+            raise HalfbyteError("output already exists", where=path, fix="choose another name or pass --force")
+        inside = list(path.iterdir())
+        if inside and not ((path / "config.json").is_file() and all(entry.is_file() for entry in inside)):
+            raise HalfbyteError(
+                "will not replace a folder that holds other things than a model", where=path, fix="choose another name"
+            )
+    check_output(path.with_name(f"{path.name}.new"), force=True)  # the folder above: there, and writable
+    return path
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success rename it into place, else remove it.
+
+    A folder that is there is replaced, and back again if that fails.
+
+    Raises:
+        HalfbyteError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed and had the same id
+        partial.mkdir()
+        yield partial
+        for file in partial.iterdir():
+            with open(file, "r+b") as handle:
+                os.fsync(handle.fileno())
+        if path.exists():
+            path.rename(old)
+        try:
+            partial.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise write_error(error, path) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def check_space(path: str | Path, nbytes: int) -> None:
     """Refuse, before writing, what does not fit on the disk of ``path``."""
     free = shutil.disk_usage(Path(path).parent).free

@@ -21,6 +21,11 @@ def mixed_gguf(model_id: str) -> Path:
     return FOLDER / f"{short_name(model_id).lower().removesuffix('-instruct')}-mixed.gguf"
 
 
+def mixed_folder(model_id: str) -> Path:
+    """Where the folder for vLLM goes: ``models/qwen2.5-7b-mixed-vllm``."""
+    return mixed_gguf(model_id).with_name(f"{mixed_gguf(model_id).stem}-vllm")
+
+
 def q4km_gguf(model_id: str) -> Path:
     """Where its Q4_K_M file is looked for: the name that download repositories use, in whatever letter case."""
     path = FOLDER / f"{short_name(model_id)}-Q4_K_M.gguf"

@@ -43,12 +43,20 @@ class SearchOptions(ModelOptions):
     ga_gen: int = option(25, "generations", metavar="N")
     fitness: str = option("kl", "what the search minimises", choices=("kl", "fisher", "mse"))
     granularity: str = option("fused", "one choice per input tensor, or per layer", choices=("fused", "layer"))
-    target: str = option("gguf", "where the plan will run", choices=("sim", "gguf"))
+    target: str = option(
+        "gguf",
+        "where the plan will run: the PyTorch simulation, a GGUF file, or a folder for vLLM",
+        choices=("sim", "gguf", "vllm"),
+    )
     transforms: str = option(
         "auto",
         "function-preserving rewrites before quantisation: smooth, rotate, r1, r2, r3, r4, online, learned, or none; "
         "auto is the best that the target can run",
         metavar="LIST",
+    )
+    online_transforms: bool = option(
+        False,
+        "for vllm also rotate in front of down_proj at run time (R4): no tensor parallelism, more code in transformers",
     )
     alpha: str = option(
         "auto", "SmoothQuant strength, 0 to 1; auto chooses each unit's scales by output error", metavar="X"
@@ -110,6 +118,22 @@ class ExportOptions:
     )
     engine: str = option("xllamacpp", "llama.cpp binding for the check", choices=("xllamacpp", "llama-cpp-python"))
     check: bool = option(True, "reopen the file, load it in llama.cpp and compare logits with the simulation")
+    trust_remote_code: bool = option(False, "run code that a model repository brings along")
+    force: bool = option(False, "overwrite an existing output")
+    json: str | None = option(None, "also write the summary as JSON", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class VllmExportOptions:
+    """``halfbyte export vllm``."""
+
+    config: str = option(DEFAULT_PLAN, "the plan to export, made with --target vllm", metavar="FILE")
+    output: str | None = option(None, "folder to write; default models/<model>-mixed-vllm", metavar="DIR")
+    model_id: str | None = option(None, "the plan's model, if it has moved", metavar="M")
+    shard_size: str = option("5GB", "size of one safetensors file, at most", metavar="SIZE")
+    check: bool = option(
+        True, "reopen the folder, compare every tensor, and where memory allows logits in transformers"
+    )
     trust_remote_code: bool = option(False, "run code that a model repository brings along")
     force: bool = option(False, "overwrite an existing output")
     json: str | None = option(None, "also write the summary as JSON", metavar="FILE")

@@ -26,7 +26,7 @@ from halfbyte.importance_file import importance_for
 from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_search, fits
 from halfbyte.models.loading import Origin, SourceModel, find, layers_of, load, units_of
-from halfbyte.models.modules import is_tied, move_
+from halfbyte.models.modules import is_tied, linear, move_
 from halfbyte.options import SearchOptions
 from halfbyte.parallel import ALONE, Group
 from halfbyte.prepare.menus import TensorMenu
@@ -91,6 +91,13 @@ def check_search_options(options: SearchOptions) -> None:
     check_suffix(Path(options.output))
     if options.pareto and options.fitness != "kl":
         raise HalfbyteError("a front needs the whole model's KL", where="--pareto", fix="leave --fitness at kl")
+    if options.target == "vllm" and options.granularity != "fused":
+        raise HalfbyteError(
+            "vLLM wants one choice for q, k and v and one for gate and up", where="--granularity", expected="fused",
+            got=options.granularity,
+        )  # fmt: skip
+    if options.online_transforms and options.target != "vllm":
+        raise HalfbyteError("only for --target vllm", where="--online_transforms", fix="name r4 in --transforms")
     recipe_of(options, tied=False)
     if "ggml" in spaces_of(options):
         transforms_of(options)
@@ -123,8 +130,9 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
 
     report(Progress("load model", 0, 1, options.model_id))
     source = load(origin, device=torch.device("cpu"), dtype=dtype)
-    if options.target == "gguf":
-        _check_gguf_target(source, layers_of(source.model, source.family), options.group_size)
+    check_target = TARGET_CHECKS.get(options.target)
+    if check_target:
+        check_target(source, layers_of(source.model, source.family), options)
     room, menus, given = 0, [], {}
     if "ggml" in spaces:
         room, menus = capacity(source, options)
@@ -271,16 +279,33 @@ def _own_device(device: torch.device, group: Group) -> torch.device:
     return own
 
 
-def _check_gguf_target(source: SourceModel, layers: list[Layer], group_size: int) -> None:
+def _check_gguf_target(source: SourceModel, layers: list[Layer], options: SearchOptions) -> None:
     """Say before the search what the export could not write."""
     check_exportable(source)
+    _check_groups(layers, options.group_size, "Q4_0 blocks need")
+
+
+def _check_vllm_target(source: SourceModel, layers: list[Layer], options: SearchOptions) -> None:
+    """Say before the search what vLLM could not run."""
+    _check_groups(layers, options.group_size, "vLLM's kernels need")
+    down = [layer.name for layer in layers if layer.name.endswith(source.family.down)]
+    if options.online_transforms and linear(source.model, down[0]).bias is not None:
+        raise HalfbyteError(
+            "vLLM cannot rotate the input of a layer with a bias", where=down[0], fix="leave out --online_transforms"
+        )
+
+
+def _check_groups(layers: list[Layer], group_size: int, who: str) -> None:
     for layer in layers:
         group = fitting_group_size(layer.in_features, group_size)
         if group % 32:
             raise HalfbyteError(
-                "Q4_0 blocks need groups of 32 or a multiple", where=layer.name, got=group,
+                f"{who} groups of 32 or a multiple", where=layer.name, got=group,
                 fix="use --group_size 128, or --target sim for this model",
             )  # fmt: skip
+
+
+TARGET_CHECKS = {"gguf": _check_gguf_target, "vllm": _check_vllm_target}
 
 
 def _texts(source: SourceModel, options: SearchOptions, device: torch.device) -> tuple[Text, dict[str, torch.Tensor]]:

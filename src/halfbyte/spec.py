@@ -67,6 +67,7 @@ class LayerPlan:
         a4_clip: share of a token's range that 4-bit activation codes span; 8-bit codes always span all of it.
         rotated: the input is rotated at run time, and the weights are stored for that.
         rank: of the low-rank part of the transform of the input at run time; 0 if there is none.
+        rotation_block: channels that are rotated together; 0 if the rotation is one of all channels.
         note: empty, or why something differs from what was asked ("group 64: 128 does not divide 576").
     """
 
@@ -78,6 +79,7 @@ class LayerPlan:
     a4_clip: float = 1.0
     rotated: bool = False
     rank: int = 0
+    rotation_block: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Plan:
     Attributes:
         model_id: what the model was loaded from.
         fingerprint: identity of the model's weights (see ``halfbyte.models.loading.fingerprint``).
-        target: where the plan will run: ``sim`` or ``gguf``.
+        target: where the plan will run: ``sim``, ``gguf`` or ``vllm``.
         granularity: ``fused`` or ``layer``.
         layers: layer name -> LayerPlan, in model order.
         budget_asked, budget_reached: mean activation bits / 8, weighted by multiply-accumulates.
@@ -133,7 +135,8 @@ class Plan:
     @property
     def hash(self) -> str:
         """First 12 hex digits of the digest of the choice itself: the same plan has the same hash."""
-        later = {"a4_clip": 1.0, "rotated": False, "rank": 0}  # version 1 had none of them: its hashes stay
+        # what older plans do not have: their hashes stay
+        later = {"a4_clip": 1.0, "rotated": False, "rank": 0, "rotation_block": 0}
         choice = {
             name: {key: value for key, value in asdict(entry).items() if later.get(key, ...) != value}
             for name, entry in self.layers.items()

@@ -15,6 +15,27 @@ from halfbyte.numerics.packing import pack_int4, unpack_int4
 
 
 @dataclass(frozen=True)
+class ScaleRule:
+    """What a group's scale may be, apart from an fp16 number.
+
+    Attributes:
+        bf16: exactly representable in bf16 too, for engines that keep scales in the model's dtype.
+        signed: it may be negative, which turns the grid around.
+    """
+
+    bf16: bool = False
+    signed: bool = True
+
+    def rounded(self, scales: torch.Tensor) -> torch.Tensor:
+        """The nearest such fp16 numbers. What fp16 makes of a bf16 number is one: it has 11 bits, and 8 are used; below
+        2⁻¹⁷ it is a multiple of 2⁻²⁴ of at most 7 bits."""
+        return (scales.to(torch.bfloat16) if self.bf16 else scales).to(torch.float16)
+
+
+ANY_FP16 = ScaleRule()
+
+
+@dataclass(frozen=True)
 class GroupedWeight:
     """Encoded weights of one linear layer, while they are chosen.
 
@@ -150,7 +171,9 @@ def encode_with_scales(weight: torch.Tensor, scales: torch.Tensor, bits: int = 4
     return GroupedWeight(codes.view(out_features, in_features), scales, bits)
 
 
-def absmax_scales(weight: torch.Tensor, group_size: int, bits: int = 4, *, where: object = "weight") -> torch.Tensor:
+def absmax_scales(
+    weight: torch.Tensor, group_size: int, bits: int = 4, *, rule: ScaleRule = ANY_FP16, where: object = "weight"
+) -> torch.Tensor:
     """Scales ``max|group| / (2^(bits-1) - 1)``, rounded to fp16, ``[out, in / group_size]``.
 
     Raises:
@@ -159,7 +182,7 @@ def absmax_scales(weight: torch.Tensor, group_size: int, bits: int = 4, *, where
     check_finite(weight, where)
     out_features = weight.shape[0]
     largest = weight.float().reshape(out_features, -1, group_size).abs().amax(dim=-1)
-    scales = divided(largest, 2 ** (bits - 1) - 1).to(torch.float16)
+    scales = rule.rounded(divided(largest, 2 ** (bits - 1) - 1))
     if bool(torch.isinf(scales).any()):
         raise HalfbyteError(
             "weights too large for fp16 scales", where=where, got=f"max |w| = {float(largest.max()):.4g}"

@@ -15,7 +15,7 @@ from halfbyte.kernels.activations import fake_quantise_rows
 from halfbyte.kernels.codes import decode_packed
 from halfbyte.models.modules import linear
 from halfbyte.numerics.balance import LowRank
-from halfbyte.numerics.hadamard import rotate
+from halfbyte.numerics.hadamard import rotate, rotate_blocks
 
 Bits = int | torch.Tensor | None  # activation bits: for all, int32 [rows] for a batch [rows, ...], or not rounded
 
@@ -29,12 +29,14 @@ class InputScheme:
         low_rank: a correction at run time, before the rotation; the weights are stored for that.
         a4_clip: share of a token's range that 4-bit codes span; 8-bit codes span all of it.
         symmetric: symmetric codes.
+        block: channels that are rotated together, the same way in every block; 0 if all of them are.
     """
 
     rotated: bool = False
     low_rank: LowRank | None = None
     a4_clip: float = 1.0
     symmetric: bool = False
+    block: int = 0
 
     @property
     def changes_input(self) -> bool:
@@ -45,14 +47,17 @@ class InputScheme:
         """The input that the stored weights expect, before rounding; fp32 if anything changes."""
         if self.low_rank is not None:
             x = self.low_rank.forward(x.float())
-        return rotate(x) if self.rotated else x
+        return self._turned(x) if self.rotated else x
 
     def stored_weight(self, weight: torch.Tensor) -> torch.Tensor:  # [out, in] -> [out, in]
         """``weight`` for the transformed input, fp32: the product stays the same."""
         weight = weight.float()
         if self.low_rank is not None:
             weight = self.low_rank.backward(weight)
-        return rotate(weight) if self.rotated else weight
+        return self._turned(weight) if self.rotated else weight
+
+    def _turned(self, x: torch.Tensor) -> torch.Tensor:
+        return rotate_blocks(x, self.block) if self.block else rotate(x)
 
     def rounded(self, x: torch.Tensor, bits: Bits) -> torch.Tensor:
         """A transformed input as its codes stand for it."""

@@ -114,6 +114,28 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     return rows.view(x.shape)
 
 
+def largest_block(width: int) -> int:
+    """The largest power of two that divides ``width``."""
+    return width & -width
+
+
+@cache
+def _sylvester(block: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    matrix = hadamard_matrix(block)
+    assert matrix is not None
+    return matrix.float().to(device), torch.tensor(math.sqrt(block), device=device)
+
+
+def rotate_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """Every ``block`` channels of ``x`` ``[..., width]`` times Sylvester's matrix over √block, fp32; its own inverse.
+
+    One dense product and one division: what compressed-tensors computes for a transform of type ``hadamard``, to the
+    last bit (its ``transform/factory/hadamard.py``), because at 4 bits the last bit decides codes.
+    """
+    matrix, root = _sylvester(block, x.device)
+    return (x.float().unflatten(-1, (-1, block)) @ matrix).flatten(-2) / root
+
+
 def rotation_matrix(width: int) -> torch.Tensor:
     """The same rotation as a matrix Q, fp64 ``[width, width]``."""
     kron = reduce(torch.kron, [part.double() for part in factors(width)])

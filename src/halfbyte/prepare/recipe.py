@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.formats.int_group import ANY_FP16, ScaleRule
+from halfbyte.numerics.hadamard import largest_block
 from halfbyte.options import SearchOptions
 from halfbyte.transforms import expand
 from halfbyte.weights import QUANTISERS
@@ -25,6 +27,9 @@ class Recipe:
         symmetric: symmetric activation codes.
         clip: choose the range of 4-bit activations by output error; otherwise it is the token's whole range.
         scale_bits: activation bits whose error counts when channel scales are chosen.
+        scale_rule: what a group's scale may be.
+        block_rotations: rotations at run time repeat in blocks of the largest power of two that divides the width.
+        ends_as_stored: R1 leaves embedding and head in the checkpoint's own dtype, as they are exported.
     """
 
     transforms: tuple[str, ...] = ()
@@ -34,6 +39,9 @@ class Recipe:
     symmetric: bool = False
     clip: bool = True
     scale_bits: int = 4
+    scale_rule: ScaleRule = ANY_FP16
+    block_rotations: bool = False
+    ends_as_stored: bool = False
 
     @property
     def quantiser(self) -> WeightQuantiser:
@@ -48,6 +56,25 @@ class Recipe:
     def rotated(self, part: str, down: str) -> bool:
         """Whether the input of the linear at ``part`` is rotated at run time."""
         return "online" in self.transforms or ("r4" in self.transforms and part == down)
+
+    def rotation_block(self, part: str, down: str, width: int) -> int:
+        """Channels of that input, ``width`` in all, that are rotated together; 0 if all are, or none."""
+        return largest_block(width) if self.block_rotations and self.rotated(part, down) else 0
+
+
+# Engines that read compressed-tensors want symmetric codes of a token's whole range. vLLM keeps scales in the model's
+# dtype, mostly bf16; where its Marlin kernel makes them integers it divides by their maximum, as if none were negative.
+TARGETS = {
+    "sim": Recipe(),
+    "gguf": Recipe(scale_bits=8),
+    "vllm": Recipe(
+        symmetric=True,
+        clip=False,
+        scale_rule=ScaleRule(bf16=True, signed=False),
+        block_rotations=True,
+        ends_as_stored=True,
+    ),
+}
 
 
 def parse_alpha(text: str) -> float | None:
@@ -72,11 +99,12 @@ def recipe_of(options: SearchOptions, *, tied: bool) -> Recipe:
     Raises:
         HalfbyteError: something the target cannot run.
     """
-    return Recipe(
-        transforms=expand(options.transforms, options.target, tied=tied),
+    start = TARGETS[options.target]
+    return replace(
+        start,
+        transforms=expand(options.transforms, options.target, tied=tied, online=options.online_transforms),
         weights=options.weights,
         alpha=parse_alpha(options.alpha),
         group_size=options.group_size,
-        symmetric=options.symmetric,
-        scale_bits=8 if options.target == "gguf" else 4,
+        symmetric=start.symmetric or options.symmetric,
     )

@@ -90,7 +90,7 @@ def _output_error(
 
     def error(scales: torch.Tensor) -> float:
         inputs, stored = scheme.transform(x / scales), scheme.stored_weight(weight * scales)
-        rounded = round_to_nearest(stored, group_size, where=where).decode()
+        rounded = round_to_nearest(stored, group_size, rule=recipe.scale_rule, where=where).decode()
         total = quantiser.rounding_share * float((inputs @ (rounded - stored).T).square().sum())
         if not quantiser.scales_for_weights:
             noise = fake_quantise(inputs, recipe.scale_bits, symmetric=recipe.symmetric) - inputs

@@ -55,7 +55,7 @@ def quantise_unit(
             moments.add(scheme.transform(original), scheme.rounded(scheme.transform(of_copy), STREAM_BITS))
     del step.seen[group[0]]
     group_size = fitting_group_size(weight.shape[1], recipe.group_size)
-    together, note = recipe.quantiser.encode(moments, group_size, where)
+    together, note = recipe.quantiser.encode(moments, group_size, where, recipe.scale_rule)
     del moments
     codes, errors, start = {}, {}, 0
     rounded = {bits: scheme.rounded(inputs, bits) for bits in (4, 8)}

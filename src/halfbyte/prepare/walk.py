@@ -12,7 +12,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.export.plan_file import Codes, load_codes, save_codes
 from halfbyte.files import write_text
 from halfbyte.formats.int_group import check_packable
-from halfbyte.models.loading import SourceModel, layers_of
+from halfbyte.models.loading import SourceModel, layers_of, stored_dtype
 from halfbyte.models.modules import head_dim, linear
 from halfbyte.models.surgery import InputScheme, SharedInput, pack_linear_, replace_linear_, set_activation_bits_
 from halfbyte.numerics.hadamard import rotation_matrix
@@ -26,7 +26,7 @@ from halfbyte.simulation import become_simulation_
 from halfbyte.spec import LayerPlan
 from halfbyte.stages import Stages
 from halfbyte.transforms.attention import rotate_queries_and_keys_
-from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, transform_heads_
+from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, round_ends_, transform_heads_
 
 PREPARED = "prepared.json"
 BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
@@ -76,6 +76,8 @@ def prepare_(
         rotate_queries_and_keys_(model)
     if "r1" in recipe.transforms:
         rotate_ends_(model, family, device)
+        if recipe.ends_as_stored:
+            round_ends_(model, family, stored_dtype(source.origin))
     made = Prepared(Codes({}, {}, {}))
     shared = SharedInput()
     batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
@@ -112,7 +114,11 @@ def _fold_rotations_(step: TwinStep, source: SourceModel, recipe: Recipe) -> Non
 def _scheme(step: TwinStep, source: SourceModel, group: tuple[str, ...], recipe: Recipe, made: Prepared) -> InputScheme:
     """Fold the unit's channel scales and decide what happens to its input at run time."""
     family = source.family
-    scheme = InputScheme(rotated=recipe.rotated(group[0], family.down), symmetric=recipe.symmetric)
+    width = linear(step.original, group[0]).weight.shape[1]
+    scheme = InputScheme(
+        rotated=recipe.rotated(group[0], family.down), symmetric=recipe.symmetric,
+        block=recipe.rotation_block(group[0], family.down, width),
+    )  # fmt: skip
     behind_norm = any(group == readers for _, readers in family.norm_readers)
     if recipe.scales_channels and not (behind_norm and "r1" in recipe.transforms):  # R1 needs norms without scales
         name = f"{family.blocks}.{step.index}.{group[0]}"
@@ -142,7 +148,7 @@ def _quantise_(
         made.layers[name] = LayerPlan(
             w_bits=codes.bits, a_bits=8, group_size=codes.group_size, a_symmetric=unit.scheme.symmetric,
             note="; ".join(notes), a4_clip=unit.scheme.a4_clip, rotated=unit.scheme.rotated,
-            rank=low_rank.rank if low_rank else 0,
+            rank=low_rank.rank if low_rank else 0, rotation_block=unit.scheme.block,
         )  # fmt: skip
         row = LayerSensitivity(name, *unit.errors[part])
         if not all(value < float("inf") for value in (row.mse_a4, row.mse_a8, row.power)):

@@ -52,6 +52,15 @@ def rotate_ends_(model: nn.Module, family: Family, device: torch.device, turn: R
     _set_(norm, torch.ones_like(norm))
 
 
+def round_ends_(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
+    """Round embedding and output head to ``dtype``, in place and in their own, a few rows at a time."""
+    for part in (family.embedding, family.head):
+        weight = model.get_submodule(part).weight
+        assert isinstance(weight, torch.Tensor)
+        for rows in weight.split(CHUNK_ROWS):
+            _set_(rows, rows.to(dtype))
+
+
 def untie_(model: nn.Module, family: Family) -> None:
     """Give the output head its own copy of a tied embedding, in place."""
     head = linear(model, family.head)

@@ -6,14 +6,16 @@ where smoothing is, and folded like it.
 
 from __future__ import annotations
 
-from halfbyte.formats.int_group import GroupedWeight, encode_with_scales
+from halfbyte.formats.int_group import ANY_FP16, GroupedWeight, ScaleRule, encode_with_scales
 from halfbyte.weights.base import WeightQuantiser
 from halfbyte.weights.moments import InputMoments
 from halfbyte.weights.scales import searched_scales
 
 
-def _encode(moments: InputMoments, group_size: int, where: object) -> tuple[GroupedWeight, str]:
-    scales = searched_scales(moments.weight, group_size, moments.hessian.diagonal(), where=where)
+def _encode(
+    moments: InputMoments, group_size: int, where: object, rule: ScaleRule = ANY_FP16
+) -> tuple[GroupedWeight, str]:
+    scales = searched_scales(moments.weight, group_size, moments.hessian.diagonal(), rule=rule, where=where)
     return encode_with_scales(moments.weight, scales), ""
 
 

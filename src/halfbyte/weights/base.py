@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.formats.int_group import GroupedWeight, ScaleRule
 from halfbyte.weights.moments import InputMoments
 
-Encode = Callable[[InputMoments, int, object], tuple[GroupedWeight, str]]
+Encode = Callable[[InputMoments, int, object, ScaleRule], tuple[GroupedWeight, str]]
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,8 @@ class WeightQuantiser:
     """A way to choose codes.
 
     Attributes:
-        encode: (moments with the weight, group size, name for errors) -> codes of that weight, and a note, empty unless
-            something went otherwise than asked.
+        encode: (moments with the weight, group size, name for errors, what scales may be) -> codes of that weight, and
+            a note, empty unless something went otherwise than asked.
         looks_at_inputs: moments must have seen calibration tokens; otherwise only ``moments.weight`` is used.
         rounding_share: squared output error of its codes over that of plain rounding, to weigh weights against
             activations when channel scales are chosen.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.formats.int_group import GroupedWeight, encode_with_scales
+from halfbyte.formats.int_group import ANY_FP16, GroupedWeight, ScaleRule, encode_with_scales
 from halfbyte.kernels.columns import Codes, descend_columns, round_columns
 from halfbyte.weights.base import WeightQuantiser
 from halfbyte.weights.moments import InputMoments
@@ -140,8 +140,11 @@ def descended_codes(
     return found[:, known.back]
 
 
-def improve_scales(weight: torch.Tensor, encoded: GroupedWeight, known: Ordered) -> GroupedWeight:
-    """The scales with the least ``(ŵ − w) H (ŵ − w)ᵀ`` for the codes as they are, rounded to fp16."""
+def improve_scales(
+    weight: torch.Tensor, encoded: GroupedWeight, known: Ordered, rule: ScaleRule = ANY_FP16
+) -> GroupedWeight:
+    """The scales with the least ``(ŵ − w) H (ŵ − w)ᵀ`` for the codes as they are, rounded; a row for which they
+    cannot be had, or break the ``rule``, keeps its own."""
     rows, groups, size = weight.shape[0], encoded.scales.shape[1], encoded.group_size
     w, codes = weight.float(), encoded.codes.float()
     system, wanted = w.new_empty(rows, groups, groups), w.new_empty(rows, groups)
@@ -154,8 +157,9 @@ def improve_scales(weight: torch.Tensor, encoded: GroupedWeight, known: Ordered)
     size_of = system.diagonal(dim1=1, dim2=2)
     size_of += (1e-6 * size_of.mean(-1, keepdim=True)).clamp_min(1e-30)
     scales, info = torch.linalg.solve_ex(system, wanted)
-    scales = scales.to(torch.float16)
-    good = (info == 0).unsqueeze(-1) & torch.isfinite(scales).all(-1, keepdim=True)
+    scales = rule.rounded(scales)
+    legal = torch.isfinite(scales) & ((scales >= 0) | rule.signed)
+    good = (info == 0).unsqueeze(-1) & legal.all(-1, keepdim=True)
     return GroupedWeight(encoded.codes, torch.where(good, scales, encoded.scales), encoded.bits)
 
 
@@ -166,7 +170,7 @@ def output_error(weight: torch.Tensor, encoded: GroupedWeight, hessian: torch.Te
 
 
 def quantise(
-    weight: torch.Tensor, group_size: int, moments: InputMoments, *, where: object
+    weight: torch.Tensor, group_size: int, moments: InputMoments, *, where: object, rule: ScaleRule = ANY_FP16
 ) -> tuple[GroupedWeight, str]:
     """Codes of ``weight``, and a note if the Hessian needed more damping or could not be used at all."""
     importance = moments.hessian.diagonal().clone()
@@ -177,18 +181,21 @@ def quantise(
         except NotPositive:
             continue
         target = weight + CORRECTION * known.divide(moments.drift)
-        encoded = round_with_feedback(target, searched_scales(target, group_size, importance, where=where), known)
+        scales = searched_scales(target, group_size, importance, rule=rule, where=where)
+        encoded = round_with_feedback(target, scales, known)
         for sweep in range(SWEEPS):
             if sweep:
-                encoded = improve_scales(target, encoded, known)
+                encoded = improve_scales(target, encoded, known, rule)
             encoded = improve_codes(target, encoded, known)
         return encoded, "" if damping == DAMPING[0] else f"GPTQ with damping {damping:g}"
-    scales = searched_scales(weight, group_size, importance, where=where)
+    scales = searched_scales(weight, group_size, importance, rule=rule, where=where)
     return encode_with_scales(weight, scales), "rounded to nearest: the Hessian is not positive definite"
 
 
-def _encode(moments: InputMoments, group_size: int, where: object) -> tuple[GroupedWeight, str]:
-    return quantise(moments.weight, group_size, moments, where=where)
+def _encode(
+    moments: InputMoments, group_size: int, where: object, rule: ScaleRule = ANY_FP16
+) -> tuple[GroupedWeight, str]:
+    return quantise(moments.weight, group_size, moments, where=where, rule=rule)
 
 
 GPTQ = WeightQuantiser(_encode, looks_at_inputs=True, rounding_share=0.3)

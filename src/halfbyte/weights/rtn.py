@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.formats.int_group import GroupedWeight, absmax_scales, encode_with_scales
+from halfbyte.formats.int_group import ANY_FP16, GroupedWeight, ScaleRule, absmax_scales, encode_with_scales
 from halfbyte.weights.base import WeightQuantiser
 from halfbyte.weights.moments import InputMoments
 
 
 def round_to_nearest(
-    weight: torch.Tensor, group_size: int, bits: int = 4, *, where: object = "weight"
+    weight: torch.Tensor, group_size: int, bits: int = 4, *, rule: ScaleRule = ANY_FP16, where: object = "weight"
 ) -> GroupedWeight:
     """Encode ``weight`` ``[out, in]`` in symmetric groups of ``group_size``, which must divide ``in``.
 
     Raises:
         HalfbyteError: NaN or Inf in ``weight``, named by ``where``.
     """
-    return encode_with_scales(weight, absmax_scales(weight, group_size, bits, where=where), bits)
+    return encode_with_scales(weight, absmax_scales(weight, group_size, bits, rule=rule, where=where), bits)
 
 
-def _encode(moments: InputMoments, group_size: int, where: object) -> tuple[GroupedWeight, str]:
-    return round_to_nearest(moments.weight, group_size, where=where), ""
+def _encode(
+    moments: InputMoments, group_size: int, where: object, rule: ScaleRule = ANY_FP16
+) -> tuple[GroupedWeight, str]:
+    return round_to_nearest(moments.weight, group_size, rule=rule, where=where), ""
 
 
 RTN = WeightQuantiser(_encode, looks_at_inputs=False, rounding_share=1.0)

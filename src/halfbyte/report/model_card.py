@@ -1,0 +1,108 @@
+"""The README.md of an exported folder: what it is, the plan's table, and how its numbers were made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from halfbyte.naming import short_name
+from halfbyte.report.tables import Cell, markdown_table
+from halfbyte.spec import Plan
+
+R4_COSTS = (
+    "R4 rotates the input of down_proj at run time: vLLM runs it without tensor parallelism and without biases on "
+    "those layers, and transformers needs one more line after loading (apply_transform_config)"
+)
+ENGINES = (
+    "The activation bits are what the folder asks for. vLLM runs them through its Humming kernels (4 bits: sm80, sm86, "
+    "sm87, sm89); elsewhere it may compute with other activations and says so only in its log."
+)
+LOAD = """```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+```"""
+LOAD_ROTATED = """```python
+import json
+from compressed_tensors.transform import TransformConfig, apply_transform_config
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(FOLDER)
+config = json.load(open(f"{FOLDER}/config.json"))["quantization_config"]["transform_config"]
+apply_transform_config(model, TransformConfig(**config))
+```"""
+
+
+def model_card(plan: Plan, groups: Mapping[str, Sequence[str]], blocks: str, nbytes: int, base_model: str) -> str:
+    """The card as Markdown.
+
+    Args:
+        groups: config group -> its layers.
+        blocks: path of the transformer blocks, such as ``model.layers``.
+        nbytes: of all tensors.
+        base_model: what was quantised, as a name that others know.
+    """
+    rotated = any(entry.rotated for entry in plan.layers.values())
+    name = short_name(base_model)
+    shares: list[list[Cell]] = [[group, len(names)] for group, names in groups.items()]
+    transforms = ", ".join(plan.transforms) or "none"
+    lines = [
+        "---", "library_name: transformers", f"base_model: {base_model}", "pipeline_tag: text-generation",
+        "tags:", "- compressed-tensors", "- vllm", "- halfbyte", "---", "",
+        f"# {name}, W4 with A4 and A8 layer by layer", "",
+        f"{base_model} with 4-bit weights in symmetric groups and activations of 4 or 8 bits, symmetric, one scale per "
+        "token. Which layer gets which was searched by the whole model's behaviour. Format: compressed-tensors, "
+        f"`pack-quantized`; {nbytes / 1e9:.2f} GB of tensors.", "",
+        markdown_table(["config group", "layers"], shares), "",
+        ENGINES, "",
+        *([R4_COSTS + ":", "", LOAD_ROTATED] if rotated else ["In transformers:", "", LOAD]), "",
+        "## How it was made", "",
+        markdown_table(["", ""], _made_by(plan, transforms, base_model), "ll"), "",
+        "## What was measured", "",
+        *_measured(plan),
+        "## Activation bits", "",
+        markdown_table(*_bits(plan, blocks)), "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _made_by(plan: Plan, transforms: str, base_model: str) -> list[list[Cell]]:
+    note = plan.text.get("note")
+    tokens = [
+        (key, plan.search[key]) for key in ("calib_tokens", "search_tokens", "valid_tokens") if key in plan.search
+    ]
+    versions = ", ".join(f"{key} {value}" for key, value in plan.versions.items())
+    return [
+        ["base model", f"{base_model} ({plan.fingerprint})"],
+        ["plan", plan.hash],
+        ["budget", f"{8 * plan.budget_reached:.2f} mean activation bits of {8 * plan.budget_asked:.2f} allowed"],
+        ["transforms", transforms],
+        ["weight codes", plan.weights],
+        ["text", f"{plan.text.get('name', '')}" + (f" ({note})" if note else "")],
+        ["tokens", ", ".join(f"{value} {key.removesuffix('_tokens')}" for key, value in tokens)],
+        ["seed", str(plan.seed)],
+        ["versions", versions],
+    ]
+
+
+def _measured(plan: Plan) -> list[str]:
+    """Scores of the plan's search, of the simulation in PyTorch."""
+    scores = plan.search.get("scores", {})
+    if plan.search.get("fitness") != "kl" or not scores:
+        return ["Nothing on the whole model: the search minimised another number.", ""]
+    validation = plan.search.get("validation", {})
+    rows: list[list[Cell]] = [[name, score, validation.get(name)] for name, score in scores.items()]
+    return [
+        "KL(original ‖ quantised) of next-token distributions, nats per token, in halfbyte's PyTorch simulation of "
+        "this folder; an engine is not part of it. Validation text is none that the search compared candidates on.", "",
+        markdown_table(["allocation", "search text", "validation text"], rows), "",
+    ]  # fmt: skip
+
+
+def _bits(plan: Plan, blocks: str) -> tuple[list[str], list[list[Cell]]]:
+    """Header and rows: activation bits per block and kind of layer."""
+    rows: dict[str, dict[str, str]] = {}
+    for name, entry in plan.layers.items():
+        block, _, part = name.removeprefix(f"{blocks}.").partition(".")
+        rows.setdefault(block, {})[part.rpartition(".")[2]] = f"A{entry.a_bits}"
+    kinds = list(next(iter(rows.values())))
+    return ["block", *kinds], [[block, *(row[kind] for kind in kinds)] for block, row in rows.items()]

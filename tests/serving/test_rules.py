@@ -35,7 +35,7 @@ def test_the_table_was_asked_of_the_versions_that_were_read():
 @pytest.mark.parametrize("row", ASKED["rows"], ids=lambda row: f"sm{row['sm']}-g{row['group']}-A{row['a_bits']}")
 def test_rules_are_those_of_vllm(row):
     hardware = HARDWARE[f"sm{row['sm']}"]
-    inside = {"int4": 4, "int8": 8, "16 bits": 16, "bfloat16": 16, "refused": 0}
+    inside = {"int4": 4, "int8": 8, "16 bits": 16, "bfloat16": 16, "refused": 0, "no kernel": 0}
     for outputs in (4096, 4160):
         layer = Stored(row["a_bits"], row["group"], 4096, outputs)
         made = in_vllm(layer, hardware)
@@ -92,8 +92,8 @@ def test_the_table_follows_the_rules():
     assert rows["Hopper (sm90)"][1:4] == ("A16", "A16", "A16, A8")
     assert rows["x86 CPU with AMX, bf16"][1:3] == ("A8", "A8")
     assert rows["x86 CPU without AVX-512"][1:3] == ("does not run", "does not run")
-    assert "slow" in rows["Hopper (sm90)"][4]
-    assert "slow" not in rows["Ampere, Ada (sm80, sm86, sm87, sm89)"][4]
+    assert rows["Hopper (sm90)"][4] == "all A8 (Marlin)"
+    assert "A4" in rows["Ampere, Ada (sm80, sm86, sm87, sm89)"][4]
 
 
 def test_hardware_of_one_row_shares_its_rules():

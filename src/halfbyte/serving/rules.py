@@ -1,6 +1,6 @@
 """Which kernel multiplies a packed int4 layer, and with how many activation bits: the rules of the engines.
 
-vLLM's rules are those of version 0.32.0 with humming-kernels 0.1.14, read in
+vLLM's rules are those of version 0.32.0 with humming-kernels 0.1.17, which it asks for, read in
 ``model_executor/kernels/linear/__init__.py`` (order of kernels), ``kernels/linear/mixed_precision/*.py`` (what each can
 do), ``layers/quantization/compressed_tensors/`` (schemes) and ``layers/quantization/utils/humming/schema.py``
 (``check_and_fallback_input_schema``). ``benchmarks/serve_kernels.py`` asks vLLM's own code the same questions for every
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from halfbyte.serving.hardware import Hardware
 
 VLLM_READ = "0.32.0"
-HUMMING_READ = "0.1.14"
+HUMMING_READ = "0.1.17"
 MARLIN_GROUPS = (32, 64, 128)
 MACHETE_GROUPS = (64, 128)
 
@@ -90,12 +90,12 @@ def in_humming(layer: Stored, hardware: Hardware) -> Computed:
         return Computed(16, "Humming", "it prefers 16-bit activations where weights have scales per group")
     if 100 <= capability < 120:
         return Computed(16, "Humming", "it has no fast path under 16 bits on this generation")
-    if 80 <= capability < 90 and layer.group_size >= 64:
+    if capability < 90 and layer.group_size >= 64:
         return Computed(4, "Humming", "int4 tensor cores")
     if layer.group_size < 32:
         return Computed(16, "Humming", "groups under 32 need 16-bit activations")
     slow = "int4 tensor cores are slow here, int8 takes their place"
-    return Computed(8, "Humming", slow if capability >= 90 else "int4 is out of its reach here, int8 takes its place")
+    return Computed(8, "Humming", slow if capability >= 90 else "int4 needs groups of 64, int8 takes its place")
 
 
 def forced_int8(layer: Stored, hardware: Hardware) -> Computed:
@@ -110,10 +110,9 @@ def forced_humming(layer: Stored, hardware: Hardware) -> Computed:
     capability, asked = hardware.capability, layer.a_bits
     if capability < 75:
         return Computed(0, "none", "Humming needs an Nvidia GPU of compute capability 7.5")
-    if asked == 4 and (capability < 80 or layer.group_size < 64):
-        return Computed(0, "none", "int4 activations need compute capability 8.0 and groups of 64")
-    slow = " (slow here)" if (asked == 4 and capability >= 90) or (asked < 16 and 100 <= capability < 120) else ""
-    return Computed(asked, "Humming", f"an explicit type is not replaced{slow}")
+    if asked == 4 and (capability >= 90 or layer.group_size < 64):
+        return Computed(0, "none", "Humming's int4 kernels need groups of 64 and a GPU older than Hopper")
+    return Computed(asked, "Humming", "an explicit type is not replaced")
 
 
 def _vllm_cpu(layer: Stored, hardware: Hardware) -> Computed:

@@ -89,9 +89,6 @@ def _forced(hardware: Hardware) -> str:
     ways = []
     if forced_int8(USUAL, hardware).a_bits:
         ways.append("all A8 (Marlin)")
-    mixed = forced_humming(replace(USUAL, a_bits=4), hardware)
-    if mixed.a_bits:
-        ways.append("A8 and A4 (Humming" + (", slow)" if "slow" in mixed.why else ")"))
-    elif forced_humming(USUAL, hardware).a_bits:
-        ways.append("all A8 (Humming)")
+    if forced_humming(replace(USUAL, a_bits=4), hardware).a_bits:
+        ways.append("A8 and A4 (Humming)")
     return "; ".join(ways) or "—"

@@ -16,7 +16,7 @@ TIERS = [
     ("weights", "transforms"),
     ("models",),
     ("calibration",),
-    ("search", "export", "runtime"),
+    ("search", "export", "runtime", "serving"),
     ("evaluate", "report"),
     (
         "provenance",

@@ -305,11 +305,49 @@ def doctor(options: DoctorOptions, draw: Drawing) -> dict[str, Any]:
     from halfbyte.doctor import as_dict, examine
 
     _check_json(options.json, options.force)
+    if options.served is not None:
+        return _doctor_served(options, draw)
+    if options.twins is not None:
+        raise HalfbyteError("twins of what?", where="--twins", fix="say --served DIR")
     findings = examine(options)
     width = max(len(finding.topic) for finding in findings)
     for finding in findings:
         draw.say(f"{finding.topic:<{width}}  {finding.text}")
     return as_dict(findings)
+
+
+def _doctor_served(options: DoctorOptions, draw: Drawing) -> dict[str, Any]:
+    from halfbyte.models.device import resolve_device
+    from halfbyte.report.tables import text_table
+    from halfbyte.serving.report import block_rows, examine_served
+
+    report = examine_served(
+        str(options.served), device=resolve_device(options.device), hardware=options.hardware, engine=options.engine,
+        twins=options.twins,
+    )  # fmt: skip
+    draw.say(f"{report.folder.path} on {report.hardware.name} ({report.hardware.key})")
+    draw.say(f"{report.note}\n")
+    draw.say(text_table(["the folder says → computed as", "layers"], [[*row] for row in report.counts.items()]))
+    for reason in report.reasons:
+        draw.say(f"  {reason}")
+    headers, *rows = block_rows(report.layers)
+    draw.say("\n" + text_table(headers, [[*row] for row in rows]))
+    if report.folder.unquantised:
+        draw.say(f"not quantised: {', '.join(report.folder.unquantised)}")
+    for problem in report.folder.problems:
+        draw.say(f"problem: {problem}")
+    for way in report.ways:
+        counts = "; ".join(f"{count} {what}" for what, count in way.counts.items())
+        draw.say(f"\n{way.name}: {way.command}\n  {counts}")
+    if report.engine == "vllm":
+        draw.say(f"\ntensor parallel: {', '.join(map(str, report.tensor_parallel))} GPUs divide the layers")
+    if report.twins:
+        draw.files(report.twins)
+    else:
+        draw.say(
+            "to check: --twins TWINS writes copies with other activation bits; docs/serving.md says how to compare"
+        )
+    return report.to_dict()
 
 
 def imatrix(options: ImatrixOptions, draw: Drawing) -> dict[str, Any]:

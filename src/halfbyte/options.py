@@ -220,5 +220,20 @@ class DoctorOptions:
 
     model_id: str = option(DEFAULT_MODEL, "the model to estimate memory for", metavar="M")
     device: str = option("auto", "the device to report on", choices=("auto", "cuda", "mps", "cpu"))
+    served: str | None = option(
+        None,
+        "a compressed-tensors folder: say what each of its layers is computed as where it is served",
+        metavar="DIR",
+    )
+    engine: str = option("auto", "of --served: the engine", choices=("auto", "vllm", "transformers"))
+    hardware: str = option(
+        "auto", "of --served: another machine than this one, e.g. sm80, sm89, sm90, sm120, rocm, cpu-amx", metavar="KEY"
+    )
+    twins: str | None = option(
+        None,
+        "of --served: write copies of the folder with all activations at 16, 8 and 4 bits here, to compare with; the "
+        "weights are hard links",
+        metavar="DIR",
+    )
     force: bool = option(False, "overwrite an existing --json file")
     json: str | None = option(None, "also write the report as JSON", metavar="FILE")

@@ -72,9 +72,10 @@ def recipe_of(options: SearchOptions, *, tied: bool) -> Recipe:
     Raises:
         HalfbyteError: something the target cannot run.
     """
+    given = options.weights_from is not None  # then codes are as they are, and nothing can be folded into them
     return Recipe(
-        transforms=expand(options.transforms, options.target, tied=tied),
-        weights=options.weights,
+        transforms=expand("none" if given else options.transforms, options.target, tied=tied),
+        weights="rtn" if given else options.weights,
         alpha=parse_alpha(options.alpha),
         group_size=options.group_size,
         symmetric=options.symmetric,

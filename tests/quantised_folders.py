@@ -60,10 +60,11 @@ class Checkpoint:
             codes = (grouped / self.scales[layer].float()[..., None]).round().clamp(-8, 7)
             self.codes[layer] = codes.view_as(weight).to(torch.int8)
             tensors |= {f"{layer}.{name}": value for name, value in pack(self, layer).items()}
-        if self.model.config.tie_word_embeddings:
+        tied = self.model.config.tie_word_embeddings
+        if tied:
             del tensors["lm_head.weight"]
         change(tensors)
-        described = json.loads((folder / "config.json").read_text())
+        described = {**json.loads((folder / "config.json").read_text()), "tie_word_embeddings": tied}
         if old_config:
             (folder / "quantize_config.json").write_text(json.dumps(config))
         else:

@@ -13,7 +13,7 @@ import torch
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.models.loading import layers_of, units_of
-from halfbyte.models.modules import blocks, head_dim, linear
+from halfbyte.models.modules import blocks, linear
 from halfbyte.models.quantised_folder import QuantisedFolder
 from halfbyte.models.surgery import QuantLinear, set_activation_bits_, set_parameters_
 from halfbyte.numerics.affine import fake_quantise
@@ -24,47 +24,11 @@ from halfbyte.prepare.walk import prepare_
 from halfbyte.progress import silent
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference
-from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, transform_heads_
-from halfbyte.transforms.smoothquant import fold_scales_
+from tests.folding import CPU, TOKENS, fold_, logits
 from tests.quantised_folders import Checkpoint, compressed, compressed_config, gptq, gptq_config
 
-TOKENS = torch.randint(800, (4, 48), generator=torch.Generator().manual_seed(0))
-FOLDS = ["", "norms", "smooth", "r2", "r1,r2,smooth"]
-CPU = torch.device("cpu")
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(TOKENS).logits
-
-
-def fold_(model, family, folds):
-    """Function-preserving rewrites with random numbers."""
-    generator = torch.Generator().manual_seed(1)
-
-    def orthogonal(*shape):
-        return torch.linalg.qr(torch.randn(*shape, generator=generator))[0]
-
-    size = head_dim(model.config)
-    if "r1" in folds:
-        turn = orthogonal(model.config.hidden_size, model.config.hidden_size)
-        rotate_ends_(model, family, CPU, lambda rows: rows @ turn)
-    for block in blocks(model, family):
-        heads = linear(block, family.value).weight.shape[0] // size
-        if "r1" in folds:
-            rotate_block_(block, family, lambda rows: rows @ turn)
-        if "r2" in folds:
-            forward = orthogonal(heads, size, size)
-            transform_heads_(block, family, forward, forward.mT, size)
-        for group in family.groups:
-            behind_norm = any(group == readers for _, readers in family.norm_readers)
-            if "smooth" in folds or ("norms" in folds and behind_norm):
-                scales = (0.5 * torch.randn(linear(block, group[0]).in_features, generator=generator)).exp()
-                if group == (family.attention_out,):
-                    scales = (
-                        scales.view(heads, -1, size)[:, :1].expand(heads, len(scales) // heads // size, size).flatten()
-                    )
-                fold_scales_(block, family, group, scales, head_dim=size)
+ALL = "r1,r2,smooth"
+CASES = [("llama", "norms"), ("llama", "r2"), ("qwen2", ""), ("qwen2", "smooth"), ("qwen2", ALL)]
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +60,7 @@ def prepared(source, folder, **recipe):
     return own, prepare_(own, TOKENS, Recipe(group_size=32, **recipe), silent, device=CPU, given=opened(source, folder))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("folds", FOLDS)
+@pytest.mark.parametrize(("family", "folds"), [*CASES, ("qwen3", ""), ("qwen3", ALL)])
 def test_a_block_is_brought_into_the_coordinates_of_its_codes(folded, family, folds):
     """With the same function as before, and with the weights that were rounded."""
     source, checkpoint, folder = folded(family, folds)
@@ -119,8 +82,7 @@ def test_a_block_is_brought_into_the_coordinates_of_its_codes(folded, family, fo
     assert torch.allclose(logits(own.model), before, atol=2e-3)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2"])
-@pytest.mark.parametrize("folds", FOLDS)
+@pytest.mark.parametrize(("family", "folds"), CASES)
 def test_the_simulation_is_the_checkpoint(folded, family, folds):
     source, checkpoint, folder = folded(family, folds)
     own, made = prepared(source, folder)
@@ -135,7 +97,7 @@ def test_the_simulation_is_the_checkpoint(folded, family, folds):
     assert list(made.layers) == [layer.name for layer in layers_of(source.model, source.family)]
 
 
-@pytest.mark.parametrize("folds", FOLDS)
+@pytest.mark.parametrize("folds", ["", "smooth", ALL])
 def test_errors_are_those_of_the_folded_model(folded, folds):
     """Against the float model as it was folded: the unquantised layer on the unquantised input."""
     source, checkpoint, folder = folded("qwen2", folds)
@@ -154,9 +116,9 @@ def test_errors_are_those_of_the_folded_model(folded, folds):
         assert row.power == pytest.approx(float(expected.square().mean()), rel=0.06)
 
 
-@pytest.mark.parametrize("folds", ["", "norms"])
-def test_without_estimates_the_errors_are_exact(folded, folds):
-    source, _, folder = folded("llama", folds)
+@pytest.mark.parametrize(("family", "folds"), [("qwen2", ""), ("llama", "norms")])
+def test_without_estimates_the_errors_are_exact(folded, family, folds):
+    source, _, folder = folded(family, folds)
     _, made = prepared(source, folder, clip=False)
     layer = "model.layers.0.self_attn.q_proj"  # its input is that of the embedding
     norm = source.model.model.layers[0].input_layernorm
@@ -170,7 +132,7 @@ def test_without_estimates_the_errors_are_exact(folded, folds):
     assert made.sensitivity[layer].mse_a4 == pytest.approx(float(direct.square().mean()), rel=1e-3)
 
 
-@pytest.mark.parametrize("folds", ["", "r1"])
+@pytest.mark.parametrize("folds", ["", ALL])
 def test_kl_counts_the_head_of_the_checkpoint(folded, folds):
     source, _, folder = folded("qwen2", folds)
     known = reference(source.model, source.family, TOKENS, device=CPU)
@@ -186,7 +148,7 @@ def test_kl_counts_the_head_of_the_checkpoint(folded, folds):
 
 
 def test_a_checkpoint_of_another_model(tiny, folded, tmp_path):
-    _, _, folder = folded("llama", "")
+    _, _, folder = folded("llama", "r2")
     with pytest.raises(HalfbyteError, match=r"embed_tokens\.weight: the checkpoint is of another model"):
         opened(tiny("llama", seed_of_weights=1), folder)
     source = tiny("llama")

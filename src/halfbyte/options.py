@@ -62,6 +62,12 @@ class SearchOptions(ModelOptions):
         "auto", "SmoothQuant strength, 0 to 1; auto chooses each unit's scales by output error", metavar="X"
     )
     weights: str = option("gptq", "how weight codes are chosen", choices=("rtn", "gptq", "awq"))
+    weights_from: str | None = option(
+        None,
+        "take the int4 codes, norms and biases of this quantised checkpoint of the model instead (a folder; "
+        "compressed-tensors pack-quantized or GPTQ, symmetric, in groups), and search activation bits only",
+        metavar="DIR",
+    )
     group_size: int = option(128, "weights that share one scale, along the input", metavar="N")
     symmetric: bool = option(False, "symmetric activation codes, as serving engines need them")
     calib: str = option("auto", "text: auto (wikitext2, else pydoc), wikitext2, pydoc, self, or a file", metavar="TEXT")

@@ -27,8 +27,10 @@ from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_search, fits
 from halfbyte.models.loading import Origin, SourceModel, find, layers_of, load, units_of
 from halfbyte.models.modules import is_tied, linear, move_
+from halfbyte.models.quantised_folder import QuantisedFolder
 from halfbyte.options import SearchOptions
 from halfbyte.parallel import ALONE, Group
+from halfbyte.prepare.given import Given, given_codes
 from halfbyte.prepare.menus import TensorMenu
 from halfbyte.prepare.recipe import Recipe, recipe_of
 from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
@@ -72,7 +74,7 @@ def spaces_of(options: SearchOptions) -> tuple[str, ...]:
     """
     spaces = options.spaces
     if spaces == "auto":
-        spaces = "a4a8,ggml" if options.target == "gguf" else "a4a8"
+        spaces = "a4a8,ggml" if options.target == "gguf" and options.weights_from is None else "a4a8"
     if "ggml" in spaces and options.target != "gguf":
         raise HalfbyteError("only a GGUF file has types", where="--spaces", got=spaces, fix="use --target gguf")
     return tuple(spaces.split(","))
@@ -101,6 +103,8 @@ def check_search_options(options: SearchOptions) -> None:
     if options.online_transforms and options.target != "vllm":
         raise HalfbyteError("only for --target vllm", where="--online_transforms", fix="name r4 in --transforms")
     recipe_of(options, tied=False)
+    if options.weights_from is not None:
+        _check_weights_from(options)
     if "ggml" in spaces_of(options):
         transforms_of(options)
     for flag in ("size", "bpw", "like", "imatrix"):
@@ -108,6 +112,20 @@ def check_search_options(options: SearchOptions) -> None:
             raise HalfbyteError(
                 "only for types of a GGUF file", where=f"--{flag}", fix="search with --target gguf --spaces ggml"
             )
+
+
+def _check_weights_from(options: SearchOptions) -> None:
+    """Refuse what would change codes that are taken over."""
+    usual = SearchOptions()
+    for flag, allowed in (
+        ("transforms", ("auto", "none")), ("weights", (usual.weights,)), ("alpha", (usual.alpha,)),
+        ("spaces", ("auto", "a4a8")),
+    ):  # fmt: skip
+        if getattr(options, flag) not in allowed:
+            raise HalfbyteError(
+                "does not go with --weights_from, whose codes stay as they are", where=f"--{flag}",
+                expected=" or ".join(allowed), got=getattr(options, flag), fix="leave it out",
+            )  # fmt: skip
 
 
 def search(options: SearchOptions, report: Reporter = silent, group: Group = ALONE) -> SearchResult:
@@ -125,6 +143,7 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
         _check_outputs(options)
     device = _own_device(resolve_device(options.device), group)
     dtype = resolve_dtype(options.dtype, device)
+    folder = QuantisedFolder(options.weights_from) if options.weights_from is not None and group.first else None
     origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
     packed, gradients = _memory_modes(options, origin, device, dtype) if "a4a8" in spaces else (False, False)
     if "ggml" in spaces:
@@ -132,9 +151,11 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
 
     report(Progress("load model", 0, 1, options.model_id))
     source = load(origin, device=torch.device("cpu"), dtype=dtype)
+    codes = given_codes(folder, source, report, device=_exact(device)) if folder is not None else None
     check_target = TARGET_CHECKS.get(options.target)
     if check_target:
-        check_target(source, layers_of(source.model, source.family), options)
+        sizes = group.from_first(codes.codes.group_sizes if codes is not None else {})
+        check_target(source, layers_of(source.model, source.family), options, sizes)
     room, menus, given = 0, [], {}
     if "ggml" in spaces:
         room, menus = capacity(source, options)
@@ -143,11 +164,12 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
     text, windows = _texts(source, options, device)
     counts = ", ".join(f"{part_windows.numel()} {part}_tokens" for part, part_windows in windows.items())
     report(Progress("load model", 1, 1, f"text {text.name}: {counts}"))
-    with Stages(output, _settings(options, source, text, device), resume=options.resume, group=group) as stages:
+    settings = _settings(options, source, text, device, codes)
+    with Stages(output, settings, resume=options.resume, group=group) as stages:
         judged, known = torch.cat([windows["search"], windows["valid"]]), None
         if "ggml" in spaces or options.fitness == "kl":
             known = reference(source.model, source.family, judged, device=device)
-        run = Run(options, source, windows, known, stages, report, device, group)
+        run = Run(options, source, windows, known, stages, report, device, group, codes)
         activations = _search_activations(run, packed=packed, gradients=gradients) if "a4a8" in spaces else None
         types = None
         if "ggml" in spaces:
@@ -170,6 +192,7 @@ class Run:
         source: the model, unquantised, on the host.
         windows: ``calib``, ``search`` and ``valid`` text, int64 ``[windows, length]``.
         known: the unquantised model's answers on search and validation text.
+        codes: of a checkpoint, in the process that prepares the model.
     """
 
     options: SearchOptions
@@ -180,6 +203,7 @@ class Run:
     report: Reporter
     device: torch.device
     group: Group
+    codes: Given | None = None
 
     @property
     def used(self) -> dict[str, int]:
@@ -196,9 +220,12 @@ def _search_activations(run: Run, *, packed: bool, gradients: bool) -> Activatio
     known = run.known
     if known is not None and "r1" in recipe.transforms:
         known = known.for_rotated(source.model.get_parameter(f"{source.family.final_norm}.weight"))
+    head = linear(source.model, source.family.head).weight
     prepared = _prepare(run, recipe, packed=packed)
     preparation_memory = peak_memory(device)
     move_(source.model, source.family, device, without_embedding=packed and not gradients)
+    if known is not None and options.weights_from is not None and _head_changed(prepared, source):
+        known = known.for_head(head.to(device), linear(source.model, source.family.head).weight)
     if gradients:
         _measure_gradients_(prepared, source, layers, windows["calib"], run.stages, run.report)
     if known is None or options.fitness != "kl":
@@ -212,9 +239,14 @@ def _search_activations(run: Run, *, packed: bool, gradients: bool) -> Activatio
         fitness = KLFitness(evaluator, stages_of(evaluator.windows))
     allocator = Allocator(units, fitness, judge, prepared.sensitivity, options, run.stages, run.report, run.group)
     found = allocator.best(options.target_compression, options.ga_gen)
-    found = replace(found, about={**run.used, **found.about})
+    taken = {"weights_from": run.codes.codes.record()} if run.codes is not None else {}
+    found = replace(found, about={**run.used, **taken, **found.about})
     front = allocator.front() if options.pareto else []
     return ActivationsFound(recipe.transforms, units, prepared, found, front, preparation_memory)
+
+
+def _head_changed(prepared: Prepared, source: SourceModel) -> bool:
+    return f"{source.family.head}.weight" in prepared.codes.parameters
 
 
 def _search_types(run: Run, room: int, menus: Sequence[TensorMenu], given: Mapping[str, torch.Tensor]) -> TypesFound:
@@ -267,6 +299,11 @@ def _memory_modes(
     return packed, wanted
 
 
+def _exact(device: torch.device) -> torch.device:
+    """Where to prepare: MPS has neither fp64 nor the factorisations of GPTQ."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
 def _own_device(device: torch.device, group: Group) -> torch.device:
     """This process's GPU, where several processes share a machine."""
     if device.type != "cuda" or group.size == 1:
@@ -281,15 +318,19 @@ def _own_device(device: torch.device, group: Group) -> torch.device:
     return own
 
 
-def _check_gguf_target(source: SourceModel, layers: list[Layer], options: SearchOptions) -> None:
-    """Say before the search what the export could not write."""
+def _check_gguf_target(
+    source: SourceModel, layers: list[Layer], options: SearchOptions, given: Mapping[str, int]
+) -> None:
+    """Say before the search what the export could not write; ``given`` are group sizes that are not to be chosen."""
     check_exportable(source)
-    _check_groups(layers, options.group_size, "Q4_0 blocks need")
+    _check_groups(layers, options.group_size, given, "Q4_0 blocks need")
 
 
-def _check_vllm_target(source: SourceModel, layers: list[Layer], options: SearchOptions) -> None:
+def _check_vllm_target(
+    source: SourceModel, layers: list[Layer], options: SearchOptions, given: Mapping[str, int]
+) -> None:
     """Say before the search what vLLM could not run."""
-    _check_groups(layers, options.group_size, "vLLM's kernels need")
+    _check_groups(layers, options.group_size, given, "vLLM's kernels need")
     down = [layer.name for layer in layers if layer.name.endswith(source.family.down)]
     if options.online_transforms and linear(source.model, down[0]).bias is not None:
         raise HalfbyteError(
@@ -297,13 +338,13 @@ def _check_vllm_target(source: SourceModel, layers: list[Layer], options: Search
         )
 
 
-def _check_groups(layers: list[Layer], group_size: int, who: str) -> None:
+def _check_groups(layers: list[Layer], group_size: int, given: Mapping[str, int], who: str) -> None:
     for layer in layers:
-        group = fitting_group_size(layer.in_features, group_size)
+        group = given.get(layer.name) or fitting_group_size(layer.in_features, group_size)
         if group % 32:
             raise HalfbyteError(
                 f"{who} groups of 32 or a multiple", where=layer.name, got=group,
-                fix="use --group_size 128, or --target sim for this model",
+                fix="use --target sim" if given else "use --group_size 128, or --target sim for this model",
             )  # fmt: skip
 
 
@@ -331,10 +372,13 @@ def _texts(source: SourceModel, options: SearchOptions, device: torch.device) ->
     return text, found
 
 
-def _settings(options: SearchOptions, source: SourceModel, text: Text, device: torch.device) -> dict[str, Any]:
+def _settings(
+    options: SearchOptions, source: SourceModel, text: Text, device: torch.device, codes: Given | None
+) -> dict[str, Any]:
     ignored = ("resume", "force", "json", "output", "device", "trust_remote_code")
     settings = {key: value for key, value in asdict(options).items() if key not in ignored}
-    return {**settings, "device": device.type, "fingerprint": source.fingerprint, "text": text.record()}
+    taken = {"weights_from": codes.codes.folder.digest} if codes is not None else {}
+    return {**settings, **taken, "device": device.type, "fingerprint": source.fingerprint, "text": text.record()}
 
 
 def _prepare(run: Run, recipe: Recipe, *, packed: bool) -> Prepared:
@@ -343,9 +387,8 @@ def _prepare(run: Run, recipe: Recipe, *, packed: bool) -> Prepared:
     if run.group.first:
         made = load_prepared_(source, stages, recipe, device=device, packed=packed) if stages.resumed else None
         if made is None:
-            # MPS has neither fp64 nor the factorisations of GPTQ
-            where = torch.device("cpu") if device.type == "mps" else device
-            made = prepare_(source, run.windows["calib"], recipe, run.report, device=where, packed=packed)
+            calib, where = run.windows["calib"], _exact(device)
+            made = prepare_(source, calib, recipe, run.report, device=where, packed=packed, given=run.codes)
             save_prepared(stages, made)
     for path in (stages.codes, stages.folder / PREPARED):
         run.group.send_file(path)

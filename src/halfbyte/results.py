@@ -156,6 +156,13 @@ def _beside(output: Path, kind: str) -> Path:
     return output.with_name(f"{output.stem}.{kind}")
 
 
+def weights_of(options: SearchOptions) -> str:
+    """The weight quantiser, or the checkpoint whose codes were taken over: ``from NAME``."""
+    if options.weights_from is None:
+        return options.weights
+    return f"from {Path(options.weights_from).expanduser().resolve().name}"
+
+
 def make_plan(
     options: SearchOptions, source: SourceModel, activations: ActivationsFound | None, types: TypesFound | None,
     text: Mapping[str, Any], stages: Stages,
@@ -163,7 +170,7 @@ def make_plan(
     """The plan of the winners, and per layer and matrix what was asked and what was done."""
     plan = Plan(
         model_id=options.model_id, fingerprint=source.fingerprint, target=options.target,
-        granularity=options.granularity, layers={}, weights=options.weights, text=text, seed=options.seed,
+        granularity=options.granularity, layers={}, weights=weights_of(options), text=text, seed=options.seed,
         versions=made_with(source), **ALL_A8,
     )  # fmt: skip
     outcomes: list[Outcome] = []

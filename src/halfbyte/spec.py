@@ -104,7 +104,7 @@ class Plan:
         layers: layer name -> LayerPlan, in model order.
         budget_asked, budget_reached: mean activation bits / 8, weighted by multiply-accumulates.
         transforms: names of the function-preserving rewrites, in order of application.
-        weights: weight quantiser, e.g. ``rtn``.
+        weights: weight quantiser, e.g. ``rtn``, or ``from NAME``: the codes of that checkpoint.
         text: name, split and sha256 of the text the search saw.
         search: algorithm, settings, score of the winner.
         seed: the seed of everything random.

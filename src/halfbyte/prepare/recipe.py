@@ -100,10 +100,12 @@ def recipe_of(options: SearchOptions, *, tied: bool) -> Recipe:
         HalfbyteError: something the target cannot run.
     """
     start = TARGETS[options.target]
+    given = options.weights_from is not None  # then codes are as they are, and nothing can be folded into them
+    names = "none" if given else options.transforms
     return replace(
         start,
-        transforms=expand(options.transforms, options.target, tied=tied, online=options.online_transforms),
-        weights=options.weights,
+        transforms=expand(names, options.target, tied=tied, online=options.online_transforms and not given),
+        weights="rtn" if given else options.weights,
         alpha=parse_alpha(options.alpha),
         group_size=options.group_size,
         symmetric=start.symmetric or options.symmetric,

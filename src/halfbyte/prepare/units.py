@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -36,11 +37,15 @@ class QuantisedUnit:
 
 
 def quantise_unit(
-    step: TwinStep, group: tuple[str, ...], recipe: Recipe, scheme: InputScheme, *, where: str
-) -> QuantisedUnit:
+    step: TwinStep, group: tuple[str, ...], recipe: Recipe, scheme: InputScheme, *, where: str,
+    given: Mapping[str, GroupedWeight] | None = None,
+) -> QuantisedUnit:  # fmt: skip
     """Choose the range of 4-bit activations and the codes for the linears of ``group``, which share their input.
 
     What ``step`` has seen of that input is forgotten on the way, to make room.
+
+    Args:
+        given: path of each linear -> its codes, if they are not to be chosen.
     """
     layers = [linear(step.original, part) for part in group]
     plain = torch.cat([layer.weight for layer in layers])
@@ -49,6 +54,26 @@ def quantise_unit(
     inputs = scheme.transform(seen)
     if recipe.clip:
         scheme = replace(scheme, a4_clip=_best_clip(inputs, weight, scheme))
+    if given is None:
+        codes, note = _chosen(step, group, weight, recipe, scheme, where)
+    else:
+        codes, note = dict(given), ""
+        del step.seen[group[0]]
+    errors, start = {}, 0
+    rounded = {bits: scheme.rounded(inputs, bits) for bits in (4, 8)}
+    for part, layer in zip(group, layers, strict=True):
+        rows = slice(start, start + layer.weight.shape[0])
+        expected, decoded = seen @ plain[rows].T, codes[part].decode()
+        a4, a8 = (float((rounded[bits] @ decoded.T - expected).square().mean()) for bits in (4, 8))
+        errors[part] = (a4, a8, float(expected.square().mean()))
+        start = rows.stop
+    return QuantisedUnit(codes, scheme, note, errors)
+
+
+def _chosen(
+    step: TwinStep, group: tuple[str, ...], weight: torch.Tensor, recipe: Recipe, scheme: InputScheme, where: str
+) -> tuple[dict[str, GroupedWeight], str]:
+    """Codes by the recipe's quantiser for ``weight`` ``[out, in]``, that of all linears stacked, and its note."""
     moments = InputMoments(weight)
     if recipe.quantiser.looks_at_inputs:
         for original, of_copy in step.inputs(group[0]):
@@ -56,17 +81,9 @@ def quantise_unit(
     del step.seen[group[0]]
     group_size = fitting_group_size(weight.shape[1], recipe.group_size)
     together, note = recipe.quantiser.encode(moments, group_size, where, recipe.scale_rule)
-    del moments
-    codes, errors, start = {}, {}, 0
-    rounded = {bits: scheme.rounded(inputs, bits) for bits in (4, 8)}
-    for part, layer in zip(group, layers, strict=True):
-        rows = slice(start, start + layer.weight.shape[0])
-        codes[part] = GroupedWeight(together.codes[rows], together.scales[rows], together.bits)
-        expected, decoded = seen @ plain[rows].T, codes[part].decode()
-        a4, a8 = (float((rounded[bits] @ decoded.T - expected).square().mean()) for bits in (4, 8))
-        errors[part] = (a4, a8, float(expected.square().mean()))
-        start = rows.stop
-    return QuantisedUnit(codes, scheme, note, errors)
+    outputs = [linear(step.original, part).weight.shape[0] for part in group]
+    rows = zip(together.codes.split(outputs), together.scales.split(outputs), strict=True)
+    return {part: GroupedWeight(*own, together.bits) for part, own in zip(group, rows, strict=True)}, note
 
 
 def _best_clip(inputs: torch.Tensor, weight: torch.Tensor, scheme: InputScheme) -> float:

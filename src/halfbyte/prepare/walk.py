@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -11,11 +12,12 @@ from halfbyte.calibration.twins import TwinStep, walk_twins
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.plan_file import Codes, load_codes, save_codes
 from halfbyte.files import write_text
-from halfbyte.formats.int_group import check_packable
+from halfbyte.formats.int_group import GroupedWeight, check_packable
 from halfbyte.models.loading import SourceModel, layers_of, stored_dtype
 from halfbyte.models.modules import head_dim, linear
 from halfbyte.models.surgery import InputScheme, SharedInput, pack_linear_, replace_linear_, set_activation_bits_
 from halfbyte.numerics.hadamard import rotation_matrix
+from halfbyte.prepare.given import Given, adopt_block_, adopt_ends_, adopt_parameters_
 from halfbyte.prepare.learned import balance_heads_, learn_low_rank
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.scales import scale_unit_
@@ -57,6 +59,7 @@ def prepare_(
     *,
     device: torch.device,
     packed: bool = False,
+    given: Given | None = None,
 ) -> Prepared:
     """Transform and quantise ``source.model`` in place; it becomes its W4 simulation, where it was.
 
@@ -65,6 +68,7 @@ def prepare_(
     Args:
         tokens: calibration text, int64 ``[windows, length]``.
         packed: blocks that are done keep their codes packed: on the host the same tensors as in the result.
+        given: a checkpoint whose codes and other parameters are taken over; the recipe then has no transforms.
 
     Raises:
         HalfbyteError: values that are not finite, or codes that cannot be packed, with the layer's name.
@@ -78,6 +82,8 @@ def prepare_(
         rotate_ends_(model, family, device)
         if recipe.ends_as_stored:
             round_ends_(model, family, stored_dtype(source.origin))
+    if given is not None:
+        adopt_ends_(source, given)
     made = Prepared(Codes({}, {}, {}))
     shared = SharedInput()
     batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
@@ -88,17 +94,30 @@ def prepare_(
 
     for step in walk_twins(model, family, tokens, device=device, batch=batch, leave=pack if packed else None):
         _fold_rotations_(step, source, recipe)
+        codes = adopt_block_(step.original, step.index, source, given) if given is not None else None
         step.observe([group[0] for group in family.groups])
         schemes = {group: _scheme(step, source, group, recipe, made) for group in family.groups}
-        step.split()
+        if given is None:
+            step.split()
+        else:  # nothing depends on what the quantised blocks make: the original turns into its copy
+            adopt_parameters_(step, source, given)
         for group, scheme in schemes.items():
-            _quantise_(step, source, group, recipe, scheme, shared, made)
+            _quantise_(step, source, group, recipe, scheme, shared, made, codes)
         report(
             Progress("transforms and W4 codes", step.index + 1, source.config.num_hidden_layers, f"block {step.index}")
         )
     set_activation_bits_(model, dict.fromkeys(made.layers, None))
-    made.codes = replace(made.codes, parameters=_changed_parameters(source, recipe))
+    if given is None:
+        made.codes = replace(made.codes, parameters=_changed_parameters(source, recipe))
+    else:
+        made.codes = replace(made.codes, parameters=given.codes.parameters)
+        made.layers = _noted(made.layers, given, recipe)
     return made
+
+
+def _noted(layers: Mapping[str, LayerPlan], given: Given, recipe: Recipe) -> dict[str, LayerPlan]:
+    """The entries with what of the checkpoint is not as asked."""
+    return {name: replace(entry, note=given.codes.note(name, recipe.group_size)) for name, entry in layers.items()}
 
 
 def _fold_rotations_(step: TwinStep, source: SourceModel, recipe: Recipe) -> None:
@@ -132,10 +151,11 @@ def _scheme(step: TwinStep, source: SourceModel, group: tuple[str, ...], recipe:
 
 def _quantise_(
     step: TwinStep, source: SourceModel, group: tuple[str, ...], recipe: Recipe, scheme: InputScheme,
-    shared: SharedInput, made: Prepared,
+    shared: SharedInput, made: Prepared, given: Mapping[str, GroupedWeight] | None = None,
 ) -> None:  # fmt: skip
     prefix = f"{source.family.blocks}.{step.index}."
-    unit = quantise_unit(step, group, recipe, scheme, where=prefix + group[0])
+    own = None if given is None else {part: given[part] for part in group}
+    unit = quantise_unit(step, group, recipe, scheme, where=prefix + group[0], given=own)
     low_rank = unit.scheme.low_rank
     if low_rank is not None:
         made.codes.low_rank[prefix + group[0]] = low_rank.to("cpu")

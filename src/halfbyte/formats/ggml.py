@@ -30,7 +30,7 @@ WRITABLE = ("F32", "F16", "BF16", *reversed(QUANTISED))  # what `encode` knows
 READABLE = tuple(GGMLQuantizationType.__members__)
 FP16_MAX = 65504.0
 ENCODE_ELEMENTS = 1 << 20  # values per chunk of `encode`: 4 MiB of fp32 in each thread
-DECODE_ELEMENTS = 1 << 22  # values per chunk of `decode_tensor`: about 100 MiB of intermediates
+DECODE_ELEMENTS = 1 << 22  # values per chunk of `decode_tensor`: about 50 MiB of intermediates
 PEAK_EXPONENT = 16  # the largest importance becomes 2^15 to 2^17, ...
 FLOOR = 2.0**-16  # ... and none is below this: far from what fp32 sums of fourth powers cannot hold
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -222,6 +222,10 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def _decode_rows(blocks: torch.Tensor, type_name: str, shape: torch.Size) -> torch.Tensor:
     if type_name in _FLOATS:
         return blocks.view(_FLOATS[type_name])
+    from halfbyte.formats.ggml_grid import has_grid, values_of  # here, because that module needs this one
+
+    if has_grid(type_name):
+        return values_of(blocks, type_name)
     from libgguf.libgguf_torch import dequantize as dequantize_torch  # here, because it takes a second to import
 
     return dequantize_torch(blocks, GGMLQuantizationType[type_name], shape, dtype=torch.float32)

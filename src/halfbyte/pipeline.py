@@ -24,7 +24,7 @@ from halfbyte.files import check_output
 from halfbyte.formats.int_group import fitting_group_size
 from halfbyte.importance_file import importance_for
 from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
-from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_search, fits
+from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_search, estimate_types, fits
 from halfbyte.models.loading import Origin, SourceModel, find, layers_of, load, units_of
 from halfbyte.models.modules import is_tied, move_
 from halfbyte.options import SearchOptions
@@ -92,8 +92,6 @@ def check_search_options(options: SearchOptions) -> None:
     if options.pareto and options.fitness != "kl":
         raise HalfbyteError("a front needs the whole model's KL", where="--pareto", fix="leave --fitness at kl")
     recipe_of(options, tied=False)
-    if "ggml" in spaces_of(options):
-        transforms_of(options)
     for flag in ("size", "bpw", "like", "imatrix"):
         if getattr(options, flag) and "ggml" not in spaces_of(options):
             raise HalfbyteError(
@@ -118,16 +116,18 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
     dtype = resolve_dtype(options.dtype, device)
     origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
     packed, gradients = _memory_modes(options, origin, device, dtype) if "a4a8" in spaces else (False, False)
-    if "ggml" in spaces:
-        check_memory(estimate_load(origin.config, origin.family, dtype), device)
+    if "ggml" in spaces:  # what it takes to search comes when the size of the candidates is known
+        check_memory(estimate_load(origin.config, origin.family, dtype, packed=True), torch.device("cpu"))
 
     report(Progress("load model", 0, 1, options.model_id))
     source = load(origin, device=torch.device("cpu"), dtype=dtype)
     if options.target == "gguf":
         _check_gguf_target(source, layers_of(source.model, source.family), options.group_size)
-    room, menus, given = 0, [], {}
+    room, menus, given, on_rows = 0, [], {}, False
     if "ggml" in spaces:
+        transforms_of(options, tied=is_tied(source.model, source.family))
         room, menus = capacity(source, options)
+        on_rows = _types_packed(options, origin, device, dtype, room)
     if options.imatrix:
         given = importance_for(source, options.imatrix, [menu.name for menu in menus])
     text, windows = _texts(source, options, device)
@@ -143,7 +143,7 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
         if "ggml" in spaces:
             if activations is not None:
                 run = replace(run, source=load(origin, device=torch.device("cpu"), dtype=dtype))
-            types = _search_types(run, room, menus, given)
+            types = _search_types(run, room, menus, given, packed=on_rows)
         written = None
         if group.first:
             plan, outcomes = make_plan(options, source, activations, types, text.record(), stages)
@@ -207,12 +207,14 @@ def _search_activations(run: Run, *, packed: bool, gradients: bool) -> Activatio
     return ActivationsFound(recipe.transforms, units, prepared, found, front, preparation_memory)
 
 
-def _search_types(run: Run, room: int, menus: Sequence[TensorMenu], given: Mapping[str, torch.Tensor]) -> TypesFound:
+def _search_types(
+    run: Run, room: int, menus: Sequence[TensorMenu], given: Mapping[str, torch.Tensor], *, packed: bool
+) -> TypesFound:
     """A ggml type for every matrix under the size."""
     assert run.known is not None
     known = run.known.split(len(run.windows["search"]))
     stages = (run.stages, run.report, run.device, run.group)
-    found = TypeSearch(run.source, run.windows, known, room, menus, given, run.options, *stages)
+    found = TypeSearch(run.source, run.windows, known, room, menus, given, run.options, *stages, packed=packed)
     best = found.best(room, run.options.ga_gen)
     front = found.front(best) if run.options.pareto else {}
     if run.group.first:
@@ -255,6 +257,24 @@ def _memory_modes(
     check_memory(need(gradients=fisher, packed=packed), device)
     wanted = fisher or (options.fitness == "kl" and fits(need(gradients=True, packed=packed), device))
     return packed, wanted
+
+
+def _types_packed(
+    options: SearchOptions, origin: Origin, device: torch.device, dtype: torch.dtype, room: int
+) -> bool:
+    """Whether candidates stay encoded on the device.
+
+    Raises:
+        HalfbyteError: there is too little memory.
+    """
+    tokens = options.calib_tokens, 2 * options.search_tokens
+
+    def need(*, packed: bool) -> MemoryEstimate:
+        return estimate_types(origin.config, origin.family, dtype, tokens, options.ctx, nbytes=room, packed=packed)
+
+    packed = options.codes == "packed" or (options.codes == "auto" and not fits(need(packed=False), device))
+    check_memory(need(packed=packed), device)
+    return packed
 
 
 def _own_device(device: torch.device, group: Group) -> torch.device:

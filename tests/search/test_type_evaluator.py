@@ -14,6 +14,8 @@ from halfbyte.prepare.candidates import encode_candidates_
 from halfbyte.prepare.menus import menus_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.progress import silent
+from halfbyte.search import reference as reference_module
+from halfbyte.search import type_evaluator
 from halfbyte.search.reference import reference
 from halfbyte.search.type_evaluator import ORIGINAL, MixedTypes, TypeEvaluator
 from tests.tiny_models import FAMILIES
@@ -23,8 +25,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def mixed(tiny, tmp_path):
-    def make(family, transforms=("smooth", "r2")):
+    def make(family, transforms=("smooth", "r2"), dtype=torch.float32):
         source = copy.deepcopy(tiny(family))
+        source.model.to(dtype)
         tokens = torch.randint(source.config.vocab_size, (3, 24), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             expected = source.model(tokens).logits
@@ -90,3 +93,23 @@ def test_one_matrix_at_a_time_is_the_score_of_the_whole(mixed, family):
 def test_the_unquantised_model_keeps_its_function(mixed, family):
     _, _, _, types, evaluator, _ = mixed(family)
     assert abs(evaluator.score(types.original)) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen2", "llama-tied"])
+def test_packed_scores_are_those_of_decoded_weights_to_the_last_bit(mixed, monkeypatch, family, dtype):
+    monkeypatch.setattr(type_evaluator, "SIDE_BY_SIDE", 5)
+    monkeypatch.setattr(reference_module, "CHUNK_ROWS", 100)  # of the head, at once
+    source, tokens, _, types, evaluator, made = mixed(family, dtype=dtype)
+    model = copy.deepcopy(source.model)
+    packed = MixedTypes(model, source.family, types.matrices, made.encoded, CPU, packed=True)
+    on_device = sum(value.numel() for value in (*model.parameters(), *model.buffers()))
+    assert on_device < 0.01 * sum(menu.rows * menu.columns for menu in types.matrices)
+    assert is_tied(model, source.family) == is_tied(source.model, source.family)
+    other = TypeEvaluator(packed, tokens, evaluator.reference, rows=2)
+    genomes = [some_genome(types, seed) for seed in range(3)]
+    assert (evaluator.losses(genomes) == other.losses(genomes)).all()
+    alone = [(evaluator, types), (other, packed)]
+    found = [list(one.each_alone([0] * len(known.matrices))) for one, known in alone]
+    assert found[0] == found[1]
+    assert (evaluator.losses([types.original]) == other.losses([types.original])).all()

@@ -259,9 +259,7 @@ def _memory_modes(
     return packed, wanted
 
 
-def _types_packed(
-    options: SearchOptions, origin: Origin, device: torch.device, dtype: torch.dtype, room: int
-) -> bool:
+def _types_packed(options: SearchOptions, origin: Origin, device: torch.device, dtype: torch.dtype, room: int) -> bool:
     """Whether candidates stay encoded on the device.
 
     Raises:
@@ -307,6 +305,7 @@ def _texts(source: SourceModel, options: SearchOptions, device: torch.device) ->
     """The text, and the windows ``[windows, length]`` of its parts ``calib``, ``search`` and ``valid``."""
 
     def written_by_model() -> str:
+        check_memory(estimate_load(source.config, source.family, source.dtype), device)  # all of it, decoded
         source.model.to(device)
         text = write_with(source.model, source.tokenizer, seed=options.seed)
         source.model.to("cpu")

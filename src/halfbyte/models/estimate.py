@@ -19,6 +19,7 @@ HEAD_CHUNK_TOKENS = 512  # whose fp32 logits exist at once there
 HEAD_CHUNK_ROWS = 8192  # of an output head that are decoded at once
 TYPES = 6  # that a matrix may have, about
 CANDIDATE_BITS = 36  # of a weight in all types of its menu together
+VARIANTS = 8  # sets of transforms that are tried
 SIDE_BY_SIDE = 16  # models with one quantised matrix that are measured together
 PACKED_BITS = 4.125  # per weight: a code, and its share of an fp16 scale per group of 128
 
@@ -120,16 +121,17 @@ def estimate_types(
     rows = nbytes * (1 - min(sizes.embedding, matrix) / sizes.decoded)  # an embedding of its own is only looked up
     weights = max(int(rows) + sizes.unit, block + alone) if packed else sizes.decoded + 2 * matrix + alone
     folded = dtype.itemsize * sizes.linear + 2 * sizes.embedding  # R1 changes the ends too
-    candidates = CANDIDATE_BITS * max(block, matrix) // (8 * dtype.itemsize)  # all types of one part, before it is written
+    candidates = CANDIDATE_BITS * max(block, matrix) // (8 * dtype.itemsize)  # all types of one part, until written
     widest = max(layer.in_features for layer in sizes.layers)
     kept = 4 * calib * (5 * hidden + widest)
+    tried = judged * hidden * ((VARIANTS // 2 + 1) * dtype.itemsize + 4)  # and what is known of the reference
     return MemoryEstimate(
         device=weights + running,
         running=running,
         host=max(sizes.converted, folded) + candidates + (kept if packed else 0),
         parameters=sizes.parameters,
         linear_parameters=sizes.linear,
-        preparation=_encoding(config, sizes.layers, widest) + (0 if packed else kept),
+        preparation=_encoding(config, sizes.layers, widest) + block + tried + (0 if packed else kept),
         copies=0 if packed else sizes.decoded,
     )
 

@@ -143,9 +143,7 @@ class _Rounded:
         self._made.setdefault(part, []).append((matrix, weight.cpu()))
 
 
-def _round_(
-    step: TwinStep, source: SourceModel, types: Mapping[str, str], recipe: Recipe, rounded: _Rounded
-) -> None:
+def _round_(step: TwinStep, source: SourceModel, types: Mapping[str, str], recipe: Recipe, rounded: _Rounded) -> None:
     """Round the original's weights, in place."""
     family = source.family
     for group in family.groups:

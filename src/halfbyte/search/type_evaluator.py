@@ -189,7 +189,7 @@ class TypeEvaluator(KLEvaluator):
         Returns:
             hidden states of the original before the last of the genomes' blocks.
         """
-        layers, last = blocks(self.model, self.family), starts[next(reversed(places.values()))]
+        layers, last = blocks(self.model, self.family), starts[list(places.values())[-1]]
         rows = [Row(genome, window) for genome in places for window in range(self.windows)]
         batches = self._batches([row for row in rows if row not in self._known])
         own = [(batch, places[batch[0].genome], self._windows_of(batch)) for batch in self.group.share(batches)]

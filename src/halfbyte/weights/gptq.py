@@ -83,7 +83,7 @@ class Ordered:
         return part.triu(1) if rows == columns else part
 
     def squares(self, error: torch.Tensor) -> torch.Tensor:
-        """``e H eᵀ`` for every row e of ``error`` ``[out, in]``, H without what was added to its diagonal: ``[out]``."""
+        """``e H eᵀ`` for each row e of ``error`` ``[out, in]``, H without what was added to its diagonal: ``[out]``."""
         error = error[:, self.order.flip(0)]
         return ((error @ self._hessian - self.added * error) * error).sum(-1)
 

@@ -11,6 +11,7 @@ import torch
 
 from halfbyte import cli
 from halfbyte.export.plan_file import load_plan
+from halfbyte.formats.ggml import QUANTISED, decode_tensor, row_bytes
 from halfbyte.kernels.activations import fake_quantise_rows
 from halfbyte.kernels.choice import forced
 from halfbyte.kernels.codes import decode_packed
@@ -127,6 +128,37 @@ def test_a_bf16_model_has_no_distance_to_itself(tiny):
     known = reference(model, family, tokens, device=torch.device("cuda"))
     evaluator = KLEvaluator(model, family, [], tokens, known)
     assert abs(evaluator.score(())) < 2e-5
+
+
+@pytest.mark.parametrize("family", ["qwen2", "llama-tied"])
+def test_types_on_the_device(tiny_folder, tmp_path, monkeypatch, family):
+    """Packed and decoded candidates make the same plan; with R1 where there is a head of its own."""
+    monkeypatch.chdir(tmp_path)
+    folder = str(tiny_folder(family))
+    arguments = ["--model_id", folder, "--device", "cuda", *QUICK, "--ga_gen", "3", "--spaces", "ggml"]
+    for codes in ("packed", "decoded"):
+        chosen = ["--transforms", "smooth,rotate", "--codes", codes, "--output", f"{codes}.json"]
+        assert cli.run("search", [*arguments, *chosen]) == 0
+    packed, decoded = (load_plan(f"{codes}.json") for codes in ("packed", "decoded"))
+    assert packed.file == decoded.file
+    assert packed.tensors == decoded.tensors
+    assert cli.run("search", [*arguments, "--codes", "packed", "--output", "auto.json"]) == 0
+    assert len(load_plan("auto.json").file["transforms_tried"]) == (8 if family == "qwen2" else 4)
+    assert cli.run("export", ["--config", "packed.json", "--output", "m.gguf"]) == 0
+
+
+@pytest.mark.parametrize("type_name", QUANTISED)
+def test_rows_are_decoded_alike_without_waiting(type_name):
+    rows = torch.randint(0, 256, (64, row_bytes(2048, type_name)), generator=torch.Generator().manual_seed(0))
+    rows = rows.to(torch.uint8)
+    expected, here = decode_tensor(rows, type_name, torch.bfloat16), rows.cuda()
+    decode_tensor(here, type_name)  # tables go to the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = decode_tensor(here, type_name, torch.bfloat16)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.cpu().nan_to_num(), expected.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

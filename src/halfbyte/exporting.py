@@ -77,10 +77,10 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
     )
     content = _types(options) if policy == "budget" else _codes(plan, options, policy)
     with whole_file(path) as unchecked:
-        top = {"embedding_type": options.embedding_type, "output_type": options.output_type}
         rows = write_gguf(
             unchecked, source, weights=content.weights, overrides=content.overrides, layer_types=content.types,
-            encoded=content.encoded, metadata=summary(plan, policy), report=report, **top,
+            encoded=content.encoded, metadata=summary(plan, policy), report=report,
+            embedding_type=options.embedding_type, output_type=options.output_type,
         )  # fmt: skip
         if engine is None:
             return ExportResult(path, rows, policy, 0, None, None, plan)

@@ -99,7 +99,7 @@ class SearchOptions(ModelOptions):
     )
     codes: str = option(
         "auto",
-        "W4 codes on the device: packed, decoded layer by layer, or decoded once; auto decodes where that fits",
+        "weights on the device: packed, decoded layer by layer, or decoded once; auto decodes where that fits",
         choices=("auto", "packed", "decoded"),
     )
     seed: int = option(0, "seed of everything random", metavar="N")

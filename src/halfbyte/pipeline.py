@@ -24,7 +24,7 @@ from halfbyte.files import check_output
 from halfbyte.formats.int_group import fitting_group_size
 from halfbyte.importance_file import importance_for
 from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
-from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_search, fits
+from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_search, estimate_types, fits
 from halfbyte.models.loading import Origin, SourceModel, find, layers_of, load, units_of
 from halfbyte.models.modules import is_tied, linear, move_
 from halfbyte.models.quantised_folder import QuantisedFolder
@@ -105,8 +105,6 @@ def check_search_options(options: SearchOptions) -> None:
     recipe_of(options, tied=False)
     if options.weights_from is not None:
         _check_weights_from(options)
-    if "ggml" in spaces_of(options):
-        transforms_of(options)
     for flag in ("size", "bpw", "like", "imatrix"):
         if getattr(options, flag) and "ggml" not in spaces_of(options):
             raise HalfbyteError(
@@ -146,8 +144,8 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
     folder = QuantisedFolder(options.weights_from) if options.weights_from is not None and group.first else None
     origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
     packed, gradients = _memory_modes(options, origin, device, dtype) if "a4a8" in spaces else (False, False)
-    if "ggml" in spaces:
-        check_memory(estimate_load(origin.config, origin.family, dtype), device)
+    if "ggml" in spaces:  # what it takes to search comes when the size of the candidates is known
+        check_memory(estimate_load(origin.config, origin.family, dtype, packed=True), torch.device("cpu"))
 
     report(Progress("load model", 0, 1, options.model_id))
     source = load(origin, device=torch.device("cpu"), dtype=dtype)
@@ -156,9 +154,11 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
     if check_target:
         sizes = group.from_first(codes.codes.group_sizes if codes is not None else {})
         check_target(source, layers_of(source.model, source.family), options, sizes)
-    room, menus, given = 0, [], {}
+    room, menus, given, on_rows = 0, [], {}, False
     if "ggml" in spaces:
+        transforms_of(options, tied=is_tied(source.model, source.family))
         room, menus = capacity(source, options)
+        on_rows = _types_packed(options, origin, device, dtype, room)
     if options.imatrix:
         given = importance_for(source, options.imatrix, [menu.name for menu in menus])
     text, windows = _texts(source, options, device)
@@ -175,7 +175,7 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
         if "ggml" in spaces:
             if activations is not None:
                 run = replace(run, source=load(origin, device=torch.device("cpu"), dtype=dtype))
-            types = _search_types(run, room, menus, given)
+            types = _search_types(run, room, menus, given, packed=on_rows)
         written = None
         if group.first:
             plan, outcomes = make_plan(options, source, activations, types, text.record(), stages)
@@ -249,12 +249,14 @@ def _head_changed(prepared: Prepared, source: SourceModel) -> bool:
     return f"{source.family.head}.weight" in prepared.codes.parameters
 
 
-def _search_types(run: Run, room: int, menus: Sequence[TensorMenu], given: Mapping[str, torch.Tensor]) -> TypesFound:
+def _search_types(
+    run: Run, room: int, menus: Sequence[TensorMenu], given: Mapping[str, torch.Tensor], *, packed: bool
+) -> TypesFound:
     """A ggml type for every matrix under the size."""
     assert run.known is not None
     known = run.known.split(len(run.windows["search"]))
     stages = (run.stages, run.report, run.device, run.group)
-    found = TypeSearch(run.source, run.windows, known, room, menus, given, run.options, *stages)
+    found = TypeSearch(run.source, run.windows, known, room, menus, given, run.options, *stages, packed=packed)
     best = found.best(room, run.options.ga_gen)
     front = found.front(best) if run.options.pareto else {}
     if run.group.first:
@@ -302,6 +304,22 @@ def _memory_modes(
 def _exact(device: torch.device) -> torch.device:
     """Where to prepare: MPS has neither fp64 nor the factorisations of GPTQ."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def _types_packed(options: SearchOptions, origin: Origin, device: torch.device, dtype: torch.dtype, room: int) -> bool:
+    """Whether candidates stay encoded on the device.
+
+    Raises:
+        HalfbyteError: there is too little memory.
+    """
+    tokens = options.calib_tokens, 2 * options.search_tokens
+
+    def need(*, packed: bool) -> MemoryEstimate:
+        return estimate_types(origin.config, origin.family, dtype, tokens, options.ctx, nbytes=room, packed=packed)
+
+    packed = options.codes == "packed" or (options.codes == "auto" and not fits(need(packed=False), device))
+    check_memory(need(packed=packed), device)
+    return packed
 
 
 def _own_device(device: torch.device, group: Group) -> torch.device:
@@ -355,6 +373,7 @@ def _texts(source: SourceModel, options: SearchOptions, device: torch.device) ->
     """The text, and the windows ``[windows, length]`` of its parts ``calib``, ``search`` and ``valid``."""
 
     def written_by_model() -> str:
+        check_memory(estimate_load(source.config, source.family, source.dtype), device)  # all of it, decoded
         source.model.to(device)
         text = write_with(source.model, source.tokenizer, seed=options.seed)
         source.model.to("cpu")

@@ -17,7 +17,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.files import check_space
 from halfbyte.formats.encoded import save_encoded
 from halfbyte.models.loading import SourceModel
-from halfbyte.models.modules import is_tied
+from halfbyte.models.modules import is_tied, linear
 from halfbyte.options import SearchOptions
 from halfbyte.parallel import Group
 from halfbyte.prepare.candidates import Candidates, encode_candidates_, part_files
@@ -73,44 +73,50 @@ class TypeSearch:
         known: the unquantised model's answers on ``search`` and on ``valid``.
         room, menus: see :func:`capacity`.
         given: matrix -> importance in place of what is measured (:func:`halfbyte.importance_file.importance_for`).
+        packed: the device is small: it holds encoded rows, and calibration activations stay in main memory.
     """
 
     def __init__(
         self, source: SourceModel, windows: Mapping[str, torch.Tensor], known: tuple[Reference, Reference],
         room: int, menus: Sequence[TensorMenu], given: Mapping[str, torch.Tensor], options: SearchOptions,
-        stages: Stages, report: Reporter, device: torch.device, group: Group,
+        stages: Stages, report: Reporter, device: torch.device, group: Group, *, packed: bool = False,
     ) -> None:  # fmt: skip
         self.source, self.room, self.options, self.stages = source, room, options, stages
         self.report, self.group, self.tied = report, group, is_tied(source.model, source.family)
         where = torch.device("cpu") if device.type == "mps" else device  # see pipeline
+        keep_on = torch.device("cpu") if packed else where
         self.screen: dict[str, float] = {}
-        chosen = transforms_of(options)
+        chosen = transforms_of(options, tied=is_tied(source.model, source.family))
         if chosen is None:
             bits = 8 * room / sum(menu.rows * menu.columns for menu in menus)
             calib, judged = windows["calib"], (windows["search"], known[0])
+            devices = {"device": where, "keep_on": keep_on}
             self.screen = stages.value(
-                "screen", lambda: screened(source, calib, *judged, menus, bits, options.weights, report, device=where)
+                "screen", lambda: screened(source, calib, *judged, menus, bits, options.weights, report, **devices)
             )
             best = min(self.screen, key=self.screen.__getitem__)
             chosen = tuple(name for name in best.split(",") if name)
         self.transforms = chosen
         recipe = Recipe(chosen, options.weights, group_size=GROUP_SIZE, scale_bits=8)
+        head = linear(source.model, source.family.head).weight  # that the reference was made with
         check_space(stages.candidates, sum(menu.nbytes(kind) for menu in menus for kind in menu.types))
         stages.candidates.mkdir(parents=True, exist_ok=True)
 
         def encode() -> Candidates:
             calib, folder = windows["calib"], stages.candidates
-            return encode_candidates_(source, calib, recipe, menus, folder, report, device=where, given=given)
+            return encode_candidates_(
+                source, calib, recipe, menus, folder, report, device=where, given=given, keep_on=keep_on
+            )
 
         made = encode() if group.first else None
-        for path in part_files(stages.candidates, source.config.num_hidden_layers):
+        for path in part_files(stages.candidates, menus):
             group.send_file(path)
         made = made or encode()  # reads the files
         self.encoded, self.errors = made.encoded, made.errors
         self.menus = [_pruned(menu, made.errors[menu.name]) for menu in menus]
-        self.mixed = MixedTypes(source.model, source.family, self.menus, made.encoded, device)
+        self.mixed = MixedTypes(source.model, source.family, self.menus, made.encoded, device, packed=packed)
         self.evaluator, self.judge = (
-            TypeEvaluator(self.mixed, windows[part], answers, group=group)
+            TypeEvaluator(self.mixed, windows[part], answers, group=group, head=head)
             for part, answers in zip(("search", "valid"), known, strict=True)
         )
 
@@ -233,18 +239,22 @@ class TypeSearch:
         save_encoded(self.stages.types(like), rows, self.encoded.extra)
 
 
-def transforms_of(options: SearchOptions) -> tuple[str, ...] | None:
+def transforms_of(options: SearchOptions, *, tied: bool) -> tuple[str, ...] | None:
     """What is folded before matrices are encoded; None: what helps.
 
+    Args:
+        tied: the model's output head is its embedding.
+
     Raises:
-        HalfbyteError: a transform that cannot be folded into one matrix after the other.
+        HalfbyteError: a transform that the model's file cannot hold.
     """
     if options.transforms == "auto":
         return None
-    chosen = expand(options.transforms, "gguf", tied=True)
-    if "r1" in chosen:
+    chosen = expand(options.transforms, "gguf", tied=tied)
+    if tied and "r1" in chosen:
         raise HalfbyteError(
-            "R1 is not for a mixture of types", where="--transforms", expected="smooth, r2 or none",
+            "R1 would need a second vocabulary matrix in the file", where="--transforms",
+            expected="smooth, r2 or none", got="an output head that is tied to the embedding",
             fix="leave it out, or search with --spaces a4a8",
         )  # fmt: skip
     return chosen

@@ -9,7 +9,7 @@ from transformers import Qwen2Config
 from halfbyte.errors import HalfbyteError
 from halfbyte.models import estimate
 from halfbyte.models.archs import family_of
-from halfbyte.models.estimate import estimate_load, estimate_search
+from halfbyte.models.estimate import estimate_load, estimate_search, estimate_types
 from halfbyte.models.loading import find, load
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -42,6 +42,25 @@ def test_a_packed_search_of_a_7b_model_takes_half_the_memory():
     assert packed.preparation == decoded.preparation
     assert packed.on(CUDA) == max(packed.device, packed.preparation)
     assert packed.on(CPU) == packed.host + packed.running + packed.preparation
+
+
+def types(config, calib=32768, **more):
+    return estimate_types(config, FAMILY, torch.bfloat16, (calib, 8192), 512, **more)
+
+
+def test_a_search_of_types_of_a_7b_model_fits_a_gpu_of_8_gb_if_packed():
+    """Encoded rows without the embedding's; calibration activations are on one side or the other."""
+    config = seven_b()
+    decoded, packed, smaller = (
+        types(config, nbytes=4.7e9),
+        *(types(config, nbytes=x, packed=True) for x in (4.7e9, 4e9)),
+    )
+    assert packed.on(CUDA) < 7.4e9 < 15e9 < decoded.device < 22e9
+    assert packed.device - smaller.device == pytest.approx(0.7e9 * (1 - 152064 * 3584 / packed.parameters), rel=0.01)
+    activations = 4 * 32768 * (5 * 3584 + 18944)
+    assert decoded.preparation - packed.preparation == packed.host - decoded.host == activations
+    assert packed.on(CUDA) == types(config, 4096, nbytes=4.7e9, packed=True).on(CUDA)
+    assert packed.on(CPU) < decoded.on(CPU) - 2 * 0.9 * decoded.parameters
 
 
 def test_a_tied_embedding_is_the_head_and_gradients_need_it():

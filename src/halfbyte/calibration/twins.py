@@ -57,6 +57,7 @@ class TwinStep:
         self.index, self.original, self.quantised = index, block, block
         self.seen: dict[str, list[torch.Tensor]] = {}
         self._hidden, self._kwargs = hidden, kwargs
+        self._device = next(block.parameters()).device
         self.outputs: list[torch.Tensor] = []
         self._attention_out = attention_out
         self._attention = attention_out.rpartition(".")[0]
@@ -64,17 +65,22 @@ class TwinStep:
         self._attended: list[torch.Tensor] = []  # then its output
 
     def observe(self, parts: Sequence[str]) -> None:
-        """Run the original once and keep what the linears at ``parts`` are given, and the block's output."""
-        handles = []
+        """Run the original once and keep what the linears at ``parts`` are given, and the block's output.
+
+        All of it is kept where the hidden states are.
+        """
+        handles, home = [], self._hidden[0][0].device
         for part in parts:
             kept = self.seen.setdefault(part, [])
 
             def keep(_: nn.Module, args: tuple[torch.Tensor, ...], kept: list[torch.Tensor] = kept) -> None:
-                kept.append(args[0].flatten(0, -2))
+                kept.append(args[0].flatten(0, -2).to(home))
 
             handles.append(self.original.get_submodule(part).register_forward_pre_hook(keep))
         try:
-            self.outputs = [call_block(self.original, hidden, self._kwargs) for hidden, _ in self._hidden]
+            self.outputs = [
+                call_block(self.original, hidden.to(self._device), self._kwargs).to(home) for hidden, _ in self._hidden
+            ]
         finally:
             for handle in handles:
                 handle.remove()
@@ -145,6 +151,7 @@ def walk_twins(
     device: torch.device,
     batch: int = 1,
     leave: Callable[[TwinStep], None] | None = None,
+    keep_on: torch.device | None = None,
 ) -> Iterator[TwinStep]:
     """Yield a :class:`TwinStep` per block; afterwards the model holds the quantised copy where the block was.
 
@@ -154,11 +161,14 @@ def walk_twins(
         tokens: ``[windows, length]``, ``batch`` windows at a time.
         leave: called with every step when the next block's inputs are known, before its copy goes to where the block
             was.
+        keep_on: where hidden states and what is seen of inputs are kept, by default the device: main memory beside a
+            device that is too small for them, for walks without copies.
     """
     inputs = capture(model, family, tokens, device=device, batch=batch)
-    hidden = [(part.float(), part.float()) for part in inputs.hidden]
+    kept = [part.to(keep_on or device).float() for part in inputs.hidden]
+    hidden = list(zip(kept, kept, strict=True))
     kwargs = {key: _as_fp32(value) for key, value in inputs.kwargs.items()}
-    del inputs
+    del inputs, kept
     holder = model.get_submodule(family.blocks)
     for index in range(len(blocks(model, family))):
         block = blocks(model, family)[index]

@@ -30,7 +30,7 @@ WRITABLE = ("F32", "F16", "BF16", *reversed(QUANTISED))  # what `encode` knows
 READABLE = tuple(GGMLQuantizationType.__members__)
 FP16_MAX = 65504.0
 ENCODE_ELEMENTS = 1 << 20  # values per chunk of `encode`: 4 MiB of fp32 in each thread
-DECODE_ELEMENTS = 1 << 22  # values per chunk of `decode_tensor`: about 100 MiB of intermediates
+DECODE_ELEMENTS = 1 << 22  # values per chunk of `decode_tensor`: about 50 MiB of intermediates
 PEAK_EXPONENT = 16  # the largest importance becomes 2^15 to 2^17, ...
 FLOOR = 2.0**-16  # ... and none is below this: far from what fp32 sums of fourth powers cannot hold
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -188,7 +188,7 @@ def decode_tensor(blocks: torch.Tensor, type_name: str, dtype: torch.dtype = tor
     """:func:`decode` on the device of ``blocks``: uint8 ``[rows, row bytes]`` to ``dtype`` ``[rows, in]``.
 
     Values are computed in fp32, equal bit for bit to :func:`decode`, and rounded once to ``dtype``. F32, F16 and BF16
-    rows are given as bytes too.
+    rows are given as bytes too. A GPU is not waited for, except once for the tables of a type.
 
     Raises:
         HalfbyteError: :func:`encode` does not write such a type, or ``blocks`` are not rows of it.
@@ -199,7 +199,7 @@ def decode_tensor(blocks: torch.Tensor, type_name: str, dtype: torch.dtype = tor
     step = max(1, DECODE_ELEMENTS // max(1, out.shape[1]))
     for start in range(0, len(out), step):
         target = out[start : start + step]
-        target.copy_(_decode_rows(blocks[start : start + step].clone(), type_name, target.shape))  # aligned by clone
+        target.copy_(_decode_rows(blocks[start : start + step].clone(), type_name))  # aligned by clone
     return out
 
 
@@ -219,12 +219,13 @@ def check_rows(blocks: torch.Tensor, type_name: str, block_bytes: int) -> None:
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def _decode_rows(blocks: torch.Tensor, type_name: str, shape: torch.Size) -> torch.Tensor:
+def _decode_rows(blocks: torch.Tensor, type_name: str) -> torch.Tensor:
     if type_name in _FLOATS:
         return blocks.view(_FLOATS[type_name])
-    from libgguf.libgguf_torch import dequantize as dequantize_torch  # here, because it takes a second to import
+    from halfbyte.formats import ggml_codebook, ggml_grid  # here, because they need this module
 
-    return dequantize_torch(blocks, GGMLQuantizationType[type_name], shape, dtype=torch.float32)
+    form = ggml_grid if ggml_grid.has_grid(type_name) else ggml_codebook
+    return form.values_of(blocks, type_name)
 
 
 def _checked(values: torch.Tensor, type_name: str, where: object) -> Array:

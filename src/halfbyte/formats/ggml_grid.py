@@ -1,7 +1,7 @@
 """What the weights of an encoded ggml row can be if its scales stay and only the codes change.
 
 A weight is ``step * code + offset``, or ``step * table[code]`` in the types with 16 uneven values. A type says in which
-bits of a block its codes are and how its scales become steps and offsets; shapes and checks are here once.
+bits of a block its codes are and how its scales become steps and minima; shapes and checks are here once.
 Source of layouts and arithmetic: ggml's block definitions (ggml-common.h) and ``dequantize_row_*`` (ggml-quants.c).
 
 In fp32 the values are those of :func:`halfbyte.formats.ggml.decode`, bit for bit up to the sign of a zero: steps,
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -62,7 +63,7 @@ class Plane:
         return torch.arange(0, 8, self.width, dtype=torch.uint8, device=blocks.device)[:, None]  # [positions, 1]
 
 
-Scales = Callable[[Tensor], tuple[Tensor, Tensor]]
+Scales = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ class Grid:
     Attributes:
         name: of the type.
         planes: where a block keeps the bits of its codes, from the lowest up.
-        scales: blocks uint8 ``[n, block bytes]`` to step and offset, each fp32 ``[n, groups]``, in the order of the
-            weights; offset is the value of code 0 (zero if there is a ``table``).
+        scales: blocks uint8 ``[n, block bytes]`` to step and, if the type has one, the value of code 0, each fp32
+            ``[n, groups]``, in the order of the weights.
+        centre: otherwise the code whose value is zero.
         flipped: bits of a code that the block holds inverted.
         table: what ``step`` multiplies, for each code; None if it is the code itself.
     """
@@ -81,6 +83,7 @@ class Grid:
     name: str
     planes: tuple[Plane, ...]
     scales: Scales
+    centre: int = 0
     flipped: int = 0
     table: tuple[int, ...] | None = None
 
@@ -119,7 +122,8 @@ def grid_of(blocks: Tensor, type_name: str) -> tuple[Tensor, Tensor]:
         HalfbyteError: the type has no grid, or ``blocks`` are not rows of it.
     """
     grid = _grid(type_name)
-    step, offset = grid.scales(grid.blocks_of(blocks))  # [n, groups]
+    step, minimum = grid.scales(grid.blocks_of(blocks))  # [n, groups]
+    offset = step * -grid.centre if minimum is None else minimum
     shape = len(blocks), grid.in_features(blocks)
     group_size = grid.sizes[0] // step.shape[1]
     return step.repeat_interleave(group_size, 1).view(shape), offset.repeat_interleave(group_size, 1).view(shape)
@@ -132,12 +136,29 @@ def codes_of(blocks: Tensor, type_name: str) -> Tensor:
         HalfbyteError: the type has no grid, or ``blocks`` are not rows of it.
     """
     grid = _grid(type_name)
+    return _read(grid, grid.blocks_of(blocks)).view(len(blocks), grid.in_features(blocks))
+
+
+def values_of(blocks: Tensor, type_name: str) -> Tensor:
+    """What encoded rows stand for: uint8 ``[rows, row bytes]`` to fp32 ``[rows, in]``, as ggml computes it.
+
+    Nothing is read from or written to the host, so that a GPU need not be waited for.
+
+    Raises:
+        HalfbyteError: the type has no grid, or ``blocks`` are not rows of it.
+    """
+    grid = _grid(type_name)
     flat = grid.blocks_of(blocks)
-    codes, low_bits = grid.planes[0].read(flat), grid.planes[0].width  # [n, block]
-    for plane in grid.planes[1:]:
-        codes |= plane.read(flat) << low_bits
-        low_bits += plane.width
-    return (codes ^ grid.flipped).view(len(blocks), grid.in_features(blocks))
+    step, minimum = grid.scales(flat)  # [n, groups]
+    codes = _read(grid, flat).view(*step.shape, -1)  # [n, groups, weights of a group]
+    if grid.table:
+        numbers = _table(grid.table, blocks.device)[codes.int()]
+    else:
+        numbers = (codes - grid.centre).view(torch.int8) if grid.centre else codes  # bytes wrap around: 0 - 8 is -8
+    values = step.unsqueeze(-1) * numbers
+    if minimum is not None:
+        values += minimum.unsqueeze(-1)
+    return values.view(len(blocks), grid.in_features(blocks))
 
 
 def with_codes(blocks: Tensor, type_name: str, codes: Tensor) -> Tensor:
@@ -170,6 +191,21 @@ def with_codes(blocks: Tensor, type_name: str, codes: Tensor) -> Tensor:
     return changed.view_as(blocks)
 
 
+def _read(grid: Grid, flat: Tensor) -> Tensor:
+    """uint8 ``[n, block bytes]`` to the codes, uint8 ``[n, block]``."""
+    codes, low_bits = grid.planes[0].read(flat), grid.planes[0].width
+    for plane in grid.planes[1:]:
+        codes |= plane.read(flat) << low_bits
+        low_bits += plane.width
+    return codes ^ grid.flipped if grid.flipped else codes
+
+
+@cache
+def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """fp32, sent to the device once."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
 def _grid(type_name: str) -> Grid:
     if type_name not in GRIDS:
         raise HalfbyteError("type has no grid of codes", expected=" or ".join(GRIDS), got=repr(type_name))
@@ -181,14 +217,9 @@ def _fp16(blocks: Tensor, start: int) -> Tensor:
     return blocks[:, start : start + 2].clone(memory_format=torch.contiguous_format).view(torch.float16).float()
 
 
-def _around(step: Tensor, centre: int) -> tuple[Tensor, Tensor]:
-    """Code ``centre`` is zero."""
-    return step, step * -centre
-
-
-def _symmetric(centre: int) -> Scales:
+def _symmetric(blocks: Tensor) -> tuple[Tensor, None]:
     """Blocks that start with their fp16 step."""
-    return lambda blocks: _around(_fp16(blocks, 0), centre)
+    return _fp16(blocks, 0), None
 
 
 def _with_minimum(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,10 +233,10 @@ def _q2_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return _fp16(blocks, 80) * scale, -(_fp16(blocks, 82) * minimum)
 
 
-def _q3_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _q3_k(blocks: Tensor) -> tuple[Tensor, None]:
     """Per 16 weights 6 bits, 32 is zero: 4 low bits in 8 bytes, then 2 high bits in 4 bytes."""
     scale = Plane(96, 8, 4, 8).read(blocks) | Plane(104, 4, 2, 4).read(blocks) << 4
-    return _around(_fp16(blocks, 108) * (scale.float() - 32), 4)
+    return _fp16(blocks, 108) * (scale.float() - 32), None
 
 
 def _q4_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -220,31 +251,31 @@ def _q4_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return _fp16(blocks, 0) * scale, -(_fp16(blocks, 2) * minimum)
 
 
-def _q6_k(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _q6_k(blocks: Tensor) -> tuple[Tensor, None]:
     """Per 16 weights an int8."""
-    return _around(_fp16(blocks, 208) * blocks[:, 192:208].view(torch.int8), 32)
+    return _fp16(blocks, 208) * blocks[:, 192:208].view(torch.int8), None
 
 
-def _iq4_xs(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _iq4_xs(blocks: Tensor) -> tuple[Tensor, None]:
     """Per 32 weights 6 bits, 32 is zero: 2 high bits in 2 bytes, then 4 low bits in 4 bytes."""
     scale = Plane(4, 4, 4, 1).read(blocks) | Plane(2, 2, 2, 1).read(blocks) << 4
-    return _around(_fp16(blocks, 0) * (scale.float() - 32), 0)
+    return _fp16(blocks, 0) * (scale.float() - 32), None
 
 
 GRIDS = {
     grid.name: grid
     for grid in (
         Grid("Q2_K", (Plane(16, 64, 2, 32),), _q2_k),
-        Grid("Q3_K", (Plane(32, 64, 2, 32), Plane(0, 32, 1, 32)), _q3_k),
+        Grid("Q3_K", (Plane(32, 64, 2, 32), Plane(0, 32, 1, 32)), _q3_k, centre=4),
         Grid("IQ4_XS", (Plane(8, 128, 4, 16),), _iq4_xs, table=IQ4_VALUES),
-        Grid("IQ4_NL", (Plane(2, 16, 4, 16),), _symmetric(0), table=IQ4_VALUES),
-        Grid("Q4_0", (Plane(2, 16, 4, 16),), _symmetric(8)),
+        Grid("IQ4_NL", (Plane(2, 16, 4, 16),), _symmetric, table=IQ4_VALUES),
+        Grid("Q4_0", (Plane(2, 16, 4, 16),), _symmetric, centre=8),
         Grid("Q4_K", (Plane(16, 128, 4, 32),), _q4_k),
         Grid("Q4_1", (Plane(4, 16, 4, 16),), _with_minimum),
-        Grid("Q5_0", (Plane(6, 16, 4, 16), Plane(2, 4, 1, 1)), _symmetric(16)),
+        Grid("Q5_0", (Plane(6, 16, 4, 16), Plane(2, 4, 1, 1)), _symmetric, centre=16),
         Grid("Q5_K", (Plane(48, 128, 4, 32), Plane(16, 32, 1, 32)), _q4_k),
         Grid("Q5_1", (Plane(8, 16, 4, 16), Plane(4, 4, 1, 1)), _with_minimum),
-        Grid("Q6_K", (Plane(0, 128, 4, 64), Plane(128, 64, 2, 32)), _q6_k),
-        Grid("Q8_0", (Plane(2, 32, 8, 32),), _symmetric(128), flipped=0x80),  # a code is the block's int8 + 128
+        Grid("Q6_K", (Plane(0, 128, 4, 64), Plane(128, 64, 2, 32)), _q6_k, centre=32),
+        Grid("Q8_0", (Plane(2, 32, 8, 32),), _symmetric, centre=128, flipped=0x80),  # a code is the block's int8 + 128
     )
 }  # ascending by bits per weight

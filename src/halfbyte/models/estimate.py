@@ -15,7 +15,12 @@ from halfbyte.models.modules import head_dim, is_tied
 from halfbyte.spec import Layer
 
 BATCH_TOKENS = 4096  # that go through the model at once on an accelerator; larger batches share out less evenly
-HEAD_CHUNK_TOKENS = 1024  # whose fp32 logits exist at once there
+HEAD_CHUNK_TOKENS = 512  # whose fp32 logits exist at once there
+HEAD_CHUNK_ROWS = 8192  # of an output head that are decoded at once
+TYPES = 6  # that a matrix may have, about
+CANDIDATE_BITS = 36  # of a weight in all types of its menu together
+VARIANTS = 8  # sets of transforms that are tried
+SIDE_BY_SIDE = 16  # models with one quantised matrix that are measured together
 PACKED_BITS = 4.125  # per weight: a code, and its share of an fp16 scale per group of 128
 
 
@@ -29,6 +34,7 @@ class MemoryEstimate:
         host: weights and codes in main memory beside an accelerator.
         parameters, linear_parameters: how many weights there are, and how many of them get 4 bits.
         preparation: one block at a time with its statistics, where it is quantised, before the model is there.
+        copies: decoded weights on the device beside what ``host`` counts; matter where both are one memory.
     """
 
     device: int
@@ -37,12 +43,13 @@ class MemoryEstimate:
     parameters: int
     linear_parameters: int
     preparation: int = 0
+    copies: int = 0
 
     def on(self, device: torch.device) -> int:
         """Bytes on ``device``: on an accelerator one stage after the other, otherwise one memory for everything."""
         if device.type == "cuda":
             return max(self.device, self.preparation)
-        return self.host + self.running + self.preparation
+        return self.host + self.copies + self.running + self.preparation
 
 
 def estimate_search(
@@ -82,6 +89,62 @@ def estimate_search(
         linear_parameters=sizes.linear,
         preparation=_preparation(config, sizes.layers, tokens),
     )
+
+
+def estimate_types(
+    config: PretrainedConfig,
+    family: Family,
+    dtype: torch.dtype,
+    tokens: tuple[int, int],
+    ctx: int,
+    *,
+    nbytes: int,
+    packed: bool = False,
+) -> MemoryEstimate:
+    """What a search of ggml types takes, from the configuration alone.
+
+    Args:
+        tokens: of calibration text, and of search and validation text together.
+        ctx: tokens per window.
+        nbytes: of all matrices as they are encoded, in one mixture.
+        packed: the device holds encoded rows, and calibration activations stay on the host.
+    """
+    calib, judged = tokens
+    sizes, hidden = _sizes(config, family, dtype), config.hidden_size
+    matrix = dtype.itemsize * config.vocab_size * hidden  # embedding or head
+    block = dtype.itemsize * sum(layer.macs for layer in sizes.layers if layer.block == 0)
+    # First hidden states, what the reference's head read, Wᵀp; and again for other types of the embedding and the head.
+    known = judged * hidden * ((2 + (1 if packed else TYPES)) * dtype.itemsize + 4 * (1 + TYPES))
+    running = known + _batch(config, dtype.itemsize, min(judged, max(ctx, BATCH_TOKENS)))
+    running += (dtype.itemsize + 4) * HEAD_CHUNK_ROWS * hidden
+    alone = dtype.itemsize * (judged // 2) * hidden * SIDE_BY_SIDE
+    rows = nbytes * (1 - min(sizes.embedding, matrix) / sizes.decoded)  # an embedding of its own is only looked up
+    weights = max(int(rows) + sizes.unit, block + alone) if packed else sizes.decoded + 2 * matrix + alone
+    folded = dtype.itemsize * sizes.linear + 2 * sizes.embedding  # R1 changes the ends too
+    candidates = CANDIDATE_BITS * max(block, matrix) // (8 * dtype.itemsize)  # all types of one part, until written
+    widest = max(layer.in_features for layer in sizes.layers)
+    kept = 4 * calib * (5 * hidden + widest)
+    tried = judged * hidden * ((VARIANTS // 2 + 1) * dtype.itemsize + 4)  # and what is known of the reference
+    return MemoryEstimate(
+        device=weights + running,
+        running=running,
+        host=max(sizes.converted, folded) + candidates + (kept if packed else 0),
+        parameters=sizes.parameters,
+        linear_parameters=sizes.linear,
+        preparation=_encoding(config, sizes.layers, widest) + block + tried + (0 if packed else kept),
+        copies=0 if packed else sizes.decoded,
+    )
+
+
+def _encoding(config: PretrainedConfig, layers: list[Layer], widest: int) -> int:
+    """Bytes for one block in fp32 and the larger of what running it takes and of its widest layer's statistics.
+
+    The Hessian three times while it is put in order; then it, its factor and eight matrices like the layer's weight.
+    """
+    block = [layer for layer in layers if layer.block == 0]
+    matrices = 8 * max(layer.macs for layer in block)
+    statistics = 4 * max(3 * widest**2, 2 * widest**2 + matrices)
+    return 4 * sum(layer.macs for layer in block) + max(_batch(config, 4, BATCH_TOKENS), statistics)
 
 
 @dataclass(frozen=True)

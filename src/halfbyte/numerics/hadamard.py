@@ -136,6 +136,17 @@ def rotate_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     return (x.float().unflatten(-1, (-1, block)) @ matrix).flatten(-2) / root
 
 
+def rotate_back(x: torch.Tensor) -> torch.Tensor:
+    """What :func:`rotate` made ``x`` of: ``Qᵀ x`` for every row, fp32."""
+    width = x.shape[-1]
+    sign, parts = _on(width, x.device)
+    rows = x.float().reshape(-1, width)
+    for part in parts:
+        rows = rows.view(-1, part.shape[0], width // part.shape[0]).transpose(1, 2) @ part
+        rows = rows.reshape(-1, width)
+    return (rows * sign).view(x.shape)
+
+
 def rotation_matrix(width: int) -> torch.Tensor:
     """The same rotation as a matrix Q, fp64 ``[width, width]``."""
     kron = reduce(torch.kron, [part.double() for part in factors(width)])

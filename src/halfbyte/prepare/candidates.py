@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from halfbyte.calibration.twins import TwinStep, walk_twins
 from halfbyte.files import write_text
@@ -27,7 +28,7 @@ from halfbyte.prepare.menus import OUTSIDE, TensorMenu
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.scales import scale_unit_
 from halfbyte.progress import Progress, Reporter
-from halfbyte.transforms.rotation import transform_heads_
+from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, transform_heads_
 from halfbyte.weights.gptq import DAMPING, NotPositive, Ordered
 from halfbyte.weights.on_grid import Job, encode_
 
@@ -64,16 +65,19 @@ def encode_candidates_(
     *,
     device: torch.device,
     given: Mapping[str, torch.Tensor] | None = None,
+    keep_on: torch.device | None = None,
 ) -> Candidates:
     """Fold the recipe's transforms into ``source.model``, in place, and encode its matrices into ``folder``.
 
-    Parts that are in the folder already are not encoded again. Blocks visit ``device`` one at a time, in fp32.
+    Parts that are in the folder already are not encoded again. Blocks visit ``device`` one at a time, in fp32. The
+    tensor of the output head is not written to: with R1 the head becomes another one.
 
     Args:
         tokens: calibration text, int64 ``[windows, length]``.
         menus: see :func:`halfbyte.prepare.menus.menus_of`.
         given: matrix -> importance of its input channels in the model as it is, fp32 ``[in]``, to choose scales by in
-            place of what is measured.
+            place of what is measured; not for inputs that a rotation has mixed.
+        keep_on: where calibration activations are kept, by default on ``device``.
 
     Raises:
         HalfbyteError: values that are not finite, or that a type cannot hold.
@@ -85,7 +89,14 @@ def encode_candidates_(
     def leave(step: TwinStep) -> None:
         last[:] = step.outputs
 
-    for step in walk_twins(source.model, family, tokens, device=device, batch=batch, leave=leave):
+    if "r1" in recipe.transforms:
+        head = linear(source.model, family.head)
+        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        rotate_ends_(source.model, family, device)
+    mixed = [part for group in _rotated_groups(family, recipe) for part in group]
+    if given and mixed:
+        report(Progress("importance matrix", 1, 1, f"measured for {', '.join(mixed)}: their inputs are rotated"))
+    for step in walk_twins(source.model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on):
         shrunk = fold_(step, source, recipe)
         stem = part_name(step.index)
         if not (folder / f"{stem}.json").exists():
@@ -94,10 +105,11 @@ def encode_candidates_(
             _encode_block(step, family, own, recipe, folded, folder, stem)
         made.add(folder, stem)
         report(Progress(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem))
-    if not (folder / "top.json").exists():
-        outside = [menu for menu in menus if menu.block == OUTSIDE]
-        _encode_top(source, outside, last, folder, feedback=recipe.quantiser.looks_at_inputs)
-    made.add(folder, "top")
+    outside = [menu for menu in menus if menu.block == OUTSIDE]
+    if not all((folder / f"{menu.name}.json").exists() for menu in outside):
+        _encode_top(source, outside, last, folder, device, feedback=recipe.quantiser.looks_at_inputs)
+    for menu in outside:
+        made.add(folder, menu.name)
     report(Progress(STAGE, 1, 1, f"{len(menus)} matrices, {sum(len(menu.types) for menu in menus)} candidates"))
     return made
 
@@ -107,9 +119,9 @@ def part_name(block: int) -> str:
     return f"block-{block:03d}"
 
 
-def part_files(folder: Path, blocks: int) -> list[Path]:
-    """Everything that is written for a model of so many blocks; the JSON of a part comes last."""
-    stems = [*map(part_name, range(blocks)), "top"]
+def part_files(folder: Path, menus: Sequence[TensorMenu]) -> list[Path]:
+    """Everything that is written for these matrices; the JSON of a part comes last."""
+    stems = dict.fromkeys(menu.name if menu.block == OUTSIDE else part_name(menu.block) for menu in menus)
     return [folder / f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".json")]
 
 
@@ -121,6 +133,10 @@ def fold_(step: TwinStep, source: SourceModel, recipe: Recipe) -> dict[str, torc
         input was rotated.
     """
     family, size = source.family, head_dim(source.config)
+    behind_norm = [readers for _, readers in family.norm_readers]
+    rotated = _rotated_groups(family, recipe)
+    if "r1" in recipe.transforms:
+        rotate_block_(step.original, family)
     if "r2" in recipe.transforms:
         value = linear(step.original, family.value).weight
         turn = rotation_matrix(size).to(value).expand(value.shape[0] // size, -1, -1)
@@ -129,13 +145,19 @@ def fold_(step: TwinStep, source: SourceModel, recipe: Recipe) -> dict[str, torc
     shrunk = {}
     for group in family.groups:
         before = step.seen[group[0]][0].square().sum(0)
-        if recipe.scales_channels:
+        if recipe.scales_channels and not ("r1" in recipe.transforms and group in behind_norm):  # R1: norms are plain
             scale_unit_(step, family, group, recipe, InputScheme(), size)
         after = step.seen[group[0]][0].square().sum(0)
         ratio = torch.where(before > 0, after / before, torch.ones_like(before))
-        if "r2" not in recipe.transforms or group != (family.attention_out,):
+        if group not in rotated:
             shrunk |= {f"{family.blocks}.{step.index}.{part}": ratio for part in group}
     return shrunk
+
+
+def _rotated_groups(family: Family, recipe: Recipe) -> list[tuple[str, ...]]:
+    """Linear layers whose input channels a folded rotation mixes."""
+    behind_norm = [readers for _, readers in family.norm_readers] if "r1" in recipe.transforms else []
+    return behind_norm + ([(family.attention_out,)] if "r2" in recipe.transforms else [])
 
 
 def _encode_block(
@@ -146,9 +168,9 @@ def _encode_block(
     errors: dict[str, dict[str, float]] = {}
     for group in family.groups:
         name = f"{family.blocks}.{step.index}.{group[0]}"
-        known, importance = hessian_of(step.seen.pop(group[0]), name)
         own = [menus[f"{family.blocks}.{step.index}.{part}"] for part in group]
         weights = [linear(step.original, part).weight.float() for part in group]
+        known, importance = hessian_of(step.seen.pop(group[0]), name, weights[0].device)
         jobs = [Job(weight, kind, menu.name) for menu, weight in zip(own, weights, strict=True) for kind in menu.types]
         importance = given.get(own[0].name, importance)
         encode_(jobs, importance, known, feedback=recipe.quantiser.looks_at_inputs)
@@ -165,39 +187,42 @@ def _encode_block(
 
 
 def _encode_top(
-    source: SourceModel, menus: Sequence[TensorMenu], hidden: Sequence[torch.Tensor], folder: Path, *, feedback: bool
-) -> None:
+    source: SourceModel, menus: Sequence[TensorMenu], hidden: Sequence[torch.Tensor], folder: Path,
+    device: torch.device, *, feedback: bool,
+) -> None:  # fmt: skip
     """Embedding and output head; a head that is tied is the embedding, and encoded for what it reads."""
     model, family = source.model, source.family
     norm = model.get_submodule(family.final_norm)
-    device = hidden[0].device
     with torch.no_grad():
-        final = [norm.to(device)(states.to(source.dtype)).float().flatten(0, 1) for states in hidden]
+        final = [norm.to(device)(states.to(device, source.dtype)).float().flatten(0, 1) for states in hidden]
     norm.to(source.device)
-    known, importance = hessian_of(final, family.head)
-    rows: dict[tuple[str, str], torch.Tensor] = {}
-    errors: dict[str, dict[str, float]] = {}
+    known, importance = hessian_of(final, family.head, device)
+    del final
+    parameters = {f"{family.final_norm}.{name}": value for name, value in norm.named_parameters()}  # R1 makes it plain
     for menu in menus:
         is_read = menu.name == family.head or is_tied(model, family)
         columns = importance if is_read else torch.ones_like(importance)
-        parts: dict[str, list[torch.Tensor]] = {kind: [] for kind in menu.types}
+        size = {kind: menu.nbytes(kind) // menu.rows for kind in menu.types}
+        rows = {(menu.name, kind): torch.empty(menu.rows, size[kind], dtype=torch.uint8) for kind in menu.types}
         totals = dict.fromkeys(menu.types, 0.0)
+        start = 0
         for weight in linear(model, menu.name).weight.split(TOP_ROWS):
             jobs = [Job(weight.to(device).float(), kind, menu.name) for kind in menu.types]
             encode_(jobs, columns, known, feedback=is_read and feedback)
             for job in jobs:
                 if not is_read:
                     job.error = (decode_tensor(job.rows, job.type) - job.weight).square().sum(-1)
-                parts[job.type].append(job.rows.cpu())
+                rows[menu.name, job.type][start : start + len(weight)] = job.rows.cpu()
                 totals[job.type] += float(job.error.sum())
-        rows |= {(menu.name, kind): torch.cat(chunks) for kind, chunks in parts.items()}
-        errors[menu.name] = totals
-    save_encoded(folder / "top.safetensors", rows, {})
-    write_text(folder / "top.json", json.dumps(errors))
+            start += len(weight)
+        save_encoded(folder / f"{menu.name}.safetensors", rows, parameters if is_read else {})
+        write_text(folder / f"{menu.name}.json", json.dumps({menu.name: totals}))
 
 
-def hessian_of(batches: Sequence[torch.Tensor], where: str) -> tuple[Ordered, torch.Tensor]:
-    """Mean of x xᵀ over ``batches`` of ``[tokens, in]``, factorised, and its diagonal ``[in]``.
+def hessian_of(
+    batches: Sequence[torch.Tensor], where: str, device: torch.device | None = None
+) -> tuple[Ordered, torch.Tensor]:
+    """Mean of x xᵀ over ``batches`` of ``[tokens, in]``, factorised, and its diagonal ``[in]``, on ``device``.
 
     Inputs that are all zero have no Hessian; the identity stands for it, so that nothing is gained or lost by feedback.
 
@@ -205,18 +230,19 @@ def hessian_of(batches: Sequence[torch.Tensor], where: str) -> tuple[Ordered, to
         HalfbyteError: activations are not finite.
     """
     count, width = sum(len(batch) for batch in batches), batches[0].shape[1]
-    hessian = batches[0].new_zeros(width, width)
-    for batch in batches:
+    hessian = batches[0].new_zeros(width, width, device=device)
+    for batch in (batch.to(hessian.device) for batch in batches):
         hessian.addmm_(batch.T, batch, alpha=1 / count)
     importance = hessian.diagonal().clone()
     check_finite(importance, where, "activations are")
     known = Ordered(hessian)
+    del hessian  # 1.4 GB for 18,944 channels
     for damping in DAMPING:
         try:
             known.factorise(damping)
         except NotPositive:
             continue
         return known, importance
-    known = Ordered(torch.eye(width, device=hessian.device))
+    known = Ordered(torch.eye(width, device=importance.device))
     known.factorise(0.0)
     return known, importance

@@ -39,16 +39,17 @@ def scale_unit_(
     Raises:
         HalfbyteError: activations are not finite.
     """
-    block, seen = step.original, step.seen[group[0]]
+    block, kept = step.original, step.seen[group[0]]
     layers = [linear(block, part) for part in group]
     weight = torch.cat([layer.weight for layer in layers])  # [out, in]
-    where = f"{family.blocks}.{step.index}.{group[0]}"
-    x_power = torch.stack([batch.square().sum(0) for batch in seen]).sum(0) / sum(len(batch) for batch in seen)
+    where, device = f"{family.blocks}.{step.index}.{group[0]}", weight.device
+    powers, largest = zip(*((x.square().sum(0), x.abs().amax(0)) for x in (x.to(device) for x in kept)), strict=True)
+    x_power = torch.stack(powers).sum(0) / sum(len(batch) for batch in kept)
     check_finite(x_power, where, "activations are")
     statistics = {
         "x_power": x_power,
         "w_power": weight.square().mean(0),
-        "x_absmax": torch.stack([batch.abs().amax(0) for batch in seen]).amax(0),
+        "x_absmax": torch.stack(largest).amax(0),
         "w_absmax": weight.abs().amax(0),
     }
     if group == (family.attention_out,):
@@ -59,10 +60,10 @@ def scale_unit_(
         name, scales = candidates[0]
     else:
         stride = max(1, len(weight) // OUTPUTS)
-        error = _output_error(sample(seen, SAMPLE), weight[::stride], recipe, scheme, where)
+        error = _output_error(sample(kept, SAMPLE).to(device), weight[::stride], recipe, scheme, where)
         name, scales = min(candidates, key=lambda candidate: error(candidate[1]))
     fold_scales_(block, family, group, scales, head_dim=head_dim)
-    step.seen[group[0]] = [batch / scales for batch in seen]
+    step.seen[group[0]] = [(batch.to(device) / scales).to(batch.device) for batch in kept]
     return name
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -11,16 +13,19 @@ from halfbyte.calibration.blocks import block_copy, call_block, capture
 from halfbyte.calibration.twins import TwinStep
 from halfbyte.formats.ggml import bits_per_weight, decode_tensor
 from halfbyte.models.loading import SourceModel
-from halfbyte.models.modules import blocks, linear
+from halfbyte.models.modules import blocks, is_tied, linear
+from halfbyte.models.stored import StoredMatrix
+from halfbyte.numerics.hadamard import rotate, rotate_back
 from halfbyte.prepare.candidates import BATCH_TOKENS, fold_, hessian_of
 from halfbyte.prepare.menus import TensorMenu
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.progress import Progress, Reporter
-from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import Reference
 from halfbyte.weights.on_grid import Job, encode_
 
-VARIANTS: tuple[tuple[str, ...], ...] = ((), ("smooth",), ("r2",), ("smooth", "r2"))
+Variant = tuple[str, ...]
+VARIANTS: tuple[Variant, ...] = ((), ("smooth",), ("r2",), ("smooth", "r2"))
+WITH_R1: tuple[Variant, ...] = (("r1",), ("smooth", "r1"), ("r1", "r2"), ("smooth", "r1", "r2"))  # for an untied head
 BLOCKS = 6  # that are tried, evenly spaced
 TOKENS = 8192  # of calibration text
 STAGE = "transforms that help"
@@ -28,64 +33,133 @@ STAGE = "transforms that help"
 
 def screened(
     source: SourceModel, tokens: torch.Tensor, judged: torch.Tensor, known: Reference, menus: Sequence[TensorMenu],
-    mean_bits: float, weights: str, report: Reporter, *, device: torch.device,
+    mean_bits: float, weights: str, report: Reporter, *, device: torch.device, keep_on: torch.device | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """KL of each of ``VARIANTS`` on the text ``judged``, nats per token: its names joined by commas -> KL.
+    """KL of each variant on the text ``judged``, nats per token: its names joined by commas -> KL.
 
-    ``BLOCKS`` blocks are quantised to the types nearest to ``mean_bits``, the others are not. The model stays as it is.
+    ``BLOCKS`` blocks are quantised to the types nearest to ``mean_bits``, the others are not. One walk over the blocks
+    carries all variants, so a block is on the device once. A residual stream that R1 rotates is turned back behind
+    each tried block: what lies between is the same function in either. The model stays as it is.
 
     Args:
         tokens: calibration text, int64 ``[windows, length]``; some of it is used.
         known: the unquantised model's answers on ``judged``.
         weights: name of the weight quantiser.
+        keep_on: where calibration activations are kept, by default on ``device``.
     """
     model, family = source.model, source.family
     layers = blocks(model, family)
     chosen = sorted({round(at * (len(layers) - 1) / max(1, BLOCKS - 1)) for at in range(BLOCKS)})
     types = {menu.name: min(menu.types, key=lambda kind: abs(bits_per_weight(kind) - mean_bits)) for menu in menus}
-    recipes = {variant: Recipe(variant, weights, group_size=32, scale_bits=8) for variant in VARIANTS}
-    made: dict[tuple[str, ...], dict[int, nn.Module]] = {variant: {} for variant in VARIANTS}
-    batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
-    inputs = capture(model, family, tokens[: max(1, TOKENS // tokens.shape[1])], device=device, batch=batch)
-    hidden = inputs.hidden
+    variants = VARIANTS if is_tied(model, family) else VARIANTS + WITH_R1
+    recipes = {variant: Recipe(variant, weights, group_size=32, scale_bits=8) for variant in variants}
+    at_once = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
+    inputs = capture(model, family, tokens[: max(1, TOKENS // tokens.shape[1])], device=device, batch=at_once)
+    answers = capture(model, family, judged, device=device, batch=at_once)
+    hidden, states = inputs.hidden, dict.fromkeys(variants, answers.hidden)
     for index, layer in enumerate(layers):
+        own = layer if next(layer.parameters()).device == device else block_copy(layer, device)
         if index in chosen:
+            rounded = _Rounded()
             for variant, recipe in recipes.items():
-                pairs = [(states.float(), states.float()) for states in hidden]
-                copied = block_copy(layer, device, torch.float32)
+                turned = "r1" in variant
+                given = [(rotate(part) if turned else part.float()).to(keep_on or device) for part in hidden]
+                pairs, copied = list(zip(given, given, strict=True)), block_copy(own, device, torch.float32)
                 step = TwinStep(index, copied, pairs, inputs.kwargs, family.attention_out)
-                fold_(step, source, recipe)
-                _quantise_(step, source, types, recipe)
-                made[variant][index] = step.original.to(source.dtype)
+                del given, pairs, copied
+                block = _tried(source, step, recipe, types, rounded)
+                del step
+                states[variant] = [_through(block, part, answers.kwargs, turned=turned) for part in states[variant]]
+                del block
             report(Progress(STAGE, index, len(layers), f"block {index}"))
+        else:
+            states = {
+                variant: [call_block(own, part, answers.kwargs) for part in parts] for variant, parts in states.items()
+            }
         if index < chosen[-1]:
-            own = layer if next(layer.parameters()).device == device else block_copy(layer, device)
-            hidden = [call_block(own, states, inputs.kwargs) for states in hidden]
-    found = {}
-    holder = model.get_submodule(family.blocks)
-    where = source.device
-    model.to(device)
-    for variant, own in made.items():
-        for index, block in own.items():
-            setattr(holder, str(index), block)
-        found[",".join(variant)] = KLEvaluator(model, family, [], judged, known).score(())
-        for index in own:
-            setattr(holder, str(index), layers[index])
-    model.to(where)
+            hidden = [call_block(own, part, inputs.kwargs) for part in hidden]
+    norm = copy.deepcopy(model.get_submodule(family.final_norm)).to(device)
+    head = StoredMatrix(linear(model, family.head).weight.detach(), device)
+    found = {",".join(variant): _mean_kl(norm, head, parts, known) for variant, parts in states.items()}
     report(Progress(STAGE, 1, 1, ", ".join(f"{name or 'none'} {loss:.4g}" for name, loss in found.items())))
     return found
 
 
-def _quantise_(step: TwinStep, source: SourceModel, types: Mapping[str, str], recipe: Recipe) -> None:
+def _tried(
+    source: SourceModel, step: TwinStep, recipe: Recipe, types: Mapping[str, str], rounded: _Rounded
+) -> nn.Module:
+    """The step's block, transformed and rounded, on its device and in the model's dtype."""
+    fold_(step, source, recipe)
+    _round_(step, source, types, recipe, rounded)
+    return step.original.to(source.dtype)
+
+
+def _through(block: nn.Module, hidden: torch.Tensor, kwargs: Mapping[str, Any], *, turned: bool) -> torch.Tensor:
+    """``hidden`` ``[windows, length, hidden]`` after a block, whose own residual stream may be a rotated one."""
+    if not turned:
+        return call_block(block, hidden, kwargs)
+    after = call_block(block, rotate(hidden).to(hidden.dtype), kwargs)
+    return rotate_back(after).to(hidden.dtype)
+
+
+def _mean_kl(norm: nn.Module, head: StoredMatrix, states: Sequence[torch.Tensor], known: Reference) -> float:
+    """Over all tokens, from what the last block made of each batch."""
+    total, start = 0.0, 0
+    with torch.no_grad():
+        for part in states:
+            windows = torch.arange(start, start + len(part), device=part.device)
+            total += float(known.kl(head, norm(part).flatten(0, 1), windows).double().sum())
+            start += len(part)
+    return total / known.negentropy.numel()
+
+
+class _Matrix(NamedTuple):
+    """What tells a weight and its input from others, and does not change with the last bits of either."""
+
+    rows: torch.Tensor  # mean square of each row, [out]
+    columns: torch.Tensor  # and of each column, [in]
+    channels: torch.Tensor  # and of each input channel, [in]
+
+    def is_like(self, other: _Matrix) -> bool:
+        pairs = zip(self, other, strict=True)
+        return all(torch.allclose(mine, theirs, rtol=1e-3, atol=1e-6 * float(theirs.mean())) for mine, theirs in pairs)
+
+
+class _Rounded:
+    """The matrices of a block that some variant has rounded; what another one leaves as it is need not be done again.
+
+    R2 changes only v and o, and with R1 ``smooth`` leaves q, k and gate alone.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[str, list[tuple[_Matrix, torch.Tensor]]] = {}
+
+    def find(self, part: str, matrix: _Matrix) -> torch.Tensor | None:
+        """Its rounded weight, if there is one."""
+        return next((weight for other, weight in self._made.get(part, ()) if matrix.is_like(other)), None)
+
+    def add(self, part: str, matrix: _Matrix, weight: torch.Tensor) -> None:
+        """Remember a rounded weight, in main memory."""
+        self._made.setdefault(part, []).append((matrix, weight.cpu()))
+
+
+def _round_(step: TwinStep, source: SourceModel, types: Mapping[str, str], recipe: Recipe, rounded: _Rounded) -> None:
     """Round the original's weights, in place."""
     family = source.family
     for group in family.groups:
-        first = f"{family.blocks}.{step.index}.{group[0]}"
-        known, importance = hessian_of(step.seen.pop(group[0]), first)
+        seen, known = step.seen.pop(group[0]), None
+        device = linear(step.original, group[0]).weight.device
+        power = torch.stack([batch.to(device).square().sum(0) for batch in seen]).sum(0)
         for part in group:
             name = f"{family.blocks}.{step.index}.{part}"
             layer = linear(step.original, part)
-            job = Job(layer.weight.float(), types[name], name)
-            encode_([job], importance, known, feedback=recipe.quantiser.looks_at_inputs)
+            matrix = _Matrix(layer.weight.square().mean(1), layer.weight.square().mean(0), power)
+            weight = rounded.find(part, matrix)
+            if weight is None:
+                known = known or hessian_of(seen, name, device)
+                job = Job(layer.weight.float(), types[name], name)
+                encode_([job], known[1], known[0], feedback=recipe.quantiser.looks_at_inputs)
+                weight = decode_tensor(job.rows, job.type, source.dtype)
+                rounded.add(part, matrix, weight)
             with torch.no_grad():
-                layer.weight.copy_(decode_tensor(job.rows, job.type))
+                layer.weight.copy_(weight)

@@ -22,7 +22,7 @@ from halfbyte.models.modules import blocks, linear
 from halfbyte.models.surgery import set_activation_bits_
 from halfbyte.parallel import ALONE, Group
 from halfbyte.search.problem import Genome
-from halfbyte.search.reference import Reference, logits, token_chunks
+from halfbyte.search.reference import Reference
 from halfbyte.spec import Unit
 
 SEGMENT_TOKENS = 64  # neighbours whose mean is one sample of a loss, at most
@@ -68,7 +68,7 @@ class KLEvaluator:
         self.reference, self.head = reference, linear(model, family.head)
         self.windows, self.length = tokens.shape
         self.segments = self.length // max(size for size in range(1, SEGMENT_TOKENS + 1) if self.length % size == 0)
-        self.device = self.head.weight.device
+        self.device = next(model.get_submodule(family.final_norm).parameters()).device
         on_accelerator = max(1, BATCH_TOKENS // self.length)
         self.rows = rows or (1 if self.device.type == "cpu" else on_accelerator)
         missing = -len(tokens) % self.rows
@@ -129,12 +129,21 @@ class KLEvaluator:
 
     def _run(self, rows: Sequence[Row], hidden: torch.Tensor, *, start: int) -> None:
         """Measure ``rows`` from block ``start`` on, whose input is ``hidden`` ``[windows, length, hidden]``."""
-        batches, depth = self._batches(rows), len(blocks(self.model, self.family))
+        batches = self._batches(rows)
         on_device = []
         for batch in self.group.share(batches):
             on_device.append(self._kl(batch, hidden, start))
-            self.tokens_run += len(batch) * self.length * (depth - start) / depth
-            self.tick()
+            self._count(batch, start)
+        self._learn(batches, on_device)
+
+    def _count(self, batch: Sequence[Row], start: int) -> None:
+        """A batch went through the model from block ``start`` on."""
+        depth = len(blocks(self.model, self.family))
+        self.tokens_run += len(batch) * self.length * (depth - start) / depth
+        self.tick()
+
+    def _learn(self, batches: Sequence[Sequence[Row]], on_device: Sequence[torch.Tensor]) -> None:
+        """Gather what all processes found of ``batches``; ``on_device`` is this one's share, KL per token."""
         values = [kl.cpu().numpy().astype(np.float64) for kl in on_device]
         found = self.group.merge(values)
         for batch, kl in zip(batches, found, strict=True):
@@ -151,13 +160,13 @@ class KLEvaluator:
         states = hidden[windows]
         for block in blocks(self.model, self.family)[start:]:
             states = call_block(block, states, self._kwargs)
+        return self._at_the_end(batch, windows, states)
+
+    def _at_the_end(self, batch: Sequence[Row], windows: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """KL per token, from what the last block made."""
         with torch.no_grad():
             final = self.model.get_submodule(self.family.final_norm)(states).flatten(0, 1)
-            normaliser = torch.cat([logits(self.head, part).logsumexp(dim=-1) for part in token_chunks(final)])
-            reference = self._reference(batch[0].genome)
-            projected = reference.projected[windows].flatten(0, 1)
-            negentropy = reference.negentropy[windows].flatten()
-            return negentropy - (projected * final.float()).sum(dim=-1) + normaliser
+            return self._reference(batch[0].genome).kl(self.head.weight, final, windows)
 
     def _reference(self, genome: Genome) -> Reference:
         """The reference for the head that ``genome`` has."""
@@ -170,4 +179,9 @@ class KLEvaluator:
         for unit, bits in zip(self.units, table, strict=True):
             one = int(bits) if self.rows == 1 else bits  # the same numbers, a little quicker
             set_activation_bits_(self.model, dict.fromkeys((layer.name for layer in unit.layers), one))
+        return self._windows_of(batch)
+
+    def _windows_of(self, batch: Sequence[Row]) -> torch.Tensor:
+        """The window of each row, ``[rows]``."""
+        full = [*batch, *[batch[-1]] * (self.rows - len(batch))]
         return torch.tensor([row.window for row in full], device=self.device)

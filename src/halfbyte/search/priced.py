@@ -75,11 +75,9 @@ def offer_within(
             for rows in zip(losses, relative, strict=True)
         ]
         places = tuple(tuple(pruned(*rows)) for rows in zip(costs, priced, strict=True))
-        tables = (
-            tuple(tuple(row[place] for place in own) for row, own in zip(table, places, strict=True))
-            for table in (costs, priced)
-        )
-        return Offer(Menu(*tables, capacity), places, relative, price)
+        offered = tuple(tuple(row[place] for place in own) for row, own in zip(costs, places, strict=True))
+        paid = tuple(tuple(row[place] for place in own) for row, own in zip(priced, places, strict=True))
+        return Offer(Menu(offered, paid, capacity), places, relative, price)
 
     def greedy_time(price: float) -> float:
         offer = at_price(price)

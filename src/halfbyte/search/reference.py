@@ -11,19 +11,31 @@ less than logits for Qwen2.5-7B, and the reference's head is never multiplied ag
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from halfbyte.calibration.blocks import run_blocks
 from halfbyte.models.archs import Family
+from halfbyte.models.estimate import HEAD_CHUNK_ROWS, HEAD_CHUNK_TOKENS
 from halfbyte.models.modules import linear
 from halfbyte.numerics.hadamard import rotate
 
-CHUNK_TOKENS = {"cuda": 1024}  # whose fp32 logits exist at once
+CHUNK_TOKENS = {"cuda": HEAD_CHUNK_TOKENS}  # whose fp32 logits exist at once
 CHUNK_TOKENS_ELSEWHERE = 128
-CHUNK_ROWS = 8192  # of the head, in fp32 at once
+CHUNK_ROWS = HEAD_CHUNK_ROWS  # of the head, decoded or in fp32 at once
+
+
+class Rows(Protocol):
+    """An output head ``[vocab, hidden]``: a tensor, or a matrix that is made part by part."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    def split(self, split_size: int, /) -> Iterable[torch.Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -58,14 +70,25 @@ class Reference:
         first, others = zip(*parts, strict=True)
         return Reference(*first), Reference(*others)
 
-    def for_head(self, original: torch.Tensor, other: torch.Tensor) -> Reference:
-        """The same for a model whose output head is ``other`` ``[vocab, hidden]`` in place of ``original``."""
+    def for_head(self, original: Rows, other: Rows) -> Reference:
+        """The same for a model whose output head is ``other`` ``[vocab, hidden]``.
+
+        Args:
+            original: the head that the unquantised model answered with, ``[vocab, hidden]``.
+        """
         assert self.final is not None
-        head = nn.Linear(*original.shape[::-1], bias=False, device="meta")
-        head.weight = nn.Parameter(original, requires_grad=False)
         parts = token_chunks(self.final.flatten(0, 1))
-        projected = torch.cat([_project(head, part, other)[0] for part in parts])
+        projected = torch.cat([_project(original, part, other)[0] for part in parts])
         return Reference(projected.view_as(self.projected), self.negentropy, self.final)
+
+    def kl(self, head: Rows, final: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        """KL of each token of some ``windows`` (their numbers), fp32 ``[tokens]``.
+
+        Args:
+            head, final: of the quantised model, ``[vocab, hidden]`` and ``[tokens, hidden]``.
+        """
+        projected = self.projected[windows].flatten(0, 1)
+        return self.negentropy[windows].flatten() - (projected * final.float()).sum(dim=-1) + log_sum_exp(head, final)
 
 
 def reference(
@@ -74,7 +97,7 @@ def reference(
     """Run the unquantised model on ``tokens`` ``[windows, length]``, block by block on ``device``."""
     hidden = run_blocks(model, family, tokens, device=device, batch=batch)
     norm = copy.deepcopy(model.get_submodule(family.final_norm)).to(device)
-    head = copy.deepcopy(linear(model, family.head)).to(device)
+    head = linear(model, family.head).weight.detach().to(device)
     projected, negentropy, finals = [], [], []
     for states in hidden:
         with torch.no_grad():
@@ -95,29 +118,39 @@ def token_chunks(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return hidden.split(CHUNK_TOKENS.get(hidden.device.type, CHUNK_TOKENS_ELSEWHERE))
 
 
-def logits(head: nn.Linear, hidden: torch.Tensor) -> torch.Tensor:
-    """fp32 logits ``[tokens, vocab]`` of ``hidden`` ``[tokens, hidden]``; no head of these families has a bias.
+def log_sum_exp(head: Rows, hidden: torch.Tensor) -> torch.Tensor:
+    """lse(o) of the logits ``[tokens, vocab]`` of ``hidden`` ``[tokens, hidden]``, fp32 ``[tokens]``.
+
+    Only logits of ``CHUNK_ROWS`` words exist at once, and a head that is decoded is never whole.
+    """
+    parts = [_product(rows, hidden).logsumexp(dim=-1) for rows in head.split(CHUNK_ROWS)]
+    return torch.stack(parts).logsumexp(dim=0)
+
+
+def _product(rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """fp32 logits ``[tokens, rows]``; no head of these families has a bias.
 
     A bf16 product would round the logits, and what that adds to lse(o) has nothing in (Wᵀp)·h to cancel against.
     """
-    if head.weight.dtype == torch.float32:
-        return hidden @ head.weight.T
+    if rows.dtype == torch.float32:
+        return hidden @ rows.T
     if hidden.is_cuda:
-        return torch.mm(hidden, head.weight.T, out_dtype=torch.float32)
-    return torch.cat([hidden.float() @ rows.float().T for rows in head.weight.split(CHUNK_ROWS)], dim=-1)
+        return torch.mm(hidden, rows.T, out_dtype=torch.float32)
+    return hidden.float() @ rows.float().T
 
 
-def _project(
-    head: nn.Linear, hidden: torch.Tensor, onto: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _project(head: Rows, hidden: torch.Tensor, onto: Rows | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Wᵀ p and Σ p log p of ``hidden`` ``[tokens, hidden]``; with ``onto`` as W, whose p still is the head's."""
-    weight = head.weight if onto is None else onto
     with torch.no_grad():
-        log_p = torch.log_softmax(logits(head, hidden), dim=-1)  # [tokens, vocab]
+        log_p = torch.empty(len(hidden), head.shape[0], dtype=torch.float32, device=hidden.device)  # [tokens, vocab]
+        for rows, logits in zip(head.split(CHUNK_ROWS), log_p.split(CHUNK_ROWS, dim=-1), strict=True):
+            logits.copy_(_product(rows, hidden))
+        log_p = torch.log_softmax(log_p, dim=-1)
         mass = log_p.exp().sum(dim=-1, keepdim=True)  # 1 up to rounding, which lse(o) ≈ 30 would magnify
         log_p -= mass.log()
         p = log_p.exp()
         projected = torch.zeros_like(hidden, dtype=torch.float32)
-        for rows, share in zip(weight.split(CHUNK_ROWS), p.split(CHUNK_ROWS, dim=-1), strict=True):
+        other = head if onto is None else onto
+        for rows, share in zip(other.split(CHUNK_ROWS), p.split(CHUNK_ROWS, dim=-1), strict=True):
             projected += share @ rows.float()
-        return projected, (p * log_p).sum(dim=-1)
+        return projected, p.mul_(log_p).sum(dim=-1)

@@ -59,7 +59,7 @@ class Ordered:
             NotPositive: the Hessian is not positive definite.
         """
         self._hessian.diagonal().add_((damping - self._damping) * self._mean)
-        self._damping = damping
+        self._damping, self._factor = damping, self._factor.new_empty(0)
         self._factor, info = torch.linalg.cholesky_ex(self._hessian)
         if int(info) or not bool(torch.isfinite(self._factor.diagonal()).all()):
             raise NotPositive(int(info))
@@ -81,6 +81,11 @@ class Ordered:
         """Part of U, in the order of rounding, where it is not zero by definition (``rows.stop <= columns.stop``)."""
         part = self._turned(self._factor, rows, columns) / self._factor.diagonal().flip(0)[columns]
         return part.triu(1) if rows == columns else part
+
+    def squares(self, error: torch.Tensor) -> torch.Tensor:
+        """``e H eᵀ`` for each row e of ``error`` ``[out, in]``, H without what was added to its diagonal: ``[out]``."""
+        error = error[:, self.order.flip(0)]
+        return ((error @ self._hessian - self.added * error) * error).sum(-1)
 
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """These rows of the Hessian, with rows and columns in the usual order: ``[len(rows), in]``."""

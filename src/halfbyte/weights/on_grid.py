@@ -70,9 +70,7 @@ def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered, *, fe
 
 def output_error(weight: torch.Tensor, rows: torch.Tensor, type_name: str, known: Ordered) -> torch.Tensor:
     """``(ŵ − w) H (ŵ − w)ᵀ`` of each row, ``[out]``, H without what was added to its diagonal."""
-    error = (decode_tensor(rows, type_name) - weight)[:, known.order]
-    every = slice(0, error.shape[1])
-    return ((error @ known.hessian(every, every) - known.added * error) * error).sum(-1)
+    return known.squares(decode_tensor(rows, type_name) - weight)
 
 
 def _batches(jobs: Sequence[Job]) -> list[list[Job]]:

@@ -69,8 +69,12 @@ def main() -> None:
     parser.add_argument("--linear_backend", default="auto")
     arguments = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its messages stay in this process
-    import vllm  # sets up logging first
+    import torch
+    import vllm
+    import vllm.logger  # sets up logging, so it comes before our handler
 
+    if hasattr(torch.cpu, "_init_amx"):
+        torch.cpu._init_amx()  # in one process vLLM does not ask Linux for AMX itself; its bf16 kernel needs it
     kernels = Kernels()
     logging.getLogger("vllm").addHandler(kernels)
     answers = {}

@@ -17,20 +17,25 @@ import re
 from pathlib import Path
 from typing import Any
 
-KERNEL = re.compile(r"Using \w+ for \w[\w -]*")
+KERNEL = re.compile(r"Using \w+Kernel for \w[\w -]*")
 
 
-class Kernels(logging.Handler):
-    """Collects what vLLM says about the kernels that it chose; it says so once per process."""
+def listen() -> list[str]:
+    """A list that fills with what vLLM says about the kernels that it chose; it says so once per process.
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.said: list[str] = []
+    Records are seen as they are made: vLLM sets up its logging late, and takes away the handlers that it finds.
+    """
+    said: list[str] = []
+    make = logging.getLogRecordFactory()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep a message once."""
-        if (match := KERNEL.search(record.getMessage())) and match[0] not in self.said:
-            self.said.append(match[0])
+    def seen(*values: Any, **named: Any) -> logging.LogRecord:
+        record = make(*values, **named)
+        if (match := KERNEL.search(record.getMessage())) and match[0] not in said:
+            said.append(match[0])
+        return record
+
+    logging.setLogRecordFactory(seen)
+    return said
 
 
 def ask(folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -69,15 +74,17 @@ def main() -> None:
     parser.add_argument("--linear_backend", default="auto")
     arguments = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its messages stay in this process
-    import vllm  # sets up logging first
+    import torch
+    import vllm
 
-    kernels = Kernels()
-    logging.getLogger("vllm").addHandler(kernels)
+    if hasattr(torch.cpu, "_init_amx"):
+        torch.cpu._init_amx()  # in one process vLLM does not ask Linux for AMX itself; its bf16 kernel needs it
+    kernels = listen()
     answers = {}
     for folder in arguments.folders:
         answers[folder] = ask(folder, arguments)
         gc.collect()
-    text = json.dumps({"vllm": vllm.__version__, "kernels": kernels.said, "answers": answers})
+    text = json.dumps({"vllm": vllm.__version__, "kernels": kernels, "answers": answers})
     Path(arguments.json).write_text(text, encoding="utf-8")
 
 

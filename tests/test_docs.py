@@ -47,7 +47,7 @@ def test_every_flag_of_a_benchmark_exists(name):
 
 
 @pytest.mark.parametrize(
-    "name", [*READMES, "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/numbers.md"]
+    "name", [*READMES, "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/numbers.md", "docs/serving.md"]
 )
 def test_links_inside_the_repository_work(name):
     text = (ROOT / name).read_text(encoding="utf-8")

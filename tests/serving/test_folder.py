@@ -33,7 +33,7 @@ def test_layers_of_a_mixed_folder(mixed):
     assert folder.unquantised == ("lm_head",)
     assert folder.problems == ()
     q = folder.stored(folder.layers[0])  # q, k and v are multiplied as one
-    assert (q.a_bits, q.in_features, q.out_features, q.bf16) == (8, 256, 512, True)
+    assert (q.a_bits, q.in_features, q.out_features, q.dtype) == (8, 256, 512, "bfloat16")
 
 
 def test_blocks_are_in_the_order_of_their_numbers(tmp_path):

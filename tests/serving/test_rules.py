@@ -63,12 +63,18 @@ def test_older_and_unknown_gpus():
 
 
 @pytest.mark.parametrize(
-    ("key", "bf16", "bits", "without"),
-    [("cpu-amx", True, 8, 16), ("cpu-amx", False, 16, 16), ("cpu-avx512", True, 16, 16), ("cpu-avx2", True, 0, 0)],
+    ("key", "dtype", "bits", "without"),
+    [
+        ("cpu-amx", "bfloat16", 8, 16),
+        ("cpu-amx", "float16", 16, 16),
+        ("cpu-amx", "float32", 0, 0),
+        ("cpu-avx512", "bfloat16", 16, 16),
+        ("cpu-avx2", "bfloat16", 0, 0),
+    ],
 )
-def test_processors(key, bf16, bits, without):
+def test_processors(key, dtype, bits, without):
     for asked in (4, 8, 16):  # whatever the folder says
-        layer = replace(USUAL, a_bits=asked, bf16=bf16)
+        layer = replace(USUAL, a_bits=asked, dtype=dtype)
         assert in_vllm(layer, HARDWARE[key]).a_bits == bits
         assert cpu_w4a16(layer, HARDWARE[key]).a_bits == without
 

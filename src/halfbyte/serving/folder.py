@@ -80,9 +80,10 @@ class ServedFolder:
     def stored(self, layer: ServedLayer) -> Stored:
         """``layer`` as an engine sees it: with the outputs of what is multiplied together with it, and their scheme."""
         together = [other for other in self.layers if other.module == layer.module]
-        bf16 = str(self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16").endswith("bfloat16")
+        said = str(self.config.get("dtype") or self.config.get("torch_dtype")).removeprefix("torch.")
+        dtype = "float16" if said == "float16" else "bfloat16"  # fp32 checkpoints too run in bf16 (``--dtype auto``)
         return Stored(
-            together[0].a_bits, layer.group_size, layer.in_features, sum(part.out_features for part in together), bf16
+            together[0].a_bits, layer.group_size, layer.in_features, sum(part.out_features for part in together), dtype
         )
 
 

@@ -137,7 +137,7 @@ def _stored(folder: ServedFolder, layer: ServedLayer, engine: str) -> Stored:
     seen = folder.stored(layer)
     if engine == "vllm":
         return seen
-    return Stored(layer.a_bits, layer.group_size, layer.in_features, layer.out_features, seen.bf16)
+    return Stored(layer.a_bits, layer.group_size, layer.in_features, layer.out_features, seen.dtype)
 
 
 def _ways(folder: ServedFolder, hardware: Hardware) -> tuple[Way, ...]:

@@ -31,14 +31,14 @@ class Stored:
         a_bits: activation bits; 16 where they are not rounded.
         group_size: weights per scale.
         in_features, out_features: of the module as it is multiplied: q, k and v in one, gate and up in one.
-        bf16: the model computes in bfloat16.
+        dtype: what the model computes in: ``bfloat16``, ``float16`` or ``float32``.
     """
 
     a_bits: int
     group_size: int
     in_features: int
     out_features: int
-    bf16: bool = True
+    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,9 @@ def _vllm_cpu(layer: Stored, hardware: Hardware) -> Computed:
         return Computed(0, "none", "the kernel needs inputs and outputs in multiples of 32")
     if hardware.key == "cpu-avx2":
         return Computed(0, "none", "the build for AVX2 lacks the int4 product: the folder loads, the first token fails")
-    if hardware.key == "cpu-amx" and layer.bf16:
+    if layer.dtype == "float32":
+        return Computed(0, "none", "the int4 product is for bf16 and fp16: the folder loads, the first token fails")
+    if hardware.key == "cpu-amx" and layer.dtype == "bfloat16":
         return Computed(8, "CPUWNA16", "with AMX and bf16 every packed int4 layer runs int8 activations")
     return Computed(16, "CPUWNA16", "without AMX and bf16 activations are not rounded")
 

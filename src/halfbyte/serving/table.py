@@ -35,8 +35,8 @@ _ROWS = (
     ("Blackwell (sm100, sm103, sm110)", ("sm100", "sm103", "sm110"), ASKED),
     ("Blackwell (sm120, sm121)", ("sm120", "sm121"), ASKED),
     ("AMD GPU (ROCm)", ("rocm",), "read in vLLM's source"),
-    ("x86 CPU with AMX, bf16", ("cpu-amx",), "run, on another machine"),
-    ("x86 CPU with AVX-512, without AMX", ("cpu-avx512",), "read in vLLM's source"),
+    ("x86 CPU with AMX, bf16", ("cpu-amx",), "run"),
+    ("x86 CPU with AVX-512, without AMX", ("cpu-avx512",), "read in vLLM's source; its path run, in fp16"),
     ("x86 CPU without AVX-512", ("cpu-avx2",), "run"),
     ("Arm CPU", ("cpu-arm",), "read in vLLM's source"),
 )

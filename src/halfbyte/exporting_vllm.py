@@ -30,7 +30,7 @@ from halfbyte.models.estimate import estimate_load
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied
 from halfbyte.models.surgery import set_activation_bits_, set_parameters_
-from halfbyte.naming import DEMO_NAME, mixed_folder
+from halfbyte.naming import mixed_folder
 from halfbyte.options import VllmExportOptions
 from halfbyte.progress import Progress, Reporter, silent
 from halfbyte.report.model_card import model_card
@@ -89,8 +89,7 @@ def export_vllm(options: VllmExportOptions, report: Reporter = silent) -> VllmEx
     checked, difference, skipped = 0, None, "the check was skipped"
     with whole_folder(path) as folder:
         write_tensors(folder, entries, options.shard_size, report)
-        base_model = DEMO_NAME if model_id == "demo" else model_id
-        write_text(folder / "README.md", model_card(plan, groups, source.family.blocks, nbytes, base_model))
+        write_text(folder / "README.md", model_card(plan, groups, source.family.blocks, nbytes, model_id))
         _write_tokenizer(folder, source)
         head = f"{source.family.head}.weight"
         write_config(folder, source, plan, tied=is_tied(source.model, source.family) and head not in codes.parameters)

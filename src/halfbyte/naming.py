@@ -16,6 +16,12 @@ def short_name(model_id: str) -> str:
     return path.stem if path.suffix == ".gguf" else path.name
 
 
+def is_hub_id(model_id: str) -> bool:
+    """Whether it looks like ``owner/name``, and not like something on this machine."""
+    path = Path(model_id)
+    return len(path.parts) == 2 and not path.is_absolute() and path.suffix != ".gguf" and not path.exists()
+
+
 def mixed_gguf(model_id: str) -> Path:
     """Where the mixed GGUF file of a model goes: ``models/qwen2.5-7b-mixed.gguf``."""
     return FOLDER / f"{short_name(model_id).lower().removesuffix('-instruct')}-mixed.gguf"

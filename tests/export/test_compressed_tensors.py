@@ -195,8 +195,17 @@ def test_the_card_says_what_it_is_and_how_it_was_measured(plain, here):
     _, plan, at = plain
     assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", "--no-check"]) == 0
     card = Path("out/README.md").read_text(encoding="utf-8")
-    assert f"base_model: {plan.model_id}" in card
-    for said in (plan.hash, plan.fingerprint, "random tokens", "128 calib", "halfbyte test", "| plan", "0.500"):
+    assert plan.model_id not in card  # a path here
+    for said in (
+        Path(plan.model_id).name,
+        plan.hash,
+        plan.fingerprint,
+        "random tokens",
+        "128 calib",
+        "halfbyte test",
+        "| plan",
+        "0.500",
+    ):
         assert said in card, said
     first = next(line for line in card.splitlines() if line.strip("| ").startswith("0 "))
     bits = [f"A{entry.a_bits}" for name, entry in plan.layers.items() if ".0." in name]
@@ -312,10 +321,9 @@ def test_from_search_to_folder(tiny_folder, here, capsys):
 @pytest.mark.slow
 def test_the_real_model(here):
     """SmolLM2: groups of 64 and 128, tied embedding, R4 in blocks of 512."""
-    source, plan = plan_for(Path("demo"), weights="rtn", online_transforms=True)
+    source, plan = plan_for(Path("demo"), weights="rtn", transforms="none", online_transforms=True)
     assert {(entry.a_bits, entry.group_size) for entry in plan.layers.values()} == {(4, 64), (8, 64), (4, 128)}
     assert {entry.rotation_block for entry in plan.layers.values()} == {0, 512}
-    assert cli.run("export vllm", [*EXPORT, "--json", "e.json"]) == 0
-    assert json.loads(Path("e.json").read_text())["difference"] <= 1e-4
-    ids = some_ids(source, 64)
+    assert cli.run("export vllm", [*EXPORT, "--no-check"]) == 0
+    ids = some_ids(source, 32)
     assert worst(logits_of(source.model, ids), logits_in_transformers(Path("out"), ids[None])[0]) <= 1e-4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from halfbyte.naming import short_name
+from halfbyte.naming import is_hub_id, short_name
 from halfbyte.report.tables import Cell, markdown_table
 from halfbyte.spec import Plan
 
@@ -32,31 +32,32 @@ apply_transform_config(model, TransformConfig(**config))
 ```"""
 
 
-def model_card(plan: Plan, groups: Mapping[str, Sequence[str]], blocks: str, nbytes: int, base_model: str) -> str:
+def model_card(plan: Plan, groups: Mapping[str, Sequence[str]], blocks: str, nbytes: int, model_id: str) -> str:
     """The card as Markdown.
 
     Args:
         groups: config group -> its layers.
         blocks: path of the transformer blocks, such as ``model.layers``.
         nbytes: of all tensors.
-        base_model: what was quantised, as a name that others know.
+        model_id: what was quantised; only a hub id is told as it is, a path says nothing to others.
     """
     rotated = any(entry.rotated for entry in plan.layers.values())
-    name = short_name(base_model)
+    base = model_id if is_hub_id(model_id) else short_name(model_id)
     shares: list[list[Cell]] = [[group, len(names)] for group, names in groups.items()]
     transforms = ", ".join(plan.transforms) or "none"
     lines = [
-        "---", "library_name: transformers", f"base_model: {base_model}", "pipeline_tag: text-generation",
+        "---", "library_name: transformers", *([f"base_model: {base}"] if is_hub_id(model_id) else []),
+        "pipeline_tag: text-generation",
         "tags:", "- compressed-tensors", "- vllm", "- halfbyte", "---", "",
-        f"# {name}, W4 with A4 and A8 layer by layer", "",
-        f"{base_model} with 4-bit weights in symmetric groups and activations of 4 or 8 bits, symmetric, one scale per "
+        f"# {short_name(model_id)}, W4 with A4 and A8 layer by layer", "",
+        f"{base} with 4-bit weights in symmetric groups and activations of 4 or 8 bits, symmetric, one scale per "
         "token. Which layer gets which was searched by the whole model's behaviour. Format: compressed-tensors, "
         f"`pack-quantized`; {nbytes / 1e9:.2f} GB of tensors.", "",
         markdown_table(["config group", "layers"], shares), "",
         ENGINES, "",
         *([R4_COSTS + ":", "", LOAD_ROTATED] if rotated else ["In transformers:", "", LOAD]), "",
         "## How it was made", "",
-        markdown_table(["", ""], _made_by(plan, transforms, base_model), "ll"), "",
+        markdown_table(["", ""], _made_by(plan, transforms, base), "ll"), "",
         "## What was measured", "",
         *_measured(plan),
         "## Activation bits", "",
@@ -65,14 +66,14 @@ def model_card(plan: Plan, groups: Mapping[str, Sequence[str]], blocks: str, nby
     return "\n".join(lines)
 
 
-def _made_by(plan: Plan, transforms: str, base_model: str) -> list[list[Cell]]:
+def _made_by(plan: Plan, transforms: str, base: str) -> list[list[Cell]]:
     note = plan.text.get("note")
     tokens = [
         (key, plan.search[key]) for key in ("calib_tokens", "search_tokens", "valid_tokens") if key in plan.search
     ]
     versions = ", ".join(f"{key} {value}" for key, value in plan.versions.items())
     return [
-        ["base model", f"{base_model} ({plan.fingerprint})"],
+        ["base model", f"{base} ({plan.fingerprint})"],
         ["plan", plan.hash],
         ["budget", f"{8 * plan.budget_reached:.2f} mean activation bits of {8 * plan.budget_asked:.2f} allowed"],
         ["transforms", transforms],

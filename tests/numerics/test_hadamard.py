@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from halfbyte.numerics.hadamard import factors, hadamard_matrix, rotate, rotation_matrix, signs
+from halfbyte.numerics.hadamard import factors, hadamard_matrix, rotate, rotate_back, rotation_matrix, signs
 
 WIDTHS = [576, 896, 1536, 3584, 4864, 8960, 11008, 18944]
 COSINE = [11008, 43]  # their odd part, 43, has no small Hadamard matrix
@@ -35,6 +35,12 @@ def test_lengths_and_angles_are_kept(width):
     for part in factors(width):
         part = part.double()
         assert float((part @ part.T - torch.eye(len(part), dtype=torch.float64)).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, 43, 1])
+def test_back_again(width):
+    x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(rotate_back(rotate(x)), x, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [*WIDTHS, 43])

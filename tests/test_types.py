@@ -151,10 +151,10 @@ def test_r1_is_refused_where_the_head_is_the_embedding(tiny_folder, here, capsys
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_a_rotated_residual_stream_runs_in_llamacpp(family, tiny_folder, here, capsys):
-    """With packed candidates: the file agrees with the simulation, and the plan is that of decoded ones."""
+    """With packed candidates: the file agrees with the simulation, and loses what the search said."""
     folder = tiny_folder(family)
-    rotated = [*TYPES, "--transforms", "smooth,rotate", "--bpw", "6"]
-    assert search(folder, *rotated, "--codes", "packed", "--output", "plan.json") == 0
+    rotated = ["--transforms", "smooth,rotate", "--weights", "rtn", "--codes", "packed"]
+    assert search(folder, *TYPES, *rotated, "--bpw", "6", "--output", "plan.json") == 0
     plan = load_plan("plan.json")
     assert plan.file["transforms"] == ["smooth", "r1", "r2"]
     assert cli.run("export", ["--config", "plan.json", "--output", "m.gguf", "--json", "e.json"]) == 0
@@ -165,9 +165,6 @@ def test_a_rotated_residual_stream_runs_in_llamacpp(family, tiny_folder, here, c
     with torch.no_grad():
         kl = kl_per_token(*(model(tokens).logits[0].log_softmax(-1) for model in (original, read))).mean()
     assert float(kl) == pytest.approx(plan.file["losses"]["plan"], rel=0.5)
-    if family == "llama":
-        assert search(folder, *rotated, "--codes", "decoded", "--output", "decoded.json") == 0
-        assert load_plan("decoded.json").file == plan.file
 
 
 @pytest.mark.parametrize("flag", [["--size", "1GB"], ["--bpw", "5"], ["--imatrix", "x.gguf"]])

@@ -34,7 +34,7 @@ def test_a_packed_search_of_a_7b_model_takes_half_the_memory():
     decoded, packed = search(config), search(config, packed=True)
     assert packed.parameters == decoded.parameters == pytest.approx(7.62e9, rel=0.01)
     assert packed.linear_parameters == pytest.approx(6.53e9, rel=0.01)
-    assert 6e9 < packed.device < 8e9 < 15e9 < decoded.device < 19e9
+    assert 5.5e9 < packed.device < 8e9 < 15e9 < decoded.device < 19e9
     codes, matrix = packed.linear_parameters * 4.125 / 8, 2 * 152064 * 3584
     assert packed.device - packed.running == pytest.approx(codes + matrix, rel=0.001)  # and norms and biases
     assert packed.host == pytest.approx(codes + 2 * matrix, rel=0.001)

@@ -12,6 +12,7 @@ from halfbyte.numerics.hadamard import (
     hadamard_matrix,
     largest_block,
     rotate,
+    rotate_back,
     rotate_blocks,
     rotation_matrix,
     signs,
@@ -43,6 +44,12 @@ def test_lengths_and_angles_are_kept(width):
     for part in factors(width):
         part = part.double()
         assert float((part @ part.T - torch.eye(len(part), dtype=torch.float64)).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("width", [*WIDTHS, 43, 1])
+def test_back_again(width):
+    x = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(rotate_back(rotate(x)), x, atol=1e-5)
 
 
 @pytest.mark.parametrize("width", [*WIDTHS, 43])

@@ -19,12 +19,12 @@ from halfbyte.progress import silent
 CPU = torch.device("cpu")
 
 
-def run(source, folder, weights="gptq", transforms=(), types=()):
+def run(source, folder, weights="gptq", transforms=(), types=(), report=silent, **more):
     folder.mkdir(exist_ok=True)
     tokens = torch.randint(source.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
     menus = menus_of(source, 4.8, types)
     recipe = Recipe(transforms, weights, group_size=32, scale_bits=8)
-    return menus, tokens, encode_candidates_(source, tokens, recipe, menus, folder, silent, device=CPU)
+    return menus, tokens, encode_candidates_(source, tokens, recipe, menus, folder, report, device=CPU, **more)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2-tied"])
@@ -75,6 +75,23 @@ def test_what_is_there_is_not_encoded_again(tiny, tmp_path, monkeypatch):
         assert torch.equal(made.encoded.rows(menu.name, menu.types[0]), same.encoded.rows(menu.name, menu.types[0]))
     with torch.no_grad():
         assert torch.equal(first.model(tokens).logits, again.model(tokens).logits)
+
+
+def test_a_given_importance_is_not_for_inputs_that_a_rotation_mixes(tiny, tmp_path):
+    source, told = tiny("qwen2"), []
+    block = f"{source.family.blocks}.0"
+    sizes = {f"{block}.self_attn.q_proj": 128, f"{block}.mlp.down_proj": 256}
+    given = {name: torch.logspace(0, 6, width) for name, width in sizes.items()}
+    types = ("Q4_0",)
+    _, _, plain = run(copy.deepcopy(source), tmp_path / "a", "rtn", ("r1",), types, told.append)
+    assert not [progress for progress in told if progress.stage == "importance matrix"]
+    _, _, other = run(copy.deepcopy(source), tmp_path / "b", "rtn", ("r1",), types, told.append, given=given)
+    notes = [progress.note for progress in told if progress.stage == "importance matrix"]
+    assert len(notes) == 1
+    assert "measured for self_attn.q_proj, self_attn.k_proj" in notes[0]
+    assert "down_proj" not in notes[0]
+    same = [torch.equal(plain.encoded.rows(name, "Q4_0"), other.encoded.rows(name, "Q4_0")) for name in sizes]
+    assert same == [True, False]
 
 
 def test_menus_know_what_rows_can_hold(tiny):

@@ -36,7 +36,7 @@ def mixed(tiny, tmp_path):
         head = linear(source.model, source.family.head).weight
         known = reference(source.model, source.family, tokens, device=CPU)
         menus = menus_of(source, 4.8)
-        recipe = Recipe(transforms, "gptq", group_size=32, scale_bits=8)
+        recipe = Recipe(transforms, "rtn", group_size=32, scale_bits=8)
         made = encode_candidates_(source, tokens, recipe, menus, tmp_path, silent, device=CPU)
         types = MixedTypes(source.model, source.family, menus, made.encoded, CPU)
         return source, tokens, expected, types, TypeEvaluator(types, tokens, known, rows=2, head=head), made

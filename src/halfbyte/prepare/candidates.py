@@ -101,7 +101,11 @@ def encode_candidates_(
         stem = part_name(step.index)
         if not (folder / f"{stem}.json").exists():
             own = {menu.name: menu for menu in menus if menu.block == step.index}
-            folded = {name: shrunk[name] * value.to(device) for name, value in (given or {}).items() if name in shrunk}
+            folded = {
+                name: (shrunk[name] * value.to(shrunk[name].device)).to(device)
+                for name, value in (given or {}).items()
+                if name in shrunk
+            }
             _encode_block(step, family, own, recipe, folded, folder, stem)
         made.add(folder, stem)
         report(Progress(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem))

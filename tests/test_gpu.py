@@ -144,6 +144,7 @@ def test_types_on_the_device(tiny_folder, tmp_path, monkeypatch, family):
     assert packed.tensors == decoded.tensors
     assert cli.run("search", [*arguments, "--codes", "packed", "--output", "auto.json"]) == 0
     assert len(load_plan("auto.json").file["transforms_tried"]) == (8 if family == "qwen2" else 4)
+    pytest.importorskip("xllamacpp")
     assert cli.run("export", ["--config", "packed.json", "--output", "m.gguf"]) == 0
 
 

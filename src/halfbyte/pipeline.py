@@ -32,7 +32,7 @@ from halfbyte.options import SearchOptions
 from halfbyte.parallel import ALONE, Group
 from halfbyte.prepare.given import Given, given_codes
 from halfbyte.prepare.menus import TensorMenu
-from halfbyte.prepare.recipe import Recipe, recipe_of
+from halfbyte.prepare.recipe import TARGETS, Recipe, recipe_of
 from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
 from halfbyte.progress import Progress, Reporter, silent
 from halfbyte.results import ActivationsFound, TypesFound, make_plan, output_paths, write_results
@@ -115,6 +115,8 @@ def check_search_options(options: SearchOptions) -> None:
 def _check_weights_from(options: SearchOptions) -> None:
     """Refuse what would change codes that are taken over."""
     usual = SearchOptions()
+    if options.online_transforms:
+        raise HalfbyteError("does not go with --weights_from", where="--online_transforms", fix="leave it out")
     for flag, allowed in (
         ("transforms", ("auto", "none")), ("weights", (usual.weights,)), ("alpha", (usual.alpha,)),
         ("spaces", ("auto", "a4a8")),
@@ -149,7 +151,9 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
 
     report(Progress("load model", 0, 1, options.model_id))
     source = load(origin, device=torch.device("cpu"), dtype=dtype)
-    codes = given_codes(folder, source, report, device=_exact(device)) if folder is not None else None
+    codes = None
+    if folder is not None:
+        codes = given_codes(folder, source, report, TARGETS[options.target].scale_rule, device=_exact(device))
     check_target = TARGET_CHECKS.get(options.target)
     if check_target:
         sizes = group.from_first(codes.codes.group_sizes if codes is not None else {})

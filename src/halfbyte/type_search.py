@@ -124,14 +124,16 @@ class TypeSearch:
     def losses(self) -> list[list[float]]:
         """What each type of each matrix adds to the KL: measured for the smallest, by output error for the others.
 
-        KL is quadratic in a small error of one matrix, and so is the output error; the measured KL of a type that
-        changes little would be noise.
+        What the model in its dtype loses by folding alone is subtracted: in bf16 it would count in every matrix. KL is
+        quadratic in a small error of one matrix, and so is the output error; the measured KL of a type that changes
+        little would be noise.
         """
 
         def measure() -> list[float]:
             found = [0.0] * len(self.menus)
+            folding = self.evaluator.score(self.mixed.original)
             for done, (at, loss) in enumerate(self.evaluator.each_alone([0] * len(self.menus)), start=1):
-                found[at] = loss
+                found[at] = loss - folding
                 self.report(Progress("KL of each matrix", done, len(found), self.menus[at].name))
             return found
 

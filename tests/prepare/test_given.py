@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.formats.int_group import ANY_FP16
 from halfbyte.models.loading import layers_of, units_of
 from halfbyte.models.modules import blocks, linear
 from halfbyte.models.quantised_folder import QuantisedFolder
@@ -51,8 +52,8 @@ def folded(tiny, tmp_path_factory):
     return get
 
 
-def opened(source, folder):
-    return given_codes(QuantisedFolder(folder), source, silent, device=CPU)
+def opened(source, folder, rule=ANY_FP16):
+    return given_codes(QuantisedFolder(folder), source, silent, rule, device=CPU)
 
 
 def prepared(source, folder, **recipe):

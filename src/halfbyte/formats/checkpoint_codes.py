@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.formats.int_group import check_finite
+from halfbyte.formats.int_group import ANY_FP16, ScaleRule, check_finite
 
 PER_WORD = 8  # codes in an int32
 TURN = 0x88  # code + 8 as our two's complement, for two codes
@@ -68,20 +68,27 @@ def read_codes(layout: CodesLayout, stored: torch.Tensor, in_features: int) -> t
     return (words.view(torch.uint8)[:, : in_features // 2] ^ TURN).contiguous()
 
 
-def read_scales(layout: CodesLayout, stored: torch.Tensor, *, where: object) -> tuple[torch.Tensor, int]:
-    """Scales as ours, fp16 ``[out, groups]``, and how many of them fp16 had to round.
+def read_scales(
+    layout: CodesLayout, stored: torch.Tensor, rule: ScaleRule = ANY_FP16, *, where: object
+) -> tuple[torch.Tensor, int]:
+    """Scales as ours, fp16 ``[out, groups]``, and how many of them had to be rounded to be what ``rule`` allows.
 
     A bf16 scale has 8 significant bits, and fp16's smallest step is 2^-24: so those of 2^-17 and more are exact.
 
     Raises:
-        HalfbyteError: scales that are not finite, or too large for fp16.
+        HalfbyteError: scales that are not finite, too large for fp16, or negative where the rule allows none.
     """
     check_finite(stored, where, "scales are")
-    scales = stored.to(torch.float16)
+    scales = rule.rounded(stored)
     if bool(torch.isinf(scales).any()):
         raise HalfbyteError(
             "scales too large for fp16", where=where, expected="at most 65504", got=f"{float(stored.abs().max()):.6g}",
             fix="these codes cannot be used; quantise the model here instead",
+        )  # fmt: skip
+    if not rule.signed and bool((scales < 0).any()):
+        raise HalfbyteError(
+            "scales are negative", where=where, expected="what vLLM's kernels compute with: none below 0",
+            got=f"{int((scales < 0).sum())} of them", fix="use --target sim or gguf",
         )  # fmt: skip
     rounded = int((scales.float() != stored.float()).sum())
     return (scales.T if layout.inputs_first else scales).contiguous(), rounded

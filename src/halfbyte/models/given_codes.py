@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from halfbyte.errors import HalfbyteError
 from halfbyte.formats.checkpoint_codes import check_order, check_symmetric, read_codes, read_scales
-from halfbyte.formats.int_group import PackedWeight, check_finite, check_packable
+from halfbyte.formats.int_group import ANY_FP16, PackedWeight, ScaleRule, check_finite, check_packable
 from halfbyte.models.archs import Family
 from halfbyte.models.loading import SourceModel, layers_of, stored_dtype
 from halfbyte.models.modules import head_dim, is_tied
@@ -35,20 +35,25 @@ class GivenCodes:
     Attributes:
         folder: where it comes from.
         group_sizes: layer -> weights that share a scale.
-        rounded: layer -> scales that are not exact in fp16.
+        rounded: layer -> scales that are not exact in fp16, or in bf16 where that is asked for.
         parameters: name -> every other parameter of the checkpoint that is not the model's own to the last bit: norms,
             biases, embedding, head.
     """
 
-    def __init__(self, folder: QuantisedFolder, source: SourceModel, report: Reporter = silent) -> None:
+    def __init__(
+        self, folder: QuantisedFolder, source: SourceModel, report: Reporter = silent, rule: ScaleRule = ANY_FP16
+    ) -> None:
         """Check everything but the codes themselves.
+
+        Args:
+            rule: what scales may be; they are rounded to it.
 
         Raises:
             HalfbyteError: another architecture, shapes that do not fit, layers that are not quantised, tensors that are
                 unknown or missing, codes that are not symmetric or not in groups of columns in a row, scales that fp16
                 cannot hold.
         """
-        self.folder, family = folder, source.family
+        self.folder, self.rule, family = folder, rule, source.family
         self._known: set[str] = set()
         self.group_sizes: dict[str, int] = {}
         self.rounded: dict[str, int] = {}
@@ -80,7 +85,8 @@ class GivenCodes:
         if own != group_size:
             notes.append(f"group {own}: as in {self.name}, not {group_size}")
         if rounded:
-            notes.append(f"{rounded} scales of {self.name} are not exact in fp16 and were rounded")
+            kind = "bf16" if self.rule.bf16 else "fp16"
+            notes.append(f"{rounded} scales of {self.name} are not exact in {kind} and were rounded")
         return "; ".join(notes)
 
     def record(self) -> dict[str, Any]:
@@ -96,7 +102,7 @@ class GivenCodes:
 
     def _scales(self, layer: str) -> tuple[torch.Tensor, int]:
         layout = self.folder.format.layout
-        return read_scales(layout, self.folder.tensor(f"{layer}.{layout.scales}"), where=self._where(layer))
+        return read_scales(layout, self.folder.tensor(f"{layer}.{layout.scales}"), self.rule, where=self._where(layer))
 
     def _check_layer(self, layer: Layer) -> None:
         """Whether its tensors are there, and of the right shape."""

@@ -111,7 +111,8 @@ def encode_candidates_(
         report(Progress(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem))
     outside = [menu for menu in menus if menu.block == OUTSIDE]
     if not all((folder / f"{menu.name}.json").exists() for menu in outside):
-        _encode_top(source, outside, last, folder, device, feedback=recipe.quantiser.looks_at_inputs)
+        unturned = {} if "r1" in recipe.transforms else given or {}
+        _encode_top(source, outside, last, unturned, folder, device, feedback=recipe.quantiser.looks_at_inputs)
     for menu in outside:
         made.add(folder, menu.name)
     report(Progress(STAGE, 1, 1, f"{len(menus)} matrices, {sum(len(menu.types) for menu in menus)} candidates"))
@@ -191,8 +192,8 @@ def _encode_block(
 
 
 def _encode_top(
-    source: SourceModel, menus: Sequence[TensorMenu], hidden: Sequence[torch.Tensor], folder: Path,
-    device: torch.device, *, feedback: bool,
+    source: SourceModel, menus: Sequence[TensorMenu], hidden: Sequence[torch.Tensor],
+    given: Mapping[str, torch.Tensor], folder: Path, device: torch.device, *, feedback: bool,
 ) -> None:  # fmt: skip
     """Embedding and output head; a head that is tied is the embedding, and encoded for what it reads."""
     model, family = source.model, source.family
@@ -205,7 +206,7 @@ def _encode_top(
     parameters = {f"{family.final_norm}.{name}": value for name, value in norm.named_parameters()}  # R1 makes it plain
     for menu in menus:
         is_read = menu.name == family.head or is_tied(model, family)
-        columns = importance if is_read else torch.ones_like(importance)
+        columns = given.get(menu.name, importance) if is_read else torch.ones_like(importance)
         size = {kind: menu.nbytes(kind) // menu.rows for kind in menu.types}
         rows = {(menu.name, kind): torch.empty(menu.rows, size[kind], dtype=torch.uint8) for kind in menu.types}
         totals = dict.fromkeys(menu.types, 0.0)

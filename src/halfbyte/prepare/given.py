@@ -9,7 +9,7 @@ from torch import nn
 
 from halfbyte.calibration.blocks import block_copy
 from halfbyte.calibration.twins import TwinStep
-from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.formats.int_group import GroupedWeight, ScaleRule
 from halfbyte.models.given_codes import GivenCodes
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, head_dim, linear
@@ -32,13 +32,15 @@ class Given:
     turn: torch.Tensor | None
 
 
-def given_codes(folder: QuantisedFolder, source: SourceModel, report: Reporter, *, device: torch.device) -> Given:
+def given_codes(
+    folder: QuantisedFolder, source: SourceModel, report: Reporter, rule: ScaleRule, *, device: torch.device
+) -> Given:
     """Check a checkpoint against its unquantised model; the first and the last block down to the weights.
 
     Raises:
         HalfbyteError: what :class:`GivenCodes` refuses, or weights that are not the model's in any coordinates known.
     """
-    codes, name = GivenCodes(folder, source, report), f"{source.family.embedding}.weight"
+    codes, name = GivenCodes(folder, source, report, rule), f"{source.family.embedding}.weight"
     own = source.model.get_parameter(name)
     turn = stream_rotation(own, codes.parameters.get(name, own), device, where=f"{folder.path}, {name}")
     given, count = Given(codes, turn), source.config.num_hidden_layers

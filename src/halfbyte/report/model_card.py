@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 
 from halfbyte.naming import is_hub_id, short_name
 from halfbyte.report.tables import Cell, markdown_table
+from halfbyte.serving.table import serving_markdown
 from halfbyte.spec import Plan
 
 R4_COSTS = (
     "R4 rotates the input of down_proj at run time: vLLM runs it without tensor parallelism and without biases on "
     "those layers, and transformers needs one more line after loading (apply_transform_config)"
 )
-ENGINES = (
-    "The activation bits are what the folder asks for. vLLM runs them through its Humming kernels (4 bits: sm80, sm86, "
-    "sm87, sm89); elsewhere it may compute with other activations and says so only in its log."
-)
+ENGINES = "The activation bits are what the folder asks for; an engine may compute with others, and say so in its log."
 LOAD = """```python
 from transformers import AutoModelForCausalLM
 
@@ -54,7 +52,7 @@ def model_card(plan: Plan, groups: Mapping[str, Sequence[str]], blocks: str, nby
         "token. Which layer gets which was searched by the whole model's behaviour. Format: compressed-tensors, "
         f"`pack-quantized`; {nbytes / 1e9:.2f} GB of tensors.", "",
         markdown_table(["config group", "layers"], shares), "",
-        ENGINES, "",
+        ENGINES, serving_markdown(), "",
         *([R4_COSTS + ":", "", LOAD_ROTATED] if rotated else ["In transformers:", "", LOAD]), "",
         "## How it was made", "",
         markdown_table(["", ""], _made_by(plan, transforms, base), "ll"), "",

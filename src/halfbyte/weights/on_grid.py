@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from halfbyte.formats.ggml import decode_tensor, encode
@@ -56,7 +57,7 @@ def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered, *, fe
     """
     for job in jobs:
         rows = encode(job.weight, job.type, importance=importance, where=job.where)
-        job.rows = torch.from_numpy(rows).to(job.weight.device)
+        job.rows = torch.from_numpy(rows.view(np.uint8)).to(job.weight.device)  # F16 comes as numbers
         job.error = output_error(job.weight, job.rows, job.type, known)
     if not feedback:
         return

@@ -45,7 +45,7 @@ def load_for_plan(
 
     Args:
         dtype: ``auto``, ``bf16``, ``fp32``, or ``stored``: bf16 if the checkpoint is, else fp32.
-        packed: it will only become a packed simulation, so less memory is enough.
+        packed: it will only become a packed simulation: less memory is enough, weights with codes are not read.
 
     Raises:
         HalfbyteError: the model at hand is another one.
@@ -55,7 +55,8 @@ def load_for_plan(
     origin = find(name, trust_remote_code=trust_remote_code)
     chosen = stored_dtype(origin) if dtype == "stored" else resolve_dtype(dtype, where)
     check_memory(estimate_load(origin.config, origin.family, chosen, with_codes=True, packed=packed), where)
-    source = load(origin, device=where, dtype=chosen)
+    unused = {f"{name}.weight" for name in plan.layers} if packed else ()
+    source = load(origin, device=where, dtype=chosen, unused=unused)
     check_same_model(source, plan)
     return source
 

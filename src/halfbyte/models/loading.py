@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,11 +128,14 @@ def stored_dtype(origin: Origin) -> torch.dtype:
     return torch.bfloat16 if not origin.gguf_file and origin.config.dtype == torch.bfloat16 else torch.float32
 
 
-def load(origin: Origin, *, device: torch.device, dtype: torch.dtype) -> SourceModel:
+def load(origin: Origin, *, device: torch.device, dtype: torch.dtype, unused: Collection[str] = ()) -> SourceModel:
     """Read weights and tokenizer; every value is checked to be finite and every parameter to be in the file.
 
     On the host, weights that are stored in ``dtype`` are the safetensors files themselves, mapped: pages are read when
     they are used, the system may drop them again, and writing to one copies it and leaves the file alone.
+
+    Args:
+        unused: parameters that will be replaced; they are not checked, so mapped ones are not read.
 
     Raises:
         HalfbyteError: files are truncated or corrupt, parameters are missing, or values are NaN or Inf.
@@ -144,6 +148,8 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype) -> SourceM
     model.eval().requires_grad_(False)
     model.to(device)
     for name, parameter in model.named_parameters():
+        if name in unused:
+            continue
         ends = torch.stack(torch.aminmax(parameter.detach()))  # NaN if one is; isfinite of all would make copies
         if not bool(ends.isfinite().all()):
             raise HalfbyteError(

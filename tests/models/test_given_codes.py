@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from halfbyte.errors import HalfbyteError
+from halfbyte.formats.int_group import ScaleRule
 from halfbyte.models.given_codes import GivenCodes
 from halfbyte.models.quantised_folder import QuantisedFolder
 from tests.quantised_folders import Checkpoint, compressed, compressed_config, edited, gptq, gptq_config, scheme
@@ -25,8 +26,8 @@ FORMATS = {
 }
 
 
-def given(folder, source):
-    return GivenCodes(QuantisedFolder(folder), source)
+def given(folder, source, **more):
+    return GivenCodes(QuantisedFolder(folder), source, **more)
 
 
 def agrees(made, codes):
@@ -216,3 +217,24 @@ def test_folders_that_are_none(tiny, folders, tmp_path):
     ]:  # fmt: skip
         with pytest.raises(HalfbyteError, match=match):
             QuantisedFolder(folder)
+
+
+def test_scales_for_engines_in_bf16_are_rounded_and_counted(tiny, tmp_path):
+    source = tiny("llama")
+    made = Checkpoint(source.origin.folder)
+    folder = made.write(tmp_path / "m", gptq(), gptq_config())
+    plain, codes = (given(folder, source, rule=rule) for rule in (ScaleRule(), ScaleRule(bf16=True)))
+    ours, theirs = (one.weight(LAYER, 256).scales.float() for one in (codes, plain))
+    assert torch.equal(ours, theirs.bfloat16().float())
+    assert codes.rounded[LAYER] == int((ours != theirs).sum()) > 0
+    assert plain.rounded[LAYER] == 0
+    assert f"{codes.rounded[LAYER]} scales of m are not exact in bf16" in codes.note(LAYER, 32)
+
+
+def test_negative_scales_are_refused_where_an_engine_has_none(tiny, tmp_path):
+    source = tiny("llama")
+    folder = Checkpoint(source.origin.folder).write(tmp_path / "m", gptq(), gptq_config())
+    edited(folder, lambda tensors: tensors[f"{LAYER}.scales"].mul_(-1))
+    assert given(folder, source).weight(LAYER, 256).scales.max() < 0
+    with pytest.raises(HalfbyteError, match="scales are negative"):
+        given(folder, source, rule=ScaleRule(bf16=True, signed=False))

@@ -107,3 +107,23 @@ def test_menus_know_what_rows_can_hold(tiny):
     assert {menu.types for menu in asked} == {("Q4_0", "Q8_0")}
     with pytest.raises(HalfbyteError, match="no type fits"):
         menus_of(source, 4.8, ("Q4_K",))
+
+
+def test_f16_is_a_type_too(tiny, tmp_path):
+    menus, _, made = run(copy.deepcopy(tiny("llama")), tmp_path / "a", types=("F16",))
+    own = next(menu for menu in menus if menu.name.endswith("layers.0.mlp.down_proj"))
+    decoded = decode_tensor(made.encoded.rows(own.name, "F16"), "F16")
+    assert torch.equal(decoded, linear(tiny("llama").model, own.name).weight.half().float())
+
+
+def test_a_given_importance_of_the_head_is_used(tiny, tmp_path):
+    source = tiny("qwen2")
+    given = {source.family.head: torch.logspace(0, 4, source.config.hidden_size)}
+    rows = [
+        run(copy.deepcopy(source), tmp_path / name, "rtn", types=("Q4_1",), given=importance)[2].encoded
+        for name, importance in (("a", None), ("b", given))
+    ]
+    heads, downs = zip(*((one.rows(source.family.head, "Q4_1"), one.rows("model.layers.1.mlp.down_proj", "Q4_1"))
+                         for one in rows), strict=True)  # fmt: skip
+    assert not torch.equal(*heads)
+    assert torch.equal(*downs)

@@ -30,7 +30,7 @@ from halfbyte.models.loading import find, layers_of, load, units_of
 from halfbyte.models.modules import is_tied, vocabulary
 from halfbyte.models.surgery import set_activation_bits_
 from halfbyte.numerics.metrics import Quality
-from halfbyte.prepare.recipe import Recipe
+from halfbyte.prepare.recipe import TARGETS, Recipe
 from halfbyte.prepare.walk import prepare_
 from halfbyte.progress import silent
 from halfbyte.report.tables import Cell, markdown_table, significant
@@ -45,6 +45,7 @@ SMOOTH = replace(PLAIN, transforms=("smooth",))
 ONLINE = replace(PLAIN, transforms=("smooth", "online"))
 LEARNED = replace(ONLINE, transforms=("smooth", "online", "learned"), weights="gptq", clip=True)
 FOLDED = replace(LEARNED, transforms=("smooth", "r1", "r2"))
+SERVED = replace(TARGETS["vllm"], weights="gptq")
 RECIPES: dict[str, tuple[str, Recipe]] = {
     "plain": ("plain rounding", PLAIN),
     "smoothquant": ("SmoothQuant 0.5", replace(SMOOTH, alpha=0.5)),
@@ -58,7 +59,10 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "smooth-gptq": ("scales + GPTQ, no rotation", replace(SMOOTH, weights="gptq", clip=True)),
     "r1r2": ("R1 + R2 folded + GPTQ", FOLDED),
     "r1r2r4": ("R1 + R2 folded, R4 + GPTQ", replace(FOLDED, transforms=("smooth", "r1", "r2", "r4"))),
-    "gguf": ("default of gguf", replace(FOLDED, scale_bits=8)),  # transforms as the target's default says
+    "gguf": ("default of gguf", replace(FOLDED, scale_bits=8)),  # from here on transforms are the targets' defaults
+    "vllm": ("default of vllm, symmetric", SERVED),
+    "vllm-asymmetric": ("the same, asymmetric, with A4 ranges", replace(SERVED, symmetric=False, clip=True)),
+    "vllm-r4": ("default of vllm, symmetric, R4", SERVED),
 }
 COLUMNS = ("W4A16", "W4A8", "mixed", "W4A4")
 
@@ -114,9 +118,11 @@ class Bench:
     def row(self, name: str) -> dict[str, Any]:
         """Prepare with one recipe and score the four columns."""
         label, recipe = RECIPES[name]
-        if name == "gguf":
-            recipe = replace(recipe, transforms=expand("auto", "gguf", tied=self.tied))
-            label += f" ({', '.join(recipe.transforms)})"
+        target = name.partition("-")[0]
+        if target in ("gguf", "vllm"):
+            transforms = expand("auto", target, tied=self.tied, online=name.endswith("-r4"))
+            recipe = replace(recipe, transforms=transforms)
+            label += f" ({', '.join(transforms)})"
         source = self._load()
         norm = source.model.get_parameter(f"{source.family.final_norm}.weight").to(self.device).clone()
         started = time.perf_counter()

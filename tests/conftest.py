@@ -22,6 +22,14 @@ from halfbyte.weights.base import WeightQuantiser
 from tests.tiny_models import MODELS, SIZE, hf_byte_level, hf_sentencepiece, randomise_
 
 
+LONGEST = ("test_demo.py", "test_parallel.py", "test_resume.py")  # files that start first where several processes share
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: one that starts last would leave the other process waiting."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """One thread, here and in the processes that tests start: tiny tensors only wait for a second one.
 

@@ -26,8 +26,7 @@ def search(tiny_folder, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("target", ["gguf", "sim"])
-@pytest.mark.parametrize("family", ["qwen2", "llama-tied"])
+@pytest.mark.parametrize(("family", "target"), [("qwen2", "gguf"), ("llama-tied", "sim")])
 def test_packed_codes_give_the_same_plan(family, target, search):
     for codes in ("packed", "decoded"):
         assert search(family, "--target", target, "--codes", codes, "--output", f"{codes}.json") == 0

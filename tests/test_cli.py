@@ -22,7 +22,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen2-tied", "qwen3", "llama", "mistral"])
+@pytest.mark.parametrize("family", ["qwen2-tied", "qwen3", "llama"])
 def test_the_four_commands(family, tiny_folder, here, capsys):
     folder = tiny_folder(family)
     assert search(folder, "--spaces", "auto") == 0

@@ -21,7 +21,6 @@ from halfbyte.weights import QUANTISERS
 from halfbyte.weights.base import WeightQuantiser
 from tests.tiny_models import MODELS, SIZE, hf_byte_level, hf_sentencepiece, randomise_
 
-
 LONGEST = ("test_demo.py", "test_parallel.py", "test_resume.py")  # files that start first where several processes share
 
 

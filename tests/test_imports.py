@@ -29,6 +29,7 @@ TIERS = [
         "exporting_vllm",
         "evaluating",
         "doctor",
+        "search_checks",
         "pipeline",
         "type_search",
         "importance_file",

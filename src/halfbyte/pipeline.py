@@ -18,14 +18,11 @@ from halfbyte.calibration.self_written import write_with
 from halfbyte.calibration.text import Text, load_text
 from halfbyte.calibration.windows import cut
 from halfbyte.errors import HalfbyteError
-from halfbyte.export.gguf import check_exportable
-from halfbyte.export.plan_file import check_suffix
 from halfbyte.files import check_output
-from halfbyte.formats.int_group import fitting_group_size
 from halfbyte.importance_file import importance_for
 from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
-from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_search, estimate_types, fits
-from halfbyte.models.loading import Origin, SourceModel, find, layers_of, load, units_of
+from halfbyte.models.estimate import check_memory, estimate_load
+from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
 from halfbyte.models.modules import is_tied, linear, move_
 from halfbyte.models.quantised_folder import QuantisedFolder
 from halfbyte.options import SearchOptions
@@ -39,6 +36,7 @@ from halfbyte.results import ActivationsFound, TypesFound, make_plan, output_pat
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.fitness import KLFitness, TableFitness, stages_of
 from halfbyte.search.reference import Reference, reference
+from halfbyte.search_checks import TARGET_CHECKS, check_search_options, memory_modes, spaces_of, types_packed
 from halfbyte.spec import Layer, Outcome, Plan
 from halfbyte.stages import RECORD, Stages, refuse_waiting, work_folder
 from halfbyte.type_search import TypeSearch, capacity, transforms_of
@@ -66,68 +64,6 @@ class SearchResult:
     peak_memory: int
 
 
-def spaces_of(options: SearchOptions) -> tuple[str, ...]:
-    """What is searched: ``a4a8``, ``ggml``, or both.
-
-    Raises:
-        HalfbyteError: types for a target that has none.
-    """
-    spaces = options.spaces
-    if spaces == "auto":
-        spaces = "a4a8,ggml" if options.target == "gguf" and options.weights_from is None else "a4a8"
-    if "ggml" in spaces and options.target != "gguf":
-        raise HalfbyteError("only a GGUF file has types", where="--spaces", got=spaces, fix="use --target gguf")
-    return tuple(spaces.split(","))
-
-
-def check_search_options(options: SearchOptions) -> None:
-    """Refuse, before any work, values that cannot be right."""
-    if not 0.5 <= options.target_compression <= 1.0:
-        raise HalfbyteError(
-            "budget is out of range", where="--target_compression", expected="0.5 (all A4) to 1.0 (all A8)",
-            got=options.target_compression,
-        )  # fmt: skip
-    for flag in ("ga_pop", "ga_gen", "group_size", "ctx", "calib_tokens", "search_tokens"):
-        if getattr(options, flag) < 1:
-            raise HalfbyteError("must be positive", where=f"--{flag}", got=getattr(options, flag))
-    check_suffix(Path(options.output))
-    if options.pareto and options.fitness != "kl":
-        raise HalfbyteError("a front needs the whole model's KL", where="--pareto", fix="leave --fitness at kl")
-    if not 0 <= options.speed <= 2:
-        raise HalfbyteError("out of range", where="--speed", expected="0 (any) to 2", got=options.speed)
-    if options.target == "vllm" and options.granularity != "fused":
-        raise HalfbyteError(
-            "vLLM wants one choice for q, k and v and one for gate and up", where="--granularity", expected="fused",
-            got=options.granularity,
-        )  # fmt: skip
-    if options.online_transforms and options.target != "vllm":
-        raise HalfbyteError("only for --target vllm", where="--online_transforms", fix="name r4 in --transforms")
-    recipe_of(options, tied=False)
-    if options.weights_from is not None:
-        _check_weights_from(options)
-    for flag in ("size", "bpw", "like", "imatrix"):
-        if getattr(options, flag) and "ggml" not in spaces_of(options):
-            raise HalfbyteError(
-                "only for types of a GGUF file", where=f"--{flag}", fix="search with --target gguf --spaces ggml"
-            )
-
-
-def _check_weights_from(options: SearchOptions) -> None:
-    """Refuse what would change codes that are taken over."""
-    usual = SearchOptions()
-    if options.online_transforms:
-        raise HalfbyteError("does not go with --weights_from", where="--online_transforms", fix="leave it out")
-    for flag, allowed in (
-        ("transforms", ("auto", "none")), ("weights", (usual.weights,)), ("alpha", (usual.alpha,)),
-        ("spaces", ("auto", "a4a8")),
-    ):  # fmt: skip
-        if getattr(options, flag) not in allowed:
-            raise HalfbyteError(
-                "does not go with --weights_from, whose codes stay as they are", where=f"--{flag}",
-                expected=" or ".join(allowed), got=getattr(options, flag), fix="leave it out",
-            )  # fmt: skip
-
-
 def search(options: SearchOptions, report: Reporter = silent, group: Group = ALONE) -> SearchResult:
     """Run the whole search and write the plan, its codes and its reports' data.
 
@@ -145,7 +81,7 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
     dtype = resolve_dtype(options.dtype, device)
     folder = QuantisedFolder(options.weights_from) if options.weights_from is not None and group.first else None
     origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
-    packed, gradients = _memory_modes(options, origin, device, dtype) if "a4a8" in spaces else (False, False)
+    packed, gradients = memory_modes(options, origin, device, dtype) if "a4a8" in spaces else (False, False)
     if "ggml" in spaces:  # what it takes to search comes when the size of the candidates is known
         check_memory(estimate_load(origin.config, origin.family, dtype, packed=True), torch.device("cpu"))
 
@@ -162,7 +98,7 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
     if "ggml" in spaces:
         transforms_of(options, tied=is_tied(source.model, source.family))
         room, menus = capacity(source, options)
-        on_rows = _types_packed(options, origin, device, dtype, room)
+        on_rows = types_packed(options, origin, device, dtype, room)
     if options.imatrix:
         given = importance_for(source, options.imatrix, [menu.name for menu in menus])
     text, windows = _texts(source, options, device)
@@ -279,51 +215,9 @@ def _check_outputs(options: SearchOptions) -> None:
         refuse_waiting(output)
 
 
-def _memory_modes(
-    options: SearchOptions, origin: Origin, device: torch.device, dtype: torch.dtype
-) -> tuple[bool, bool]:
-    """Whether codes stay packed while the model runs, and whether the loss is differentiated.
-
-    ``fisher`` needs gradients; ``kl`` starts from them too, where they fit.
-
-    Raises:
-        HalfbyteError: there is too little memory.
-    """
-    tokens = max(options.calib_tokens, 2 * options.search_tokens)
-
-    def need(*, gradients: bool, packed: bool) -> MemoryEstimate:
-        return estimate_search(
-            origin.config, origin.family, dtype, tokens, options.ctx, gradients=gradients, packed=packed
-        )
-
-    fisher = options.fitness == "fisher"
-    packed = options.codes == "packed" or (
-        options.codes == "auto" and not fits(need(gradients=fisher, packed=False), device)
-    )
-    check_memory(need(gradients=fisher, packed=packed), device)
-    wanted = fisher or (options.fitness == "kl" and fits(need(gradients=True, packed=packed), device))
-    return packed, wanted
-
-
 def _exact(device: torch.device) -> torch.device:
     """Where to prepare: MPS has neither fp64 nor the factorisations of GPTQ."""
     return torch.device("cpu") if device.type == "mps" else device
-
-
-def _types_packed(options: SearchOptions, origin: Origin, device: torch.device, dtype: torch.dtype, room: int) -> bool:
-    """Whether candidates stay encoded on the device.
-
-    Raises:
-        HalfbyteError: there is too little memory.
-    """
-    tokens = options.calib_tokens, 2 * options.search_tokens
-
-    def need(*, packed: bool) -> MemoryEstimate:
-        return estimate_types(origin.config, origin.family, dtype, tokens, options.ctx, nbytes=room, packed=packed)
-
-    packed = options.codes == "packed" or (options.codes == "auto" and not fits(need(packed=False), device))
-    check_memory(need(packed=packed), device)
-    return packed
 
 
 def _own_device(device: torch.device, group: Group) -> torch.device:
@@ -338,39 +232,6 @@ def _own_device(device: torch.device, group: Group) -> torch.device:
     own = torch.device("cuda", group.local_rank)
     torch.cuda.set_device(own)
     return own
-
-
-def _check_gguf_target(
-    source: SourceModel, layers: list[Layer], options: SearchOptions, given: Mapping[str, int]
-) -> None:
-    """Say before the search what the export could not write; ``given`` are group sizes that are not to be chosen."""
-    check_exportable(source)
-    _check_groups(layers, options.group_size, given, "Q4_0 blocks need")
-
-
-def _check_vllm_target(
-    source: SourceModel, layers: list[Layer], options: SearchOptions, given: Mapping[str, int]
-) -> None:
-    """Say before the search what vLLM could not run."""
-    _check_groups(layers, options.group_size, given, "vLLM's kernels need")
-    down = [layer.name for layer in layers if layer.name.endswith(source.family.down)]
-    if options.online_transforms and linear(source.model, down[0]).bias is not None:
-        raise HalfbyteError(
-            "vLLM cannot rotate the input of a layer with a bias", where=down[0], fix="leave out --online_transforms"
-        )
-
-
-def _check_groups(layers: list[Layer], group_size: int, given: Mapping[str, int], who: str) -> None:
-    for layer in layers:
-        group = given.get(layer.name) or fitting_group_size(layer.in_features, group_size)
-        if group % 32:
-            raise HalfbyteError(
-                f"{who} groups of 32 or a multiple", where=layer.name, got=group,
-                fix="use --target sim" if given else "use --group_size 128, or --target sim for this model",
-            )  # fmt: skip
-
-
-TARGET_CHECKS = {"gguf": _check_gguf_target, "vllm": _check_vllm_target}
 
 
 def _texts(source: SourceModel, options: SearchOptions, device: torch.device) -> tuple[Text, dict[str, torch.Tensor]]:

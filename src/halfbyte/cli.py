@@ -340,7 +340,7 @@ def _doctor_served(options: DoctorOptions, draw: Drawing) -> dict[str, Any]:
         counts = "; ".join(f"{count} {what}" for what, count in way.counts.items())
         draw.say(f"\n{way.name}: {way.command}\n  {counts}")
     if report.engine == "vllm":
-        draw.say(f"\ntensor parallel: {', '.join(map(str, report.tensor_parallel))} GPUs divide the layers")
+        draw.say(f"\ntensor parallel: {', '.join(map(str, report.tensor_parallel))} GPUs divide the layers evenly")
     if report.twins:
         draw.files(report.twins)
     else:

@@ -52,7 +52,7 @@ def model_card(plan: Plan, groups: Mapping[str, Sequence[str]], blocks: str, nby
         "token. Which layer gets which was searched by the whole model's behaviour. Format: compressed-tensors, "
         f"`pack-quantized`; {nbytes / 1e9:.2f} GB of tensors.", "",
         markdown_table(["config group", "layers"], shares), "",
-        ENGINES, serving_markdown(), "",
+        ENGINES, "", serving_markdown().rstrip(), "",
         *([R4_COSTS + ":", "", LOAD_ROTATED] if rotated else ["In transformers:", "", LOAD]), "",
         "## How it was made", "",
         markdown_table(["", ""], _made_by(plan, transforms, base), "ll"), "",

@@ -1,8 +1,8 @@
 """What llama.cpp takes for a weight of each ggml type when it generates on a CPU.
 
-Measured by ``benchmarks/type_speed.py`` on an AMD EPYC with AVX2, 2 threads, xllamacpp 2026.10.11549. Only ratios are
-used. They hold where arithmetic decides, as with few cores; where memory does, on GPUs and with many cores, time goes
-with the bytes, and then a file of equal size is as fast.
+Measured by ``benchmarks/type_speed.py --rounds 2`` on an AMD EPYC with AVX2, 2 threads, xllamacpp 2026.10.11549. Only
+ratios are used. They hold where arithmetic decides, as with few cores; where memory does, on GPUs and with many cores,
+time goes with the bytes, and then a file of equal size is as fast.
 """
 
 from __future__ import annotations

@@ -1,20 +1,23 @@
 """How long llama.cpp takes for a weight of each ggml type when it generates: the table in runtime/type_speed.py.
 
-    python benchmarks/type_speed.py [--rounds 7] [--threads 2] [--json OUT]
+    python benchmarks/type_speed.py [--rounds 40] [--threads 2] [--json OUT]
 
 Two random Llama models that differ only in their number of blocks are written once per type, all matrices of the blocks
 in that type, and generate one token at a time. The difference of their times, over the difference of their weights, is
-the time per weight; embedding, head and what a file costs at all cancel. The files take turns in every round, and the
-fastest round counts: noise only adds. A block's bytes are encoded once and used for all blocks; values do not matter.
+the time per weight; embedding, head and what a file costs at all cancel. All files stay open and take turns in short
+rounds, and a type's median over the rounds counts: a machine that others share changes its speed from second to second,
+and the fastest moment of one type says little beside that of another. A block's bytes are encoded once and used for all
+blocks; values do not matter.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import tempfile
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -35,22 +38,8 @@ from halfbyte.runtime.llamacpp import open_engine
 
 DEPTHS = (4, 16)  # blocks of the two models
 HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY = 768, 2048, 12, 4, 512  # rows of whole 256-blocks, for every type
-GENERATED = 48  # tokens that are timed
+GENERATED = 16  # tokens that are timed at once
 KINDS = ("F16", *QUANTISED)
-
-
-@dataclass(frozen=True)
-class Timed:
-    """One file.
-
-    Attributes:
-        seconds: per token, of the fastest round so far.
-        weights: in the matrices of its blocks.
-    """
-
-    path: Path
-    weights: int
-    seconds: float = float("inf")
 
 
 def make_source(folder: Path, depth: int) -> SourceModel:
@@ -75,10 +64,10 @@ def encode_block(source: SourceModel, kind: str) -> dict[str, EncodedRows]:
     return found
 
 
-def write_files(folder: Path) -> dict[tuple[str, int], Timed]:
-    """(type, depth) -> file."""
+def write_files(folder: Path) -> dict[str, list[Path]]:
+    """Type -> its file of each depth."""
     sources = {depth: make_source(folder / str(depth), depth) for depth in DEPTHS}
-    files = {}
+    files: dict[str, list[Path]] = {}
     for kind in KINDS:
         block = {} if kind == "F16" else encode_block(sources[DEPTHS[0]], kind)
         for depth, source in sources.items():
@@ -87,25 +76,32 @@ def write_files(folder: Path) -> dict[tuple[str, int], Timed]:
                 f"{family.blocks}.{index}.{part}": rows for index in range(depth) for part, rows in block.items()
             }
             write_gguf(path, source, encoded=encoded)
-            weights = sum(linear(source.model, f"{family.blocks}.0.{part}").weight.numel() for part in family.linears)
-            files[kind, depth] = Timed(path, depth * weights)
+            files.setdefault(kind, []).append(path)
         print(f"{kind} written", flush=True)
     return files
 
 
-def picoseconds(files: dict[tuple[str, int], Timed]) -> dict[str, float]:
-    """Type -> time per weight."""
-    found = {}
-    for kind in KINDS:
-        less, more = (files[kind, depth] for depth in DEPTHS)
-        found[kind] = 1e12 * (more.seconds - less.seconds) / (more.weights - less.weights)
+def measure(files: dict[str, list[Path]], rounds: int, threads: int) -> dict[str, list[float]]:
+    """Type -> seconds per token by which the deeper model takes longer, in each round."""
+    found: dict[str, list[float]] = {kind: [] for kind in files}
+    with ExitStack() as stack:
+        models = {
+            kind: [stack.enter_context(open_engine().load(path, n_ctx=GENERATED, n_threads=threads)) for path in paths]
+            for kind, paths in files.items()
+        }
+        for done in range(rounds):
+            for kind, pair in models.items():
+                less, more = (1 / model.speed(0, GENERATED).generation_tokens_per_second for model in pair)
+                found[kind].append(more - less)
+            if (done + 1) % 10 == 0:
+                print(f"round {done + 1} of {rounds}", flush=True)
     return found
 
 
 def main() -> int:
     """Write the files, time them in turns, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--threads", type=int, default=0, help="0 is one per core")
     parser.add_argument("--json", help="also write the table here")
     options = parser.parse_args()
@@ -113,19 +109,14 @@ def main() -> int:
     threads = options.threads or cores()
     with tempfile.TemporaryDirectory() as name:
         files = write_files(Path(name))
-        for done in range(options.rounds):
-            for key, file in files.items():
-                with open_engine().load(file.path, n_ctx=GENERATED, n_threads=threads) as model:
-                    run = model.speed(0, GENERATED)
-                seconds = 1 / run.generation_tokens_per_second
-                files[key] = Timed(file.path, file.weights, min(file.seconds, seconds))
-            print(f"round {done + 1} of {options.rounds}", flush=True)
-    found = picoseconds(files)
+        seconds = measure(files, options.rounds, threads)
+    block = HIDDEN * (2 * HIDDEN + 2 * HIDDEN * KV_HEADS // HEADS + 3 * MLP)  # weights
+    found = {kind: 1e12 * statistics.median(each) / (DEPTHS[1] - DEPTHS[0]) / block for kind, each in seconds.items()}
     ranked = sorted(found.items(), key=lambda item: item[1])
     rows = [[kind, significant(time), significant(time / found["Q8_0"])] for kind, time in ranked]
     print(markdown_table(["type", "ps per weight", "of Q8_0"], rows))
     machine = f"{cpu_name()}, {threads} threads, {open_engine().version}"
-    print(f"\n{machine}, fastest of {options.rounds} rounds")
+    print(f"\n{machine}, median of {options.rounds} rounds")
     if options.json:
         write_text(Path(options.json), json.dumps({"machine": machine, "picoseconds_per_weight": found}, indent=1))
     return 0

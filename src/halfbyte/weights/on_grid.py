@@ -1,7 +1,8 @@
-"""GPTQ on the grids of ggml types: the type's own scales, other codes.
+"""GPTQ on the grids of ggml types: scales of the least weighted error, then codes column by column with feedback.
 
-llama.cpp's quantiser chooses scales and rounds every weight on its own. Here its scales stay, so the bytes stay valid
-and as many, but the codes are chosen column by column with feedback (:mod:`halfbyte.weights.gptq`).
+llama.cpp's quantiser rounds every weight on its own. The bytes here are as many and as valid; types whose codes stand
+for several weights at once stay with llama.cpp's quantiser. See :mod:`halfbyte.weights.block_scales` and
+:mod:`halfbyte.weights.gptq`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from halfbyte.formats.ggml import decode_tensor, encode
 from halfbyte.formats.ggml_grid import GRIDS, grid_of, has_grid, with_codes
+from halfbyte.weights.block_scales import choose_rows
 from halfbyte.weights.gptq import Ordered, descended_codes, feedback_codes
 
 SWEEPS = 2  # of coordinate descent
@@ -44,20 +46,23 @@ class Job:
 def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered, *, feedback: bool) -> None:
     """Encode matrices that share their input, on its device.
 
-    Codes by GPTQ where the type has a grid whose codes can be chosen one by one, for rows whose output error it lowers;
-    else as llama.cpp chooses them.
+    Types with a grid, whose codes can be chosen one by one, get scales of their own, and codes by GPTQ in rows whose
+    output error that lowers.
 
     Args:
         importance: diagonal of the Hessian, ``[in]``.
         known: the Hessian and its factor.
-        feedback: otherwise all codes are as llama.cpp chooses them.
+        feedback: otherwise everything is as llama.cpp chooses it.
 
     Raises:
         HalfbyteError: what :func:`halfbyte.formats.ggml.encode` refuses.
     """
     for job in jobs:
-        rows = encode(job.weight, job.type, importance=importance, where=job.where)
-        job.rows = torch.from_numpy(rows.view(np.uint8)).to(job.weight.device)  # F16 comes as numbers
+        if feedback and has_grid(job.type):
+            job.rows = choose_rows(job.weight, job.type, importance, where=job.where)
+        else:
+            rows = encode(job.weight, job.type, importance=importance, where=job.where)
+            job.rows = torch.from_numpy(rows.view(np.uint8)).to(job.weight.device)  # F16 comes as numbers
         job.error = output_error(job.weight, job.rows, job.type, known)
     if not feedback:
         return

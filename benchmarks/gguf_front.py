@@ -50,6 +50,9 @@ from halfbyte.runtime.llamacpp import open_engine
 RECIPES = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M")
 REFERENCE, LLAMACPP, OURS = "reference", "llama.cpp", "halfbyte"
 CTX = 512  # tokens per window, as in agreement.py
+UPPER_RIGHT: dict[str, Any] = {"xytext": (5, 4), "ha": "left"}  # of a point, where its label goes
+UPPER_LEFT: dict[str, Any] = {"xytext": (-5, 4), "ha": "right"}
+LOWER_LEFT: dict[str, Any] = {"xytext": (-5, -4), "ha": "right", "va": "top"}
 PROMPT, GENERATED = 512, 64  # tokens that are timed
 
 
@@ -204,25 +207,31 @@ def plot(path: str | Path, rows: Sequence[dict[str, Any]], *, title: str) -> Non
         LLAMACPP: {"color": LINE_COLOURS[0], "marker": "x", "linestyle": "none"},
         OURS: {"color": SEARCH_COLOUR, "marker": "o", "linestyle": "--", "linewidth": 0.8},
     }
-    beside: dict[str, dict[str, Any]] = {  # labels of one maker to the upper right, of the other to the lower left
-        LLAMACPP: {"xytext": (5, 4), "ha": "left"},
-        OURS: {"xytext": (-5, -4), "ha": "right", "va": "top"},
-    }
     for maker, style in styles.items():
         points = sorted((row["bytes"] / 1e6, row["kld_mean"], row["label"]) for row in rows if row["maker"] == maker)
         if points:
             axes.plot([point[0] for point in points], [point[1] for point in points], label=maker, **style)
-        for size, loss, label in points:
-            place = {**beside[maker], "textcoords": "offset points", "fontsize": 8, "parse_math": False}
-            axes.annotate(label, (size, loss), color=style["color"], **place)
+        for at, (size, loss, label) in enumerate(points):
+            place = UPPER_RIGHT if maker == LLAMACPP else LOWER_LEFT
+            if at and _meet(points[at - 1], points[at]):
+                place = UPPER_RIGHT
+            elif at + 1 < len(points) and _meet(points[at], points[at + 1]):
+                place = UPPER_LEFT if maker == LLAMACPP else LOWER_LEFT
+            text = {**place, "textcoords": "offset points", "fontsize": 8, "parse_math": False}
+            axes.annotate(label, (size, loss), color=style["color"], **text)
     axes.set_yscale("log")
-    axes.margins(x=0.12)
+    axes.margins(x=0.15)
     axes.set_xlabel("file size, MB")
     axes.set_ylabel("KL(F16 ‖ file), nats per token")
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False, fontsize=8)
     set_title(figure, title)
     save_figure(figure, path)
+
+
+def _meet(first: tuple[float, float, str], second: tuple[float, float, str]) -> bool:
+    """Whether labels beside these points (size, KL, label) would, on the same side."""
+    return second[0] < 1.06 * first[0] and 1 / 1.2 < second[1] / first[1] < 1.2
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ import torch
 from halfbyte import cli
 from halfbyte.export.plan_file import load_plan
 from halfbyte.formats.ggml import QUANTISED, decode_tensor, row_bytes
+from halfbyte.formats.ggml_grid import GRIDS
 from halfbyte.kernels.activations import fake_quantise_rows
 from halfbyte.kernels.choice import forced
 from halfbyte.kernels.codes import decode_packed
@@ -25,6 +26,7 @@ from halfbyte.progress import silent
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference
 from halfbyte.stages import Stages
+from halfbyte.weights.block_scales import choose_rows
 from halfbyte.weights.gptq import Ordered, improve_codes, output_error, round_with_feedback
 from halfbyte.weights.rtn import round_to_nearest
 from halfbyte.weights.scales import searched_scales
@@ -160,6 +162,15 @@ def test_rows_are_decoded_alike_without_waiting(type_name):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(found.cpu().nan_to_num(), expected.nan_to_num())
+
+
+@pytest.mark.parametrize("type_name", GRIDS)
+def test_scales_of_types_are_as_good(type_name):
+    generator = torch.Generator().manual_seed(0)
+    weight, cost = torch.randn(64, 2048, generator=generator), torch.rand(2048, generator=generator)
+    host, device = choose_rows(weight, type_name, cost), choose_rows(weight.cuda(), type_name, cost.cuda()).cpu()
+    missed = [(cost * (decode_tensor(rows, type_name) - weight).square()).sum() for rows in (host, device)]
+    assert float(missed[1] / missed[0]) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

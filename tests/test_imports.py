@@ -34,7 +34,7 @@ TIERS = [
         "type_search",
         "importance_file",
     ),
-    ("drawing", "cli"),
+    ("drawing", "commands", "cli"),
 ]
 TIER = {name: index for index, names in enumerate(TIERS) for name in names}
 # What a module really needs of a higher tier, and why it is right.

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from halfbyte import cli, type_search
+from halfbyte import cli, files, type_search
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.plan_file import load_plan
 from halfbyte.formats.imatrix import read_imatrix, write_imatrix
@@ -108,7 +108,7 @@ def test_a_front_is_a_plan_for_every_size(tiny_folder, here, capsys):
 
 
 @pytest.mark.parametrize("stopped_in", ["run_genetic", "validated"])
-def test_resumed_in_the_same_plan(stopped_in, tiny_folder, here, monkeypatch):
+def test_resumed_in_the_same_plan(stopped_in, tiny_folder, here, monkeypatch, capsys):
     folder = tiny_folder("qwen2")
     assert search(folder, *TYPES, "--output", "whole.json") == 0
 
@@ -119,7 +119,9 @@ def test_resumed_in_the_same_plan(stopped_in, tiny_folder, here, monkeypatch):
         patch.setattr(type_search, stopped_in, interrupt)
         assert search(folder, *TYPES, "--output", "stopped.json") == 2
     assert search(folder, *TYPES, "--output", "stopped.json") == 2  # an interrupted search is waiting
-    assert search(folder, *TYPES, "--output", "stopped.json", "--resume") == 0
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: files.shutil._ntuple_diskusage(1, 1, 1000))
+    fails(capsys, search(folder, *TYPES, "--output", "other.json"), match="disk is too small")
+    assert search(folder, *TYPES, "--output", "stopped.json", "--resume") == 0  # what is there needs no more room
     whole, stopped = load_plan("whole.json"), load_plan("stopped.json")
     assert whole.hash == stopped.hash
     assert whole.file == stopped.file

@@ -99,7 +99,8 @@ class TypeSearch:
         self.transforms = chosen
         recipe = Recipe(chosen, options.weights, group_size=GROUP_SIZE, scale_bits=8)
         head = linear(source.model, source.family.head).weight  # that the reference was made with
-        check_space(stages.candidates, sum(menu.nbytes(kind) for menu in menus for kind in menu.types))
+        there = sum(path.stat().st_size for path in part_files(stages.candidates, menus) if path.exists())
+        check_space(stages.candidates, sum(menu.nbytes(kind) for menu in menus for kind in menu.types) - there)
         stages.candidates.mkdir(parents=True, exist_ok=True)
 
         def encode() -> Candidates:

@@ -204,6 +204,20 @@ def decode_tensor(blocks: torch.Tensor, type_name: str, dtype: torch.dtype = tor
     return out
 
 
+def check_largest(largest: float, type_name: str, where: object) -> None:
+    """Refuse values of which ``largest`` has the largest size, where a type cannot hold that, or it is NaN.
+
+    Raises:
+        HalfbyteError: it is beyond fp16, which holds the scales of quantised types, or beyond the type itself.
+    """
+    limit = float(np.finfo(np.float32).max) if type_name in ("F32", "BF16") else FP16_MAX
+    if not largest <= limit:  # also true for NaN
+        raise HalfbyteError(
+            f"values do not fit {type_name}", where=where, expected=f"|w| up to {limit:g}", got=f"{largest:g}",
+            fix="choose BF16 or F32 for it, or check the checkpoint",
+        )  # fmt: skip
+
+
 def check_rows(blocks: torch.Tensor, type_name: str, block_bytes: int) -> None:
     """Refuse a tensor that is not uint8 ``[rows, blocks * block_bytes]``.
 
@@ -234,13 +248,7 @@ def _decode_rows(blocks: torch.Tensor, type_name: str) -> torch.Tensor:
 def _checked(values: torch.Tensor, type_name: str, where: object) -> Array:
     """``values`` as fp32 in main memory, if the type can hold them."""
     array = values.detach().to("cpu", torch.float32).contiguous().numpy()
-    largest = float(np.abs(array).max(initial=0.0))
-    limit = float(np.finfo(np.float32).max) if type_name in ("F32", "BF16") else FP16_MAX
-    if not largest <= limit:  # also true for NaN
-        raise HalfbyteError(
-            f"values do not fit {type_name}", where=where, expected=f"|w| up to {limit:g}", got=f"{largest:g}",
-            fix="choose BF16 or F32 for it, or check the checkpoint",
-        )  # fmt: skip
+    check_largest(float(np.abs(array).max(initial=0.0)), type_name, where)
     return array
 
 

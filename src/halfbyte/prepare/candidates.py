@@ -17,7 +17,6 @@ from torch import nn
 from halfbyte.calibration.twins import TwinStep, walk_twins
 from halfbyte.files import write_text
 from halfbyte.formats.encoded import Encoded, save_encoded
-from halfbyte.formats.ggml import decode_tensor
 from halfbyte.formats.int_group import check_finite
 from halfbyte.models.archs import Family
 from halfbyte.models.loading import SourceModel
@@ -112,7 +111,7 @@ def encode_candidates_(
     outside = [menu for menu in menus if menu.block == OUTSIDE]
     if not all((folder / f"{menu.name}.json").exists() for menu in outside):
         unturned = {} if "r1" in recipe.transforms else given or {}
-        _encode_top(source, outside, last, unturned, folder, device, feedback=recipe.quantiser.looks_at_inputs)
+        _encode_top(source, outside, last, unturned, folder, device, plain=not recipe.quantiser.looks_at_inputs)
     for menu in outside:
         made.add(folder, menu.name)
     report(Progress(STAGE, 1, 1, f"{len(menus)} matrices, {sum(len(menu.types) for menu in menus)} candidates"))
@@ -178,7 +177,7 @@ def _encode_block(
         known, importance = hessian_of(step.seen.pop(group[0]), name, weights[0].device)
         jobs = [Job(weight, kind, menu.name) for menu, weight in zip(own, weights, strict=True) for kind in menu.types]
         importance = given.get(own[0].name, importance)
-        encode_(jobs, importance, known, feedback=recipe.quantiser.looks_at_inputs)
+        encode_(jobs, importance, known, plain=not recipe.quantiser.looks_at_inputs)
         for job in jobs:
             rows[job.where, job.type] = job.rows.cpu()
             errors.setdefault(job.where, {})[job.type] = float(job.error.sum())
@@ -193,7 +192,7 @@ def _encode_block(
 
 def _encode_top(
     source: SourceModel, menus: Sequence[TensorMenu], hidden: Sequence[torch.Tensor],
-    given: Mapping[str, torch.Tensor], folder: Path, device: torch.device, *, feedback: bool,
+    given: Mapping[str, torch.Tensor], folder: Path, device: torch.device, *, plain: bool,
 ) -> None:  # fmt: skip
     """Embedding and output head; a head that is tied is the embedding, and encoded for what it reads."""
     model, family = source.model, source.family
@@ -213,10 +212,8 @@ def _encode_top(
         start = 0
         for weight in linear(model, menu.name).weight.split(TOP_ROWS):
             jobs = [Job(weight.to(device).float(), kind, menu.name) for kind in menu.types]
-            encode_(jobs, columns, known, feedback=is_read and feedback)
+            encode_(jobs, columns, known if is_read else None, plain=plain)
             for job in jobs:
-                if not is_read:
-                    job.error = (decode_tensor(job.rows, job.type) - job.weight).square().sum(-1)
                 rows[menu.name, job.type][start : start + len(weight)] = job.rows.cpu()
                 totals[job.type] += float(job.error.sum())
             start += len(weight)

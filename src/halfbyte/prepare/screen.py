@@ -158,7 +158,7 @@ def _round_(step: TwinStep, source: SourceModel, types: Mapping[str, str], recip
             if weight is None:
                 known = known or hessian_of(seen, name, device)
                 job = Job(layer.weight.float(), types[name], name)
-                encode_([job], known[1], known[0], feedback=recipe.quantiser.looks_at_inputs)
+                encode_([job], known[1], known[0], plain=not recipe.quantiser.looks_at_inputs)
                 weight = decode_tensor(job.rows, job.type, source.dtype)
                 rounded.add(part, matrix, weight)
             with torch.no_grad():

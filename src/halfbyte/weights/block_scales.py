@@ -14,16 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.formats.ggml import FP16_MAX, row_bytes
+from halfbyte.formats.ggml import FP16_MAX, check_largest, row_bytes
 from halfbyte.formats.ggml_grid import GRIDS, Grid, with_codes
 from halfbyte.formats.ggml_scales import ONE, SCALINGS, Multiples, Scaling, blocks_with
 
 TOGETHER = 1 << 23  # weights whose scales are searched at once: about 400 MB of intermediates
 BEYOND = torch.linspace(-0.9, 2.4, 12).tolist()  # levels that a tried range has more than the type: it cuts peaks off
-UNITS = torch.linspace(
-    0.95, 1.35, 48
-).tolist()  # times the unit that just reaches the largest step: it need not be near
+UNITS = torch.linspace(0.95, 1.35, 48).tolist()  # times the unit that just reaches the largest of a block's steps
 AGAIN = 2  # how often codes and scales are fitted to each other after that
 FLOOR = 2.0**-31  # of the largest importance
 
@@ -42,12 +39,7 @@ def choose_rows(weight: Tensor, type_name: str, importance: Tensor, *, where: ob
     Raises:
         HalfbyteError: weights that are not finite or beyond fp16.
     """
-    largest = float(weight.abs().amax()) if weight.numel() else 0.0
-    if not largest <= FP16_MAX:  # also true for NaN
-        raise HalfbyteError(
-            f"values do not fit {type_name}", where=where, expected=f"|w| up to {FP16_MAX:g}", got=f"{largest:g}",
-            fix="choose BF16 or F32 for it, or check the checkpoint",
-        )  # fmt: skip
+    check_largest(float(weight.abs().amax()) if weight.numel() else 0.0, type_name, where)
     cost = importance.float().clamp_min(max(float(importance.max()), 1e-30) * FLOOR)
     cost = cost / cost.mean()
     step = max(1, TOGETHER // weight.shape[1])

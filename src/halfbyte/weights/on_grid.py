@@ -43,7 +43,7 @@ class Job:
     error: torch.Tensor = field(init=False)
 
 
-def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered, *, feedback: bool) -> None:
+def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered | None, *, plain: bool) -> None:
     """Encode matrices that share their input, on its device.
 
     Types with a grid, whose codes can be chosen one by one, get scales of their own, and codes by GPTQ in rows whose
@@ -51,20 +51,20 @@ def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered, *, fe
 
     Args:
         importance: diagonal of the Hessian, ``[in]``.
-        known: the Hessian and its factor.
-        feedback: otherwise everything is as llama.cpp chooses it.
+        known: the Hessian and its factor; None for a matrix that is looked up, whose errors are then squared errors.
+        plain: everything is as llama.cpp chooses it.
 
     Raises:
         HalfbyteError: what :func:`halfbyte.formats.ggml.encode` refuses.
     """
     for job in jobs:
-        if feedback and has_grid(job.type):
+        if has_grid(job.type) and not plain:
             job.rows = choose_rows(job.weight, job.type, importance, where=job.where)
         else:
             rows = encode(job.weight, job.type, importance=importance, where=job.where)
             job.rows = torch.from_numpy(rows.view(np.uint8)).to(job.weight.device)  # F16 comes as numbers
         job.error = output_error(job.weight, job.rows, job.type, known)
-    if not feedback:
+    if plain or known is None:
         return
     even = [job for job in jobs if has_grid(job.type) and GRIDS[job.type].table is None and GRIDS[job.type].bits < FINE]
     for batch in _batches(even):
@@ -74,9 +74,10 @@ def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered, *, fe
             _choose_codes_(batch, known, table)
 
 
-def output_error(weight: torch.Tensor, rows: torch.Tensor, type_name: str, known: Ordered) -> torch.Tensor:
-    """``(ŵ − w) H (ŵ − w)ᵀ`` of each row, ``[out]``, H without what was added to its diagonal."""
-    return known.squares(decode_tensor(rows, type_name) - weight)
+def output_error(weight: torch.Tensor, rows: torch.Tensor, type_name: str, known: Ordered | None) -> torch.Tensor:
+    """``(ŵ − w) H (ŵ − w)ᵀ`` of each row, ``[out]``, H without what was added to its diagonal; None is the identity."""
+    error = decode_tensor(rows, type_name) - weight
+    return error.square().sum(-1) if known is None else known.squares(error)
 
 
 def _batches(jobs: Sequence[Job]) -> list[list[Job]]:

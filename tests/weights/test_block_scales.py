@@ -127,7 +127,7 @@ def test_unit_and_dead_channels_of_importance_do_not_matter():
 def test_rows_do_not_depend_on_their_company(monkeypatch):
     weight, cost = weights("heavy tails"), importances("uneven")
     whole = {name: choose_rows(weight, name, cost) for name in ("Q4_K", "Q5_0", "IQ4_XS")}
-    monkeypatch.setattr(block_scales, "TOGETHER", 768 * 5)
+    monkeypatch.setattr(block_scales, "ON_CPU", 768 * 5)
     assert all(torch.equal(choose_rows(weight, name, cost), rows) for name, rows in whole.items())
 
 

@@ -18,7 +18,7 @@ from halfbyte.formats.ggml import FP16_MAX, check_largest, row_bytes
 from halfbyte.formats.ggml_grid import GRIDS, Grid, with_codes
 from halfbyte.formats.ggml_scales import ONE, SCALINGS, Multiples, Scaling, blocks_with
 
-TOGETHER = 1 << 23  # weights whose scales are searched at once: about 400 MB of intermediates
+TOGETHER, ON_CPU = 1 << 23, 1 << 18  # weights whose scales are searched at once: 270 MB on a GPU; what caches hold
 BEYOND = torch.linspace(-0.9, 2.4, 12).tolist()  # levels that a tried range has more than the type: it cuts peaks off
 UNITS = torch.linspace(0.95, 1.35, 48).tolist()  # times the unit that just reaches the largest of a block's steps
 AGAIN = 2  # how often codes and scales are fitted to each other after that
@@ -42,7 +42,7 @@ def choose_rows(weight: Tensor, type_name: str, importance: Tensor, *, where: ob
     check_largest(float(weight.abs().amax()) if weight.numel() else 0.0, type_name, where)
     cost = importance.float().clamp_min(max(float(importance.max()), 1e-30) * FLOOR)
     cost = cost / cost.mean()
-    step = max(1, TOGETHER // weight.shape[1])
+    step = max(1, (ON_CPU if weight.device.type == "cpu" else TOGETHER) // weight.shape[1])
     parts = [_rows(part, GRIDS[type_name], cost) for part in weight.split(step)]
     return torch.cat(parts)
 

@@ -65,7 +65,8 @@ def blocks_with(type_name: str, steps: Multiples, minima: Multiples | None) -> T
     if minima is None or known.minimum_at is None:
         others = numbers
     else:
-        _write_fp16_(blocks, known.minimum_at, minima.unit if known.write else -minima.unit)
+        held = minima.unit if known.write else -minima.unit  # Q4_1 and Q5_1 hold the lowest value itself
+        _write_fp16_(blocks, known.minimum_at, held)
         others = minima.numbers.to(torch.uint8)
     if known.write is not None:
         known.write(blocks, numbers, others)

@@ -50,9 +50,13 @@ from halfbyte.search.evolution import Evolution, EvolutionSettings
 from halfbyte.search.fitness import KLFitness, stages_of
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
 from halfbyte.search.problem import Genome, Problem
+from halfbyte.search.racing import choose
 from halfbyte.search.reference import Reference, reference
+from halfbyte.search.sensitivity import unit_errors
 
 POPULATION = 30
+FINALISTS = 6
+TWO_RUNGS = "plain genetic, two rungs, then validation"
 
 
 def parse() -> argparse.Namespace:
@@ -140,6 +144,9 @@ class Bench:
             "KL knapsack": (starts["knapsack"], len(self.units) / 2 / options.evaluations),
         }
 
+        fisher = np.array([errors[4] - errors[8] for errors in unit_errors(self.units, self.rows, "fisher")])
+        both = np.array(gains) / np.sum(gains) + fisher / fisher.sum()
+        found["KL + Fisher knapsack"] = problem.fill(problem.knapsack(both.tolist())), found["KL knapsack"][1]
         draws = [random_genome(problem, rng) for _ in range(options.evaluations)]
         found["random"] = min(draws, key=evaluator.score), 1.0
         seeds = list(starts.values())
@@ -153,6 +160,10 @@ class Bench:
                 problem, replace(settings, model_share=0.0), np.random.default_rng(seed), seeds
             ),
         }
+        plain = replace(settings, model_share=0.0)
+        for name in ("plain genetic, then validation", TWO_RUNGS):
+            runs[name] = GeneticAlgorithm(problem, plain, np.random.default_rng(seed), seeds)
+        two_rungs = KLFitness(evaluator, (max(1, evaluator.windows // 4), evaluator.windows))
         if budget in options.whole:
             runs["search, whole texts"] = GeneticAlgorithm(problem, settings, np.random.default_rng(seed), seeds)
         runs["search"] = GeneticAlgorithm(problem, settings, np.random.default_rng(seed), seeds)
@@ -161,17 +172,30 @@ class Bench:
             before = evaluator.tokens_run
             while not algorithm.done:
                 genomes = algorithm.ask()
-                if name == "search":
+                if name in ("search", TWO_RUNGS):
                     incumbent = algorithm.best[0] if algorithm.history else None
-                    algorithm.tell(*fitness.scores(genomes, incumbent, algorithm.complete))
+                    scored = fitness if name == "search" else two_rungs
+                    algorithm.tell(*scored.scores(genomes, incumbent, algorithm.complete))
                 else:
                     algorithm.tell({genome: evaluator.score(genome) for genome in genomes})
             share = (evaluator.tokens_run - before) / (options.evaluations * evaluator.windows * evaluator.length)
             best = algorithm.best[0]
+            if "genetic" in name and "validation" in name:
+                ranked = sorted(algorithm.scores, key=lambda genome: (algorithm.scores[genome], genome))
+                best = _by_validation([*seeds, *ranked[:FINALISTS]], evaluator, judge)
             if name.startswith("search"):
                 best = validated(seeds, algorithm, evaluator, judge).winner
             found[name] = best, share
+        by_validation = _by_validation(list(starts.values()), evaluator, judge)
+        found["best start, by validation text"] = by_validation, len(self.units) / 2 / options.evaluations
         return found
+
+
+def _by_validation(genomes: list[Genome], evaluator: KLEvaluator, judge: KLEvaluator) -> Genome:
+    """The genome that other text than the search's chooses."""
+    unique = list(dict.fromkeys(genomes))
+    unseen, seen = (dict(zip(unique, text.losses(unique), strict=True)) for text in (judge, evaluator))
+    return choose(unseen, seen).winner
 
 
 def main() -> int:

@@ -22,17 +22,15 @@ import torch
 
 from halfbyte.calibration.text import load_text
 from halfbyte.calibration.windows import cut, first_scored
-from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits
-from halfbyte.evaluate.sampling import windows_for
-from halfbyte.files import check_output, write_text
-from halfbyte.models.device import device_name, resolve_device
+from halfbyte.core.device import device_name, resolve_device
+from halfbyte.core.files import check_output, write_text
+from halfbyte.core.progress import silent
+from halfbyte.evaluate.quality import LogitsFile, Quality, live, measure, model_logits, windows_for
 from halfbyte.models.loading import find, layers_of, load, units_of
 from halfbyte.models.modules import is_tied, vocabulary
-from halfbyte.models.surgery import set_activation_bits_
-from halfbyte.numerics.metrics import Quality
 from halfbyte.prepare.recipe import TARGETS, Recipe
 from halfbyte.prepare.walk import prepare_
-from halfbyte.progress import silent
+from halfbyte.quant.quant_linear import set_activation_bits_
 from halfbyte.report.tables import Cell, markdown_table, significant
 from halfbyte.search.baselines import knapsack_genome
 from halfbyte.search.evaluator import KLEvaluator
@@ -107,10 +105,15 @@ class Bench:
         self.kept.write(self.windows, model_logits(source.model), silent, "reference")
         self.original = measure(self.windows, iter(self.kept))
         self.made_by = {
-            "model": options.model, "fingerprint": source.fingerprint, "text": self.text.record(),
-            "calib_tokens": self.calib.numel(), "search_tokens": self.search.numel(),
-            "scored_tokens": self.original.tokens, "ppl": self.original.ppl, "device": device_name(self.device),
-        }  # fmt: skip
+            "model": options.model,
+            "fingerprint": source.fingerprint,
+            "text": self.text.record(),
+            "calib_tokens": self.calib.numel(),
+            "search_tokens": self.search.numel(),
+            "scored_tokens": self.original.tokens,
+            "ppl": self.original.ppl,
+            "device": device_name(self.device),
+        }
 
     def _load(self) -> Any:
         return load(find(self.options.model), device=torch.device("cpu"), dtype=torch.float32)
@@ -157,7 +160,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     headers = ["recipe", "time", *(f"{column}: KL, top-1, ppl" for column in COLUMNS)]
     cells: list[list[Cell]] = [
         [
-            row["recipe"], f"{row['seconds']:.0f} s",
+            row["recipe"],
+            f"{row['seconds']:.0f} s",
             *(
                 f"{significant(row[column]['kld_mean'])}, {100 * row[column]['top1_agreement']:.1f}%, "
                 f"{significant(row[column]['ppl'], 4)}"
@@ -165,7 +169,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             ),
         ]
         for row in rows
-    ]  # fmt: skip
+    ]
     return markdown_table(headers, cells)
 
 

@@ -17,10 +17,10 @@ from typing import Any
 
 from halfbyte.calibration.text import pydoc_text
 from halfbyte.calibration.windows import first_scored
+from halfbyte.core.environment import cores, cpu_name
+from halfbyte.core.progress import silent
 from halfbyte.evaluate.quality import LogitsFile, measure
 from halfbyte.evaluate.worker import run_worker
-from halfbyte.host import cores, cpu_name
-from halfbyte.progress import silent
 from halfbyte.report.tables import markdown_table, significant
 
 PATTERNS = {
@@ -52,10 +52,18 @@ def by_tool(tool: str, path: str, text: Path, base: Path, chunks: int, *, is_ref
 def by_us(path: str, text: Path, folder: Path, chunks: int) -> dict[str, Any]:
     """Logits of one file by our worker."""
     request = {
-        "path": path, "engine": "xllamacpp", "threads": 0, "ctx": 512, "chunks": chunks, "text_file": str(text),
-        "text_name": "text", "logits_file": str(folder / f"{Path(path).stem}.logits"), "prompt": "", "max_tokens": 0,
+        "path": path,
+        "engine": "xllamacpp",
+        "threads": 0,
+        "ctx": 512,
+        "chunks": chunks,
+        "text_file": str(text),
+        "text_name": "text",
+        "logits_file": str(folder / f"{Path(path).stem}.logits"),
+        "prompt": "",
+        "max_tokens": 0,
         "stage": "ours",
-    }  # fmt: skip
+    }
     return {**run_worker("halfbyte.evaluate.measure_gguf", request, silent), "logits_file": request["logits_file"]}
 
 

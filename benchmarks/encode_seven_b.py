@@ -22,14 +22,14 @@ import torch
 from seven_b_shape import write_model
 from transformers.utils.logging import disable_progress_bar
 
-from halfbyte.drawing import Drawing
-from halfbyte.errors import HalfbyteError
-from halfbyte.export.gguf import write_gguf
-from halfbyte.files import write_text
-from halfbyte.host import cores, cpu_name
+from halfbyte.core.environment import cores, cpu_name
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import write_text
 from halfbyte.models.loading import find, load
 from halfbyte.prepare.menus import menus_of
 from halfbyte.prepare.size import recipe_types
+from halfbyte.report.terminal import Drawing
+from halfbyte.targets.gguf_file import write_gguf
 
 
 class MemoryWatch:
@@ -78,10 +78,15 @@ def main() -> int:
     draw.finish()
     weights = sum(menu.rows * menu.columns for menu in menus)
     found = {
-        "machine": f"{cpu_name()}, {cores()} cores", "blocks": source.config.num_hidden_layers, "weights": weights,
-        "types": options.like, "bytes": sum(row.nbytes for row in rows), "seconds": seconds,
-        "peak_own_memory": memory.own, "peak_mapped_memory": memory.mapped,
-    }  # fmt: skip
+        "machine": f"{cpu_name()}, {cores()} cores",
+        "blocks": source.config.num_hidden_layers,
+        "weights": weights,
+        "types": options.like,
+        "bytes": sum(row.nbytes for row in rows),
+        "seconds": seconds,
+        "peak_own_memory": memory.own,
+        "peak_mapped_memory": memory.mapped,
+    }
     path.unlink()
     print(
         f"{found['machine']}: {weights / 1e9:.2f} billion weights in {found['blocks']} blocks as {options.like}, "

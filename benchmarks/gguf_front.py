@@ -30,22 +30,22 @@ from agreement import by_tool, by_us
 from matplotlib.figure import Figure
 from transformers.utils.logging import disable_progress_bar
 
-from halfbyte.calibration.importance import matrices, measure_importance
+from halfbyte.calibration.imatrix import matrices, measure_importance
+from halfbyte.calibration.imatrix_file import check_for, read_imatrix, write_imatrix
 from halfbyte.calibration.text import Text, load_text
 from halfbyte.calibration.windows import cut, first_scored
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.environment import cores, cpu_name
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import check_output, write_text
+from halfbyte.engines.llamacpp import open_engine
 from halfbyte.evaluate.quality import LogitsFile, measure
-from halfbyte.export.gguf import write_gguf
-from halfbyte.exporting import export_gguf
-from halfbyte.files import check_output, write_text
-from halfbyte.formats.imatrix import check_for, read_imatrix, write_imatrix
-from halfbyte.host import cores, cpu_name
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.options import ExportOptions
 from halfbyte.report.plots import DOTS_PER_INCH, LINE_COLOURS, SEARCH_COLOUR, save_figure, set_title
 from halfbyte.report.tables import Cell, format_bytes, markdown_table, significant
 from halfbyte.results import FRONT_TYPES
-from halfbyte.runtime.llamacpp import open_engine
+from halfbyte.targets.gguf_export import export_gguf
+from halfbyte.targets.gguf_file import write_gguf
 
 RECIPES = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M")
 REFERENCE, LLAMACPP, OURS = "reference", "llama.cpp", "halfbyte"
@@ -141,7 +141,7 @@ class Ruler:
             by_tool(tool, str(reference), self.text, self._base, chunks, is_reference=True)
 
     def quality(self, path: Path) -> dict[str, Any]:
-        """Fields of :class:`halfbyte.numerics.metrics.Quality`, ``bytes``, ``peak_memory``, ``engine`` and ``tool``."""
+        """Fields of :class:`halfbyte.evaluate.quality.Quality`, ``bytes``, ``peak_memory``, ``engine`` and ``tool``."""
         is_reference = path == self.reference
         run = self._reference if is_reference else by_us(str(path), self.text, self._folder("candidate"), self.chunks)
         ours, theirs = self._logits(run), self._logits(self._reference)
@@ -246,10 +246,16 @@ def main() -> int:
     reference = reference_file(folder, source)
     importance = importance_file(folder, source, text, options.calib_tokens)
     made_by = {
-        "model": options.model, "fingerprint": source.fingerprint, "text": text.record(), "ctx": CTX,
-        "calib_tokens": read_imatrix(importance).tokens, "chunks": options.chunks, "speed_rounds": options.rounds,
-        "machine": f"{cpu_name()}, {cores()} cores", "engine": open_engine().version,
-    }  # fmt: skip
+        "model": options.model,
+        "fingerprint": source.fingerprint,
+        "text": text.record(),
+        "ctx": CTX,
+        "calib_tokens": read_imatrix(importance).tokens,
+        "chunks": options.chunks,
+        "speed_rounds": options.rounds,
+        "machine": f"{cpu_name()}, {cores()} cores",
+        "engine": open_engine().version,
+    }
     del source
     candidates = [reference, *recipe_files(folder, reference.path, importance, options.recipes)]
     candidates += our_files(folder, options.plan) if options.plan else []

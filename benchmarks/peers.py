@@ -28,10 +28,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from halfbyte.calibration.text import load_text
 from halfbyte.calibration.windows import cut
-from halfbyte.errors import HalfbyteError
-from halfbyte.evaluate.sampling import windows_for
-from halfbyte.files import check_output, write_text
-from halfbyte.host import cores, cpu_name
+from halfbyte.core.environment import cores, cpu_name
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import check_output, write_text
+from halfbyte.evaluate.quality import windows_for
 from halfbyte.models.loading import find, load
 from halfbyte.report.tables import Cell, format_bytes, format_seconds, markdown_table, significant
 
@@ -154,12 +154,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     headers = ["tool", "recipe", "scheme", "time", "peak memory", "KL", "top-1", "ppl"]
     cells: list[list[Cell]] = [
         [
-            row["tool"], row["recipe"], row["scheme"], format_seconds(row["seconds"]), format_bytes(row["peak_memory"]),
+            row["tool"],
+            row["recipe"],
+            row["scheme"],
+            format_seconds(row["seconds"]),
+            format_bytes(row["peak_memory"]),
             f"{significant(row['kld_mean'])} ± {significant(row['kld_error'], 2)}",
-            f"{100 * row['top1_agreement']:.1f}%", significant(row["ppl"], 4),
+            f"{100 * row['top1_agreement']:.1f}%",
+            significant(row["ppl"], 4),
         ]
         for row in sorted(rows, key=lambda row: row["scheme"], reverse=True)
-    ]  # fmt: skip
+    ]
     return markdown_table(headers, cells)
 
 

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
+from halfbyte.core.device import made_with
+from halfbyte.core.environment import peak_process_memory
+from halfbyte.core.progress import silent
 from halfbyte.evaluate.quality import live, measure, model_logits
-from halfbyte.host import peak_process_memory
 from halfbyte.models.loading import find, load
-from halfbyte.models.surgery import set_activation_bits_
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import prepare_
-from halfbyte.progress import silent
-from halfbyte.provenance import made_with
+from halfbyte.quant.quant_linear import set_activation_bits_
 
 # Symmetric activations over a token's whole range, as serving engines compute them.
 RECIPES = {
@@ -40,7 +40,7 @@ def ours(folder: str, recipe: str, a_bits: int, calib: list[list[int]], evaluati
 
     Returns:
         ``seconds`` and ``peak_memory`` (resident bytes) of the quantisation, without evaluation; the fields of
-        :class:`halfbyte.numerics.metrics.Quality`; ``versions``.
+        :class:`halfbyte.evaluate.quality.Quality`; ``versions``.
     """
     where = torch.device("cpu")
     source = load(find(folder), device=where, dtype=torch.float32)

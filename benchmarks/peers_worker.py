@@ -31,10 +31,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
-from halfbyte.evaluate.quality import live, measure, model_logits
-from halfbyte.formats.int_group import fitting_group_size
-from halfbyte.host import peak_process_memory
-from halfbyte.numerics.metrics import kl_per_token
+from halfbyte.core.environment import peak_process_memory
+from halfbyte.evaluate.quality import kl_per_token, live, measure, model_logits
+from halfbyte.quant.int4 import fitting_group_size
 
 GROUP_SIZE, W_BITS, WEIGHT_ROWS_LOOKED_AT = 128, 4, 64
 PACKAGES = ("llmcompressor", "compressed-tensors", "transformers", "torch", "numpy")

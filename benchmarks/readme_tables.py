@@ -33,12 +33,21 @@ def comparison(rows: list[dict[str, Any]]) -> str:
     table = []
     for row in rows:
         measured, quality = row["measured"], row["quality"]
-        table.append([
-            row["name"], row["engine"], format_bytes(measured["bytes"]), format_seconds(measured["load_seconds"]),
-            significant(measured["prompt_tokens_per_second"]), significant(measured["generation_tokens_per_second"]),
-            format_ratio(row["speed_up"]), format_bytes(measured["peak_memory"]), significant(quality["ppl"], 4),
-            significant(quality["kld_mean"]), percent(quality["top1_agreement"]),
-        ])  # fmt: skip
+        table.append(
+            [
+                row["name"],
+                row["engine"],
+                format_bytes(measured["bytes"]),
+                format_seconds(measured["load_seconds"]),
+                significant(measured["prompt_tokens_per_second"]),
+                significant(measured["generation_tokens_per_second"]),
+                format_ratio(row["speed_up"]),
+                format_bytes(measured["peak_memory"]),
+                significant(quality["ppl"], 4),
+                significant(quality["kld_mean"]),
+                percent(quality["top1_agreement"]),
+            ]
+        )
     return markdown_table([*headers, "same top"], table)
 
 
@@ -55,9 +64,13 @@ def simulation(rows: list[dict[str, Any]]) -> str:
 def main(folder: Path) -> int:
     """Replace what stands between the markers."""
     kinds = {
-        "comparison": comparison, "simulation": simulation, "accuracy": accuracy.table, "peers": peers.table,
-        "search": search_quality.table, "front": gguf_front.table,
-    }  # fmt: skip
+        "comparison": comparison,
+        "simulation": simulation,
+        "accuracy": accuracy.table,
+        "peers": peers.table,
+        "search": search_quality.table,
+        "front": gguf_front.table,
+    }
     tables = {
         name: make(json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["rows"])
         for name, make in kinds.items()

@@ -33,15 +33,15 @@ from halfbyte.allocation import starting_points, table_knapsack, validated
 from halfbyte.calibration.gradients import output_gradient_power
 from halfbyte.calibration.text import load_text
 from halfbyte.calibration.windows import cut
-from halfbyte.files import check_output, write_text
-from halfbyte.models.device import device_name, resolve_device, resolve_dtype
+from halfbyte.core.device import device_name, resolve_device, resolve_dtype
+from halfbyte.core.distributed import ALONE
+from halfbyte.core.files import check_output, write_text
+from halfbyte.core.progress import silent
 from halfbyte.models.loading import find, layers_of, load, units_of
 from halfbyte.options import SearchOptions
-from halfbyte.parallel import ALONE
 from halfbyte.pipeline import FISHER_WINDOWS
 from halfbyte.prepare.recipe import recipe_of
 from halfbyte.prepare.walk import prepare_
-from halfbyte.progress import silent
 from halfbyte.report.tables import Cell, markdown_table
 from halfbyte.search.asktell import AskTell
 from halfbyte.search.baselines import random_genome
@@ -207,9 +207,11 @@ def main() -> int:
     bench = Bench(options)
     kept = ("dtype", "evaluations", "seeds", "calib_tokens", "search_tokens", "eval_windows")
     made_by = {
-        "model": options.model, "device": device_name(bench.device), "text": bench.text.record(),
+        "model": options.model,
+        "device": device_name(bench.device),
+        "text": bench.text.record(),
         **{key: getattr(options, key) for key in kept},
-    }  # fmt: skip
+    }
     rows: dict[tuple[str, float], dict[str, Any]] = {}
     for seed in range(options.seeds):
         for budget, found in bench.repeat(seed):

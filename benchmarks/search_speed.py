@@ -29,14 +29,14 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from halfbyte.files import check_output, write_text
-from halfbyte.formats.int_group import PackedWeight
-from halfbyte.models.archs import Family, family_of
-from halfbyte.models.device import device_name, peak_memory
+from halfbyte.core.device import device_name, peak_memory
+from halfbyte.core.distributed import Group, joined
+from halfbyte.core.files import check_output, write_text
+from halfbyte.core.progress import silent
+from halfbyte.models.families import Family, family_of
 from halfbyte.models.loading import layers_of, units_of
-from halfbyte.models.surgery import InputScheme, SharedInput, replace_linear_, set_activation_bits_
-from halfbyte.parallel import Group, joined
-from halfbyte.progress import silent
+from halfbyte.quant.int4 import PackedWeight
+from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_activation_bits_
 from halfbyte.report.tables import markdown_table
 from halfbyte.search.baselines import knapsack_genome, random_genome
 from halfbyte.search.evaluator import KLEvaluator
@@ -71,10 +71,16 @@ def build(options: argparse.Namespace, device: torch.device, *, packed: bool) ->
     """The model with random codes on ``device``, block after block; packed leaves the embedding on the host."""
     heads = options.hidden // 128
     config = Qwen2Config(
-        hidden_size=options.hidden, intermediate_size=options.intermediate, num_hidden_layers=1,
-        num_attention_heads=heads, num_key_value_heads=max(1, heads // 7), vocab_size=options.vocab,
-        max_position_embeddings=32768, rms_norm_eps=1e-6, tie_word_embeddings=False,
-    )  # fmt: skip
+        hidden_size=options.hidden,
+        intermediate_size=options.intermediate,
+        num_hidden_layers=1,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 7),
+        vocab_size=options.vocab,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
@@ -176,17 +182,26 @@ def search(
         nonlocal evaluations
         with tempfile.TemporaryDirectory() as folder:
             algorithm = run_genetic(
-                problem, settings, seeds=[problem.fill(knapsack_genome(problem, gains))], seed=0, fitness=fitness,
-                state_file=Path(folder) / "state.json", resume=False, report=silent, group=group,
-            )  # fmt: skip
+                problem,
+                settings,
+                seeds=[problem.fill(knapsack_genome(problem, gains))],
+                seed=0,
+                fitness=fitness,
+                state_file=Path(folder) / "state.json",
+                resume=False,
+                report=silent,
+                group=group,
+            )
         evaluations = len(algorithm.scores)
 
     seconds = timed(device, run)
     whole = evaluations * evaluator.windows * evaluator.length
     return {
-        "sensitivity_seconds": sensitivity, "search_seconds": seconds, "evaluations": evaluations,
+        "sensitivity_seconds": sensitivity,
+        "search_seconds": seconds,
+        "evaluations": evaluations,
         "share_of_tokens": (evaluator.tokens_run - before) * group.size / whole,
-    }  # fmt: skip
+    }
 
 
 def main() -> int:
@@ -207,25 +222,49 @@ def main() -> int:
         if not group.first:
             return 0
         made_by = {
-            "device": device_name(device), "processes": group.size, "layers": options.layers,
-            "hidden": options.hidden, "tokens": options.windows * options.ctx, "torch": torch.__version__,
-        }  # fmt: skip
+            "device": device_name(device),
+            "processes": group.size,
+            "layers": options.layers,
+            "hidden": options.hidden,
+            "tokens": options.windows * options.ctx,
+            "torch": torch.__version__,
+        }
     backbone = next((row["backbone_tokens_per_second"] for row in rows if "backbone_tokens_per_second" in row), None)
     cells = [
         [
-            row["mode"], round(row["candidate_tokens_per_second"]),
+            row["mode"],
+            round(row["candidate_tokens_per_second"]),
             None if backbone is None else f"{row['candidate_tokens_per_second'] / backbone / group.size:.2f}",
-            row.get("sensitivity_seconds"), row.get("search_seconds"), row.get("evaluations"),
-            row.get("share_of_tokens"), f"{row['peak_memory'] / 1e9:.2f} GB", "yes" if row["pure"] else "NO",
+            row.get("sensitivity_seconds"),
+            row.get("search_seconds"),
+            row.get("evaluations"),
+            row.get("share_of_tokens"),
+            f"{row['peak_memory'] / 1e9:.2f} GB",
+            "yes" if row["pure"] else "NO",
         ]
         for row in rows
-    ]  # fmt: skip
-    print(f"\n{made_by['device']} × {group.size}, {options.layers} blocks of {options.hidden}"
-          + ("" if backbone is None else f", bf16 backbone {backbone:.0f} tokens/s") + "\n")  # fmt: skip
-    print(markdown_table(
-        ["weights", "candidate tokens/s", "of backbone", "units' KL (s)", "search (s)", "genomes", "share of tokens",
-         "peak memory", "pure"], cells,
-    ))  # fmt: skip
+    ]
+    print(
+        f"\n{made_by['device']} × {group.size}, {options.layers} blocks of {options.hidden}"
+        + ("" if backbone is None else f", bf16 backbone {backbone:.0f} tokens/s")
+        + "\n"
+    )
+    print(
+        markdown_table(
+            [
+                "weights",
+                "candidate tokens/s",
+                "of backbone",
+                "units' KL (s)",
+                "search (s)",
+                "genomes",
+                "share of tokens",
+                "peak memory",
+                "pure",
+            ],
+            cells,
+        )
+    )
     if options.json:
         write_text(options.json, json.dumps({"made_by": made_by, "rows": rows}, indent=1))
     return 0

@@ -16,8 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from halfbyte.serving.compare import ran_as
-from halfbyte.serving.twins import TWINS
+from halfbyte.targets.served.compare import ran_as
+from halfbyte.targets.served.twins import TWINS
 
 WORKER = Path(__file__).with_name("serve_worker.py")
 PROMPT = (

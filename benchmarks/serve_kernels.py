@@ -69,8 +69,11 @@ def main() -> None:
                 )
                 scheme = ct._get_scheme_from_parts(weights, inputs, format="pack-quantized")
                 row: dict[str, Any] = {
-                    "sm": capability, "group": group, "a_bits": bits, "scheme": type(scheme).__name__,
-                }  # fmt: skip
+                    "sm": capability,
+                    "group": group,
+                    "a_bits": bits,
+                    "scheme": type(scheme).__name__,
+                }
                 for backend in BACKENDS:
                     kernels._get_linear_backend = lambda quantization, backend=backend: backend
                     for shape in SHAPES:

@@ -23,7 +23,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from halfbyte.formats.ggml import QUANTISED, decode_tensor, row_bytes
+from halfbyte.quant.ggml.types import QUANTISED, decode_tensor, row_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,10 +31,16 @@ ROOT = Path(__file__).resolve().parent.parent
 def write_model(folder: Path, layers: int) -> None:
     """Save a random model of that shape and a small byte-level tokenizer."""
     config = Qwen2Config(
-        hidden_size=3584, intermediate_size=18944, num_hidden_layers=layers, num_attention_heads=28,
-        num_key_value_heads=4, vocab_size=152064, max_position_embeddings=32768, rms_norm_eps=1e-6,
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=layers,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152064,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="5GB")
@@ -104,9 +110,17 @@ def main() -> int:
     output = options.folder / "plan.pt"
     further = [flag for flag in further if flag != "--"]
     arguments = [
-        "--model_id", str(options.folder), "--output", str(output), "--calib", "pydoc", "--force",
-        "--json", str(options.folder / "result.json"), *further,
-    ]  # fmt: skip
+        "--model_id",
+        str(options.folder),
+        "--output",
+        str(output),
+        "--calib",
+        "pydoc",
+        "--force",
+        "--json",
+        str(options.folder / "result.json"),
+        *further,
+    ]
     started = time.monotonic()
     code = run_search(arguments, options.device_memory)
     if code == 0:

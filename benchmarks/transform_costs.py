@@ -7,9 +7,9 @@ Per unit: a rotation of n channels costs n times the sum of its factors, the low
 
 from __future__ import annotations
 
-from halfbyte.numerics.hadamard import factors
-from halfbyte.prepare.learned import rank_for
 from halfbyte.report.tables import format_bytes, markdown_table
+from halfbyte.transforms.hadamard import factors
+from halfbyte.transforms.learned import rank_for
 
 # blocks, hidden, intermediate, query and key/value heads, head_dim
 SHAPES = {"Qwen2.5-7B": (28, 3584, 18944, 28, 4, 128), "SmolLM2-135M": (30, 576, 1536, 9, 3, 64)}
@@ -20,8 +20,11 @@ def row(name: str) -> list[str]:
     blocks, hidden, intermediate, heads, kv_heads, head_dim = SHAPES[name]
     width = heads * head_dim
     units = [  # inputs, outputs
-        (hidden, (heads + 2 * kv_heads) * head_dim), (width, hidden), (hidden, 2 * intermediate), (intermediate, hidden)
-    ]  # fmt: skip
+        (hidden, (heads + 2 * kv_heads) * head_dim),
+        (width, hidden),
+        (hidden, 2 * intermediate),
+        (intermediate, hidden),
+    ]
     layers = sum(inputs * outputs for inputs, outputs in units)
     rotation = sum(inputs * sum(len(factor) for factor in factors(inputs)) for inputs, _ in units)
     ranks = [(inputs, rank_for(inputs)) for inputs, _ in units]
@@ -29,9 +32,11 @@ def row(name: str) -> list[str]:
     stored = blocks * 4 * sum(inputs * rank + rank**2 for inputs, rank in ranks)
     codes = blocks * layers * (4 + 16 / 128) / 8
     return [
-        name, f"{100 * rotation / layers:.1f} %", f"{100 * learned / layers:.1f} %",
+        name,
+        f"{100 * rotation / layers:.1f} %",
+        f"{100 * learned / layers:.1f} %",
         f"{format_bytes(round(stored))} beside {format_bytes(round(codes))}",
-    ]  # fmt: skip
+    ]
 
 
 if __name__ == "__main__":

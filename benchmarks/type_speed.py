@@ -25,16 +25,16 @@ from seven_b_shape import small_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.export.gguf import write_gguf
-from halfbyte.export.gguf_tensors import EncodedRows
-from halfbyte.files import write_text
-from halfbyte.formats.ggml import QUANTISED, encode
-from halfbyte.host import cores, cpu_name
+from halfbyte.core.environment import cores, cpu_name
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import write_text
+from halfbyte.engines.llamacpp import open_engine
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import linear
+from halfbyte.quant.ggml.types import QUANTISED, encode
 from halfbyte.report.tables import markdown_table, significant
-from halfbyte.runtime.llamacpp import open_engine
+from halfbyte.targets.gguf_file import write_gguf
+from halfbyte.targets.gguf_tensors import EncodedRows
 
 DEPTHS = (4, 16)  # blocks of the two models
 HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY = 768, 2048, 12, 4, 512  # rows of whole 256-blocks, for every type
@@ -45,9 +45,14 @@ KINDS = ("F16", *QUANTISED)
 def make_source(folder: Path, depth: int) -> SourceModel:
     """A random Llama of so many blocks."""
     config = LlamaConfig(
-        hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=depth, num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS, vocab_size=VOCABULARY, tie_word_embeddings=True,
-    )  # fmt: skip
+        hidden_size=HIDDEN,
+        intermediate_size=MLP,
+        num_hidden_layers=depth,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        vocab_size=VOCABULARY,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(folder)
     small_tokenizer(VOCABULARY).save_pretrained(folder)

@@ -30,12 +30,12 @@ from transformers.utils.logging import disable_progress_bar
 
 from halfbyte.calibration.text import load_text
 from halfbyte.calibration.windows import cut
-from halfbyte.errors import HalfbyteError
-from halfbyte.models.archs import Family
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.models.families import Family
 from halfbyte.models.loading import DTYPES, SourceModel, find, load
 from halfbyte.models.modules import blocks, head_dim, is_tied, linear
 from halfbyte.report.tables import significant
-from halfbyte.transforms.smoothquant import fold_scales_
+from halfbyte.transforms.smooth import fold_scales_
 
 SPREAD = 0.1  # standard deviation of the factors' logarithm
 TOLERANCE = 1e-4  # relative difference of logits

@@ -11,14 +11,13 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from halfbyte.formats.int_group import GroupedWeight
+from halfbyte.core.progress import silent
 from halfbyte.models.loading import SourceModel, find, load
-from halfbyte.models.surgery import set_activation_bits_
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import Prepared, prepare_
-from halfbyte.progress import silent
-from halfbyte.weights import QUANTISERS
-from halfbyte.weights.base import WeightQuantiser
+from halfbyte.quant.base import QUANTISERS, WeightQuantiser
+from halfbyte.quant.int4 import GroupedWeight
+from halfbyte.quant.quant_linear import set_activation_bits_
 from tests.tiny_models import MODELS, SIZE, hf_byte_level, hf_sentencepiece, randomise_
 
 LONGEST = ("test_demo.py", "test_parallel.py", "test_resume.py")  # files that start first where several processes share

@@ -29,9 +29,12 @@ class Checkpoint:
     """
 
     def __init__(
-        self, original: str | Path, group_size: int = 32, dtype: torch.dtype = torch.float16,
+        self,
+        original: str | Path,
+        group_size: int = 32,
+        dtype: torch.dtype = torch.float16,
         rest: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.original, self.group_size, self.dtype, self.rest = original, group_size, dtype, rest
         self.model = AutoModelForCausalLM.from_pretrained(original, dtype=torch.float32)
         self.codes: Tensors = {}
@@ -45,9 +48,15 @@ class Checkpoint:
         return self.codes[layer].float() * steps
 
     def write(
-        self, folder: Path, pack: Callable[[Checkpoint, str], Tensors], config: dict[str, Any], *,
-        change: Callable[[Tensors], None] = lambda _: None, old_config: bool = False, shards: int = 1,
-    ) -> Path:  # fmt: skip
+        self,
+        folder: Path,
+        pack: Callable[[Checkpoint, str], Tensors],
+        config: dict[str, Any],
+        *,
+        change: Callable[[Tensors], None] = lambda _: None,
+        old_config: bool = False,
+        shards: int = 1,
+    ) -> Path:
         """Write it; ``change`` edits the tensors first."""
         shutil.copytree(self.original, folder)
         for known in folder.glob("*.safetensors*"):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from halfbyte.formats.int_group import absmax_scales, encode_with_scales
+from halfbyte.quant.int4 import absmax_scales, encode_with_scales
 
 
 def pack_int32(codes: torch.Tensor) -> torch.Tensor:  # int8 [out, in] -> int32 [out, in / 8]

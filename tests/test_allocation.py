@@ -8,12 +8,26 @@ from pathlib import Path
 import pytest
 
 from halfbyte import cli
-from halfbyte.export.plan_file import load_plan
+from halfbyte.plan import load_plan
 
 QUICK = [
-    "--device", "cpu", "--calib", "pydoc", "--ctx", "64", "--calib_tokens", "128", "--search_tokens", "256",
-    "--weights", "rtn", "--ga_pop", "6", "--ga_gen", "5",
-]  # fmt: skip
+    "--device",
+    "cpu",
+    "--calib",
+    "pydoc",
+    "--ctx",
+    "64",
+    "--calib_tokens",
+    "128",
+    "--search_tokens",
+    "256",
+    "--weights",
+    "rtn",
+    "--ga_pop",
+    "6",
+    "--ga_gen",
+    "5",
+]
 
 
 @pytest.fixture
@@ -46,9 +60,18 @@ def test_loss_gradients_from_packed_codes(search):
 def test_other_text_decides(search, capsys):
     assert search("qwen2", "--granularity", "layer", "--output", "plan.json") == 0
     about = load_plan("plan.json").search
-    assert about["scores"].keys() == about["validation"].keys() == {
-        "all A8", "all A4", "rule", "knapsack", "Fisher knapsack", "plan",
-    }  # fmt: skip
+    assert (
+        about["scores"].keys()
+        == about["validation"].keys()
+        == {
+            "all A8",
+            "all A4",
+            "rule",
+            "knapsack",
+            "Fisher knapsack",
+            "plan",
+        }
+    )
     assert about["validation"]["plan"] <= max(about["validation"]["knapsack"], about["validation"]["rule"])
     assert about["validation"] != about["scores"]
     assert 1 <= about["ties"] <= about["finalists"]

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from halfbyte import allocation, cli
-from halfbyte.export.plan_file import codes_path, load_codes, load_plan
 from halfbyte.options import CompareOptions, EvalOptions, ExportOptions, SearchOptions, SimulateOptions
+from halfbyte.plan import codes_path, load_codes, load_plan
 from tests.command_line import CODES, EVAL, GA, QUICK, ROOT, changed, fails, search
 
 
@@ -70,8 +70,8 @@ def test_simulated_weights_are_the_exported_weights(tiny_folder, here):
     """Promise 1: dequantised GGUF tensor == simulated weight, every layer."""
     from gguf import GGUFReader, dequantize
 
+    from halfbyte.evaluate.simulation import become_simulation_, load_for_plan
     from halfbyte.models.gguf_source import halves_from_pairs
-    from halfbyte.simulation import become_simulation_, load_for_plan
 
     assert search(tiny_folder("llama"), "--output", "plan.json") == 0
     assert cli.run("export", ["--config", "plan.json", "--output", "m.gguf"]) == 0
@@ -200,7 +200,7 @@ def test_missing_rows_are_named_and_the_others_run(tiny_folder, here, capsys):
 
 
 def test_a_foreign_f16_file_is_neither_used_nor_replaced(tiny_folder, here, capsys):
-    from halfbyte.naming import f16_gguf
+    from halfbyte.core.naming import f16_gguf
 
     folder = str(tiny_folder("llama"))
     f16 = f16_gguf(folder)
@@ -244,7 +244,7 @@ def test_eval_is_one_ruler(what, tiny_folder, here):
 
 def test_eval_never_scores_text_of_the_search(tiny_folder, here):
     """A plan searched on a file is evaluated on the part of that file that the search has not seen."""
-    from halfbyte.simulation import evaluation_text
+    from halfbyte.evaluate.simulation import evaluation_text
 
     Path("text.txt").write_text("".join(f"line {number} of a text\n" for number in range(2000)))
     assert search(tiny_folder("llama"), "--calib", "text.txt") == 0

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte import cli, files
+from halfbyte import cli
+from halfbyte.core import files
 from tests.command_line import QUICK, ROOT, changed, fails, search
 
 

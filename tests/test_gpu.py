@@ -10,26 +10,26 @@ import pytest
 import torch
 
 from halfbyte import cli
-from halfbyte.export.plan_file import load_plan
-from halfbyte.formats.ggml import QUANTISED, decode_tensor, row_bytes
-from halfbyte.formats.ggml_grid import GRIDS
-from halfbyte.kernels.activations import fake_quantise_rows
-from halfbyte.kernels.choice import forced
-from halfbyte.kernels.codes import decode_packed
+from halfbyte.core.progress import silent
 from halfbyte.models.loading import layers_of, units_of
-from halfbyte.models.surgery import InputScheme, SharedInput, replace_linear_, set_activation_bits_
-from halfbyte.numerics.affine import fake_quantise
-from halfbyte.numerics.hadamard import rotate
+from halfbyte.plan import load_plan
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import load_prepared_, prepare_, save_prepared
-from halfbyte.progress import silent
+from halfbyte.quant.affine import fake_quantise
+from halfbyte.quant.ggml.block_scales import choose_rows
+from halfbyte.quant.ggml.grid import GRIDS
+from halfbyte.quant.ggml.types import QUANTISED, decode_tensor, row_bytes
+from halfbyte.quant.gptq import Ordered, improve_codes, output_error, round_with_feedback
+from halfbyte.quant.kernels.activations import fake_quantise_rows
+from halfbyte.quant.kernels.choice import forced
+from halfbyte.quant.kernels.codes import decode_packed
+from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_activation_bits_
+from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.scales import searched_scales
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference
-from halfbyte.stages import Stages
-from halfbyte.weights.block_scales import choose_rows
-from halfbyte.weights.gptq import Ordered, improve_codes, output_error, round_with_feedback
-from halfbyte.weights.rtn import round_to_nearest
-from halfbyte.weights.scales import searched_scales
+from halfbyte.transforms.hadamard import rotate
+from halfbyte.workdir import Stages
 from tests.kernels.test_activations import DTYPES, batch, same_bits
 from tests.kernels.test_codes import SHAPES, packed_weight
 

@@ -43,9 +43,18 @@ ALLOWED = {
 }
 # The algorithms of the search.
 SEARCH = (
-    "space", "problem", "menu", "knapsack", "priced", "baselines", "asktell", "genetic", "surrogate", "evolution",
+    "space",
+    "problem",
+    "menu",
+    "knapsack",
+    "priced",
+    "baselines",
+    "asktell",
+    "genetic",
+    "surrogate",
+    "evolution",
     "racing",
-)  # fmt: skip
+)
 MODULES = sorted(SOURCE.rglob("*.py"))
 
 

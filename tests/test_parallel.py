@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte import cli
-from halfbyte.export.plan_file import load_plan
+from halfbyte.plan import load_plan
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "mixed_precision_ptq.py")
@@ -24,13 +24,22 @@ def start(command: list[str], rank: int, size: int, port: int, folder: Path) -> 
     """One process of a group, as torchrun would start it, in a folder of its own."""
     folder.mkdir(exist_ok=True)
     environment = {
-        **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.Popen(
-        [sys.executable, SCRIPT, *command], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [sys.executable, SCRIPT, *command],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-    )  # fmt: skip
+    )
 
 
 def free_port() -> int:

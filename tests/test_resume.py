@@ -11,13 +11,27 @@ from pathlib import Path
 import pytest
 
 from halfbyte import cli
-from halfbyte.export.plan_file import load_plan
+from halfbyte.plan import load_plan
 
 ROOT = Path(__file__).parent.parent
 SEARCH = [
-    "--device", "cpu", "--calib", "pydoc", "--ctx", "64", "--calib_tokens", "256", "--search_tokens", "512",
-    "--ga_pop", "10", "--ga_gen", "12", "--granularity", "layer",
-]  # fmt: skip
+    "--device",
+    "cpu",
+    "--calib",
+    "pydoc",
+    "--ctx",
+    "64",
+    "--calib_tokens",
+    "256",
+    "--search_tokens",
+    "512",
+    "--ga_pop",
+    "10",
+    "--ga_gen",
+    "12",
+    "--granularity",
+    "layer",
+]
 
 
 @pytest.mark.parametrize(

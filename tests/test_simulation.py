@@ -8,13 +8,13 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from halfbyte.export.plan_file import codes_path, load_codes, load_plan
-from halfbyte.files import sha256
+from halfbyte.core.files import sha256
+from halfbyte.evaluate.simulation import become_simulation_, load_for_plan, plan_bits
 from halfbyte.models.loading import layers_of
-from halfbyte.models.surgery import InputScheme, SharedInput, replace_linear_, set_activation_bits_
-from halfbyte.numerics.packing import pack_int4
-from halfbyte.simulation import become_simulation_, load_for_plan, plan_bits
-from halfbyte.weights.rtn import round_to_nearest
+from halfbyte.plan import codes_path, load_codes, load_plan
+from halfbyte.quant.int4 import pack_int4
+from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_activation_bits_
+from halfbyte.quant.rtn import round_to_nearest
 
 
 def test_a_plan_of_version_1_is_simulated(tiny, tmp_path):
@@ -29,19 +29,34 @@ def test_a_plan_of_version_1_is_simulated(tiny, tmp_path):
         coded = round_to_nearest(source.model.get_submodule(layer.name).weight, 64)
         tensors |= {f"{layer.name}.codes": pack_int4(coded.codes), f"{layer.name}.scales": coded.scales}
         entries[layer.name] = {
-            "w_bits": 4, "a_bits": 4 + 4 * (index % 2), "group_size": 64, "a_symmetric": True, "note": "",
-        }  # fmt: skip
+            "w_bits": 4,
+            "a_bits": 4 + 4 * (index % 2),
+            "group_size": 64,
+            "a_symmetric": True,
+            "note": "",
+        }
         replace_linear_(source.model, layer.name, coded, shared, InputScheme(symmetric=True))
     set_activation_bits_(source.model, {name: entry["a_bits"] for name, entry in entries.items()})
 
     path = tmp_path / "old.json"
     save_file(tensors, codes_path(path), metadata={"format": "halfbyte.codes.v1"})
     old = {
-        "model_id": source.origin.model_id, "fingerprint": source.fingerprint, "target": "gguf", "granularity": "layer",
-        "layers": entries, "budget_asked": 0.75, "budget_reached": 0.75, "transforms": ["smooth"], "weights": "rtn",
-        "text": {"name": "pydoc"}, "search": {}, "seed": 0, "versions": {},
-        "codes_sha256": sha256(codes_path(path)), "version": 1,
-    }  # fmt: skip
+        "model_id": source.origin.model_id,
+        "fingerprint": source.fingerprint,
+        "target": "gguf",
+        "granularity": "layer",
+        "layers": entries,
+        "budget_asked": 0.75,
+        "budget_reached": 0.75,
+        "transforms": ["smooth"],
+        "weights": "rtn",
+        "text": {"name": "pydoc"},
+        "search": {},
+        "seed": 0,
+        "versions": {},
+        "codes_sha256": sha256(codes_path(path)),
+        "version": 1,
+    }
     path.write_text(json.dumps(old))
 
     plan = load_plan(path)

@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from halfbyte import cli, files, type_search
-from halfbyte.errors import HalfbyteError
-from halfbyte.export.plan_file import load_plan
-from halfbyte.formats.imatrix import read_imatrix, write_imatrix
-from halfbyte.numerics.metrics import kl_per_token
+from halfbyte import cli, type_search
+from halfbyte.calibration.imatrix_file import read_imatrix, write_imatrix
+from halfbyte.core import files
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.evaluate.quality import kl_per_token
+from halfbyte.evaluate.simulation import become_types_, load_for_plan, load_types
+from halfbyte.plan import load_plan
 from halfbyte.prepare.size import parse_size
-from halfbyte.simulation import become_types_, load_for_plan, load_types
 from tests.command_line import EVAL, changed, fails, search
 
 TYPES = ["--spaces", "ggml"]

@@ -10,13 +10,13 @@ import torch
 from gguf import GGUFReader, dequantize
 
 from halfbyte import cli, pipeline, results
-from halfbyte.errors import HalfbyteError
-from halfbyte.export.plan_file import codes_path, load_codes, load_plan
-from halfbyte.models.archs import family_of
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.evaluate.quality import kl_per_token
+from halfbyte.evaluate.simulation import become_simulation_, load_for_plan, plan_bits
+from halfbyte.models.families import family_of
 from halfbyte.models.gguf_source import halves_from_pairs
-from halfbyte.models.surgery import set_activation_bits_
-from halfbyte.numerics.metrics import kl_per_token
-from halfbyte.simulation import become_simulation_, load_for_plan, plan_bits
+from halfbyte.plan import codes_path, load_codes, load_plan
+from halfbyte.quant.quant_linear import set_activation_bits_
 from tests.command_line import GA, QUICK, fails
 from tests.folding import fold_, logits
 from tests.quantised_folders import Checkpoint, compressed, compressed_config, edited, gptq, gptq_config, scheme

@@ -23,9 +23,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from halfbyte.formats.gguf_pre import LLAMA3, QWEN2, TEKKEN
+from halfbyte.engines.llamacpp import open_engine
+from halfbyte.models.gguf_pre import LLAMA3, QWEN2, TEKKEN
 from halfbyte.models.loading import SourceModel
-from halfbyte.runtime.llamacpp import open_engine
 
 transformers.logging.set_verbosity_error()
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from halfbyte.core.distributed import Group
+from halfbyte.core.progress import Progress, Reporter
 from halfbyte.options import SearchOptions
-from halfbyte.parallel import Group
-from halfbyte.progress import Progress, Reporter
+from halfbyte.plan import Unit, mean_bits_fraction
 from halfbyte.results import Found, FrontPoint
 from halfbyte.search.asktell import AskTell
 from halfbyte.search.baselines import all_choice, rule_genome
@@ -23,8 +24,7 @@ from halfbyte.search.racing import Choice, choose
 from halfbyte.search.runner import run_genetic
 from halfbyte.search.sensitivity import LayerSensitivity, unit_errors, unit_ratios
 from halfbyte.search.surrogate import best_for, finalists
-from halfbyte.spec import Unit, mean_bits_fraction
-from halfbyte.stages import Stages
+from halfbyte.workdir import Stages
 
 FINALISTS = 6  # genomes of the search that are validated, beside the baselines
 FRONT = tuple(step / 20 for step in range(10, 21))  # budgets of a front: 0.5, 0.55 … 1
@@ -44,10 +44,16 @@ class Allocator:
     """
 
     def __init__(
-        self, units: Sequence[Unit], fitness: Fitness, judge: KLEvaluator | None,
-        sensitivity: Mapping[str, LayerSensitivity], options: SearchOptions, stages: Stages, report: Reporter,
+        self,
+        units: Sequence[Unit],
+        fitness: Fitness,
+        judge: KLEvaluator | None,
+        sensitivity: Mapping[str, LayerSensitivity],
+        options: SearchOptions,
+        stages: Stages,
+        report: Reporter,
         group: Group,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.units, self.fitness, self.judge, self.sensitivity = units, fitness, judge, sensitivity
         self.options, self.stages, self.report, self.group = options, stages, report, group
 
@@ -93,9 +99,12 @@ class Allocator:
             losses = {label: self.judge.score(genome) for label, genome in {**fixed, "plan": winner}.items()}
             names = {genome: label for label, genome in baselines.items()}
             about |= {
-                "finalists": len(choice.differences), "ties": len(choice.ties), "noise_floor": choice.noise_floor,
-                "winner": names.get(winner, "genetic search"), "validation": losses,
-            }  # fmt: skip
+                "finalists": len(choice.differences),
+                "ties": len(choice.ties),
+                "noise_floor": choice.noise_floor,
+                "winner": names.get(winner, "genetic search"),
+                "validation": losses,
+            }
             self.report(Progress("validation", 1, 1, f"noise floor {choice.noise_floor:.2g}"))
         return Found(winner, {**scores, "plan": self.fitness.score(winner)}, algorithm.history, about)
 
@@ -108,11 +117,15 @@ class Allocator:
             validation = found.about["validation"]
             points.append(
                 FrontPoint(
-                    budget, 8 * mean_bits_fraction(self.units, found.genome), found.scores["plan"],
-                    validation["plan"], validation["knapsack"], found.about["noise_floor"],
+                    budget,
+                    8 * mean_bits_fraction(self.units, found.genome),
+                    found.scores["plan"],
+                    validation["plan"],
+                    validation["knapsack"],
+                    found.about["noise_floor"],
                     {unit.name: bits for unit, bits in zip(self.units, found.genome, strict=True)},
                 )
-            )  # fmt: skip
+            )
         return points
 
 
@@ -139,9 +152,12 @@ def table_knapsack(problem: Problem, units: Sequence[Unit], rows: Mapping[str, L
 
 
 def validated(
-    starts: Iterable[Genome], algorithm: AskTell[Any], evaluator: KLEvaluator | PricedEvaluator,
-    judge: KLEvaluator | PricedEvaluator, allowed: Callable[[Genome], bool] = lambda _: True,
-) -> Choice:  # fmt: skip
+    starts: Iterable[Genome],
+    algorithm: AskTell[Any],
+    evaluator: KLEvaluator | PricedEvaluator,
+    judge: KLEvaluator | PricedEvaluator,
+    allowed: Callable[[Genome], bool] = lambda _: True,
+) -> Choice:
     """The choice among where a search started and its best, by text that it has not seen.
 
     Args:

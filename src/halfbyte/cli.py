@@ -22,9 +22,9 @@ from typing import TypeVar
 
 from halfbyte import __version__
 from halfbyte.commands import ALIASES, COMMANDS
-from halfbyte.drawing import Drawing
-from halfbyte.errors import HalfbyteError
-from halfbyte.files import write_text
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import write_text
+from halfbyte.report.terminal import Drawing
 
 Options = TypeVar("Options")
 

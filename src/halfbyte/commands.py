@@ -9,10 +9,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from halfbyte.drawing import Drawing
-from halfbyte.errors import HalfbyteError
-from halfbyte.files import check_output
-from halfbyte.host import peak_process_memory
+from halfbyte.core.environment import peak_process_memory
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import check_output
 from halfbyte.options import (
     DEFAULT_MODEL,
     CompareOptions,
@@ -24,11 +23,12 @@ from halfbyte.options import (
     SimulateOptions,
     VllmExportOptions,
 )
+from halfbyte.report.terminal import Drawing
 
 
 def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
     """Search an allocation and write the plan."""
-    from halfbyte.parallel import joined
+    from halfbyte.core.distributed import joined
     from halfbyte.pipeline import search as run
     from halfbyte.report.model_card import R4_COSTS
     from halfbyte.report.tables import Cell, format_bytes, text_table
@@ -91,8 +91,12 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
     draw.files(result.files)
     files = [str(path) for path in result.files]
     return {
-        "plan": plan.to_dict(), "hash": plan.hash, "scores": scores, "measured": measured, "files": files,
-    }  # fmt: skip
+        "plan": plan.to_dict(),
+        "hash": plan.hash,
+        "scores": scores,
+        "measured": measured,
+        "files": files,
+    }
 
 
 def _origin(about: Mapping[str, Any]) -> str:
@@ -104,8 +108,8 @@ def _origin(about: Mapping[str, Any]) -> str:
 
 def export(options: ExportOptions, draw: Drawing) -> dict[str, Any]:
     """Write a plan as a GGUF file and check it."""
-    from halfbyte.exporting import export_gguf
     from halfbyte.report.tables import format_bytes, text_table
+    from halfbyte.targets.gguf_export import export_gguf
 
     _check_json(options.json, options.force)
     result = export_gguf(options, draw.report)
@@ -131,16 +135,20 @@ def export(options: ExportOptions, draw: Drawing) -> dict[str, Any]:
     size = result.path.stat().st_size
     draw.say(f"policy {result.policy}, {format_bytes(size)}")
     return {
-        "path": str(result.path), "bytes": size, "policy": result.policy, "kl": result.kl, "top1": result.top1,
+        "path": str(result.path),
+        "bytes": size,
+        "policy": result.policy,
+        "kl": result.kl,
+        "top1": result.top1,
         "plan": result.plan.hash,
-    }  # fmt: skip
+    }
 
 
 def export_vllm(options: VllmExportOptions, draw: Drawing) -> dict[str, Any]:
     """Write a plan as a folder for vLLM and transformers and check it."""
-    from halfbyte.exporting_vllm import export_vllm as run
     from halfbyte.report.model_card import R4_COSTS
     from halfbyte.report.tables import format_bytes, text_table
+    from halfbyte.targets.vllm_export import export_vllm as run
 
     _check_json(options.json, options.force)
     result = run(options, draw.report)
@@ -160,17 +168,21 @@ def export_vllm(options: VllmExportOptions, draw: Drawing) -> dict[str, Any]:
     draw.files([result.path])
     draw.say(f"{result.tensors} tensors, {format_bytes(result.nbytes)}")
     return {
-        "path": str(result.path), "bytes": result.nbytes, "groups": result.groups, "difference": result.difference,
-        "not_compared": result.skipped, "plan": result.plan.hash,
-    }  # fmt: skip
+        "path": str(result.path),
+        "bytes": result.nbytes,
+        "groups": result.groups,
+        "difference": result.difference,
+        "not_compared": result.skipped,
+        "plan": result.plan.hash,
+    }
 
 
 def compare(options: CompareOptions, draw: Drawing) -> dict[str, Any]:
     """Original, Q4_K_M and mixed: speed, quality, memory."""
     from halfbyte.evaluate.compare import compare as run
-    from halfbyte.export.plan_file import load_plan
+    from halfbyte.evaluate.simulation import evaluation_text
+    from halfbyte.plan import load_plan
     from halfbyte.report.comparison import comparison_table, comparison_texts
-    from halfbyte.simulation import evaluation_text
 
     _check_json(options.json, options.force)
     plan = None
@@ -211,8 +223,8 @@ def _without_tokens(row: dict[str, Any]) -> dict[str, Any]:
 
 def simulate(options: SimulateOptions, draw: Drawing) -> dict[str, Any]:
     """The plan in PyTorch, beside the original, all A8 and all A4."""
+    from halfbyte.evaluate.simulation import simulate as run
     from halfbyte.report.tables import text_table
-    from halfbyte.simulation import simulate as run
 
     _check_json(options.json, options.force)
     result = run(options, draw.report)
@@ -242,7 +254,7 @@ def simulate(options: SimulateOptions, draw: Drawing) -> dict[str, Any]:
 
 def evaluate(options: EvalOptions, draw: Drawing) -> dict[str, Any]:
     """Perplexity, KL and top-1 of a model, plan or GGUF file on any text."""
-    from halfbyte.evaluating import evaluate as run
+    from halfbyte.evaluate.evaluate import evaluate as run
     from halfbyte.report.tables import text_table
 
     _check_json(options.json, options.force)
@@ -258,7 +270,7 @@ def evaluate(options: EvalOptions, draw: Drawing) -> dict[str, Any]:
 
 def doctor(options: DoctorOptions, draw: Drawing) -> dict[str, Any]:
     """What this machine can do."""
-    from halfbyte.doctor import as_dict, examine
+    from halfbyte.report.doctor import as_dict, examine
 
     _check_json(options.json, options.force)
     if options.served is not None:
@@ -273,14 +285,17 @@ def doctor(options: DoctorOptions, draw: Drawing) -> dict[str, Any]:
 
 
 def _doctor_served(options: DoctorOptions, draw: Drawing) -> dict[str, Any]:
-    from halfbyte.models.device import resolve_device
+    from halfbyte.core.device import resolve_device
     from halfbyte.report.tables import text_table
-    from halfbyte.serving.report import block_rows, examine_served
+    from halfbyte.targets.served.report import block_rows, examine_served
 
     report = examine_served(
-        str(options.served), device=resolve_device(options.device), hardware=options.hardware, engine=options.engine,
+        str(options.served),
+        device=resolve_device(options.device),
+        hardware=options.hardware,
+        engine=options.engine,
         twins=options.twins,
-    )  # fmt: skip
+    )
     draw.say(f"{report.folder.path} on {report.hardware.name} ({report.hardware.key})")
     draw.say(f"{report.note}\n")
     draw.say(text_table(["the folder says → computed as", "layers"], [[*row] for row in report.counts.items()]))
@@ -308,7 +323,7 @@ def _doctor_served(options: DoctorOptions, draw: Drawing) -> dict[str, Any]:
 
 def imatrix(options: ImatrixOptions, draw: Drawing) -> dict[str, Any]:
     """Measure an importance matrix for llama.cpp's tools."""
-    from halfbyte.importance_file import make_imatrix
+    from halfbyte.calibration.imatrix import make_imatrix
 
     _check_json(options.json, options.force)
     made = make_imatrix(options, draw.report)
@@ -348,6 +363,6 @@ def _version(package: str) -> str:
 
 
 def _machine() -> str:
-    from halfbyte.host import cores, cpu_name
+    from halfbyte.core.environment import cores, cpu_name
 
     return f"{cpu_name()}, {cores()} cores"

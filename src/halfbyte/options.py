@@ -91,9 +91,10 @@ class SearchOptions(ModelOptions):
         metavar="X",
     )
     imatrix: str | None = option(
-        None, "importance matrix to choose scales of types by, ours or llama.cpp's; by default it is measured",
+        None,
+        "importance matrix to choose scales of types by, ours or llama.cpp's; by default it is measured",
         metavar="FILE",
-    )  # fmt: skip
+    )
     pareto: bool = option(
         False, "also search the fronts: the best bits of each budget from 0.5 to 1, the best file of each common size"
     )

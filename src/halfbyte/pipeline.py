@@ -14,32 +14,32 @@ import torch
 
 from halfbyte.allocation import Allocator
 from halfbyte.calibration.gradients import output_gradient_power
+from halfbyte.calibration.imatrix import importance_for
 from halfbyte.calibration.self_written import write_with
 from halfbyte.calibration.text import Text, load_text
 from halfbyte.calibration.windows import cut
-from halfbyte.errors import HalfbyteError
-from halfbyte.files import check_output
-from halfbyte.importance_file import importance_for
-from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
+from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
+from halfbyte.core.distributed import ALONE, Group
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import check_output
+from halfbyte.core.progress import Progress, Reporter, silent
+from halfbyte.models.checkpoint import QuantisedFolder
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
 from halfbyte.models.modules import is_tied, linear, move_
-from halfbyte.models.quantised_folder import QuantisedFolder
 from halfbyte.options import SearchOptions
-from halfbyte.parallel import ALONE, Group
-from halfbyte.prepare.given import Given, given_codes
+from halfbyte.plan import Layer, Outcome, Plan
+from halfbyte.prepare.checkpoint import Given, given_codes
 from halfbyte.prepare.menus import TensorMenu
 from halfbyte.prepare.recipe import TARGETS, Recipe, recipe_of
 from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
-from halfbyte.progress import Progress, Reporter, silent
 from halfbyte.results import ActivationsFound, TypesFound, make_plan, output_paths, write_results
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.fitness import KLFitness, TableFitness, stages_of
 from halfbyte.search.reference import Reference, reference
 from halfbyte.search_checks import TARGET_CHECKS, check_search_options, memory_modes, spaces_of, types_packed
-from halfbyte.spec import Layer, Outcome, Plan
-from halfbyte.stages import RECORD, Stages, refuse_waiting, work_folder
 from halfbyte.type_search import TypeSearch, capacity, transforms_of
+from halfbyte.workdir import RECORD, Stages, refuse_waiting, work_folder
 
 FISHER_WINDOWS = 4  # for loss gradients
 
@@ -226,9 +226,11 @@ def _own_device(device: torch.device, group: Group) -> torch.device:
         return device
     if group.local_rank >= torch.cuda.device_count():
         raise HalfbyteError(
-            "more processes than GPUs", where="torchrun --nproc-per-node", expected=torch.cuda.device_count(),
+            "more processes than GPUs",
+            where="torchrun --nproc-per-node",
+            expected=torch.cuda.device_count(),
             got=f"process {group.local_rank} on this machine",
-        )  # fmt: skip
+        )
     own = torch.device("cuda", group.local_rank)
     torch.cuda.set_device(own)
     return own
@@ -247,8 +249,10 @@ def _texts(source: SourceModel, options: SearchOptions, device: torch.device) ->
     text = load_text(options.calib, written_by_model=written_by_model)
     found = {}
     for part, tokens in (
-        ("calib", options.calib_tokens), ("search", options.search_tokens), ("valid", options.search_tokens)
-    ):  # fmt: skip
+        ("calib", options.calib_tokens),
+        ("search", options.search_tokens),
+        ("valid", options.search_tokens),
+    ):
         ids = source.tokenizer(text.parts[part], add_special_tokens=False).input_ids
         length = min(options.ctx, tokens)
         windows = cut(ids, length, max(1, tokens // length), spread=True, where=f"{text.name} ({part} part)")

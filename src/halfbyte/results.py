@@ -8,20 +8,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.export.plan_file import codes_path, save_plan, types_path
-from halfbyte.files import sha256, write_text
+from halfbyte.core.device import made_with
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import sha256, write_text
+from halfbyte.core.naming import short_name
 from halfbyte.models.loading import SourceModel
-from halfbyte.naming import short_name
 from halfbyte.options import SearchOptions
+from halfbyte.plan import Outcome, Plan, Unit, codes_path, mean_bits_fraction, save_plan, types_path
 from halfbyte.prepare.walk import Prepared
-from halfbyte.provenance import made_with
 from halfbyte.report.front import front_plot, size_front_plot
 from halfbyte.report.plots import convergence_plot, sensitivity_heatmap
 from halfbyte.report.tables import csv_text
 from halfbyte.search.problem import Genome
-from halfbyte.spec import Outcome, Plan, Unit, mean_bits_fraction
-from halfbyte.stages import Stages
+from halfbyte.workdir import Stages
 
 REPORTS = (
     "sensitivity.json",
@@ -164,15 +163,26 @@ def weights_of(options: SearchOptions) -> str:
 
 
 def make_plan(
-    options: SearchOptions, source: SourceModel, activations: ActivationsFound | None, types: TypesFound | None,
-    text: Mapping[str, Any], stages: Stages,
-) -> tuple[Plan, list[Outcome]]:  # fmt: skip
+    options: SearchOptions,
+    source: SourceModel,
+    activations: ActivationsFound | None,
+    types: TypesFound | None,
+    text: Mapping[str, Any],
+    stages: Stages,
+) -> tuple[Plan, list[Outcome]]:
     """The plan of the winners, and per layer and matrix what was asked and what was done."""
     plan = Plan(
-        model_id=options.model_id, fingerprint=source.fingerprint, target=options.target,
-        granularity=options.granularity, layers={}, weights=weights_of(options), text=text, seed=options.seed,
-        versions=made_with(source), **ALL_A8,
-    )  # fmt: skip
+        model_id=options.model_id,
+        fingerprint=source.fingerprint,
+        target=options.target,
+        granularity=options.granularity,
+        layers={},
+        weights=weights_of(options),
+        text=text,
+        seed=options.seed,
+        versions=made_with(source),
+        **ALL_A8,
+    )
     outcomes: list[Outcome] = []
     if activations is not None:
         plan = _with_activations(plan, options, activations, outcomes, stages)
@@ -184,9 +194,13 @@ def make_plan(
 
 def _with_types(plan: Plan, found: TypesFound, encoded: Path) -> Plan:
     record = {
-        "transforms": list(found.transforms), "capacity": found.capacity, "nbytes": found.nbytes,
-        "losses": found.losses, **found.about, "sha256": sha256(encoded),
-    }  # fmt: skip
+        "transforms": list(found.transforms),
+        "capacity": found.capacity,
+        "nbytes": found.nbytes,
+        "losses": found.losses,
+        **found.about,
+        "sha256": sha256(encoded),
+    }
     return replace(plan, tensors=found.types, file=record)
 
 
@@ -222,9 +236,13 @@ def _with_activations(
 
 
 def write_results(
-    output: Path, plan: Plan, outcomes: Sequence[Outcome], activations: ActivationsFound | None,
-    types: TypesFound | None, stages: Stages,
-) -> list[Path]:  # fmt: skip
+    output: Path,
+    plan: Plan,
+    outcomes: Sequence[Outcome],
+    activations: ActivationsFound | None,
+    types: TypesFound | None,
+    stages: Stages,
+) -> list[Path]:
     """Write the reports, then codes and encoded matrices, then the plan, so that a plan that exists is complete."""
     made_by = {"plan": plan.hash, "model": plan.model_id, "text": dict(plan.text), "seed": plan.seed, **plan.versions}
     named: list[Path] = []
@@ -277,9 +295,11 @@ def _activation_reports(
         write_text(named["front.json"], json.dumps({"made_by": made_by, "points": points}, indent=1))
         write_text(named["front.csv"], csv_text(list(numbers[0]), [list(row.values()) for row in numbers]))
         front_plot(
-            named["front.png"], numbers, title=f"{short_name(plan.model_id)}: KL against activation bits",
+            named["front.png"],
+            numbers,
+            title=f"{short_name(plan.model_id)}: KL against activation bits",
             chosen=8 * plan.budget_reached,
-        )  # fmt: skip
+        )
     return list(named.values())
 
 
@@ -293,11 +313,14 @@ def _type_reports(output: Path, plan: Plan, found: TypesFound, made_by: dict[str
         return [table, history]
     points = [
         {
-            "like": like, "bytes": point.nbytes, "kl_validation": point.losses["plan"],
-            "kl_knapsack": point.losses["knapsack"], "noise_floor": point.about["noise_floor"],
+            "like": like,
+            "bytes": point.nbytes,
+            "kl_validation": point.losses["plan"],
+            "kl_knapsack": point.losses["knapsack"],
+            "noise_floor": point.about["noise_floor"],
         }
         for like, point in sorted(found.front.items(), key=lambda item: item[1].nbytes)
-    ]  # fmt: skip
+    ]
     numbers, picture = (_beside(output, kind) for kind in TYPE_FRONT_REPORTS)
     write_text(numbers, csv_text(list(points[0]), [list(point.values()) for point in points]))
     size_front_plot(picture, points, title=f"{short_name(plan.model_id)}: KL against size", chosen=found.nbytes)

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.export.gguf import check_exportable
-from halfbyte.export.plan_file import check_suffix
-from halfbyte.formats.int_group import fitting_group_size
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_search, estimate_types, fits
 from halfbyte.models.loading import Origin, SourceModel
 from halfbyte.models.modules import linear
 from halfbyte.options import SearchOptions
+from halfbyte.plan import Layer, check_suffix
 from halfbyte.prepare.recipe import recipe_of
-from halfbyte.spec import Layer
+from halfbyte.quant.int4 import fitting_group_size
+from halfbyte.targets.gguf_file import check_exportable
 
 
 def spaces_of(options: SearchOptions) -> tuple[str, ...]:
@@ -37,9 +36,11 @@ def check_search_options(options: SearchOptions) -> None:
     """Refuse, before any work, values that cannot be right."""
     if not 0.5 <= options.target_compression <= 1.0:
         raise HalfbyteError(
-            "budget is out of range", where="--target_compression", expected="0.5 (all A4) to 1.0 (all A8)",
+            "budget is out of range",
+            where="--target_compression",
+            expected="0.5 (all A4) to 1.0 (all A8)",
             got=options.target_compression,
-        )  # fmt: skip
+        )
     for flag in ("ga_pop", "ga_gen", "group_size", "ctx", "calib_tokens", "search_tokens"):
         if getattr(options, flag) < 1:
             raise HalfbyteError("must be positive", where=f"--{flag}", got=getattr(options, flag))
@@ -50,9 +51,11 @@ def check_search_options(options: SearchOptions) -> None:
         raise HalfbyteError("out of range", where="--speed", expected="0 (any) to 2", got=options.speed)
     if options.target == "vllm" and options.granularity != "fused":
         raise HalfbyteError(
-            "vLLM wants one choice for q, k and v and one for gate and up", where="--granularity", expected="fused",
+            "vLLM wants one choice for q, k and v and one for gate and up",
+            where="--granularity",
+            expected="fused",
             got=options.granularity,
-        )  # fmt: skip
+        )
     if options.online_transforms and options.target != "vllm":
         raise HalfbyteError("only for --target vllm", where="--online_transforms", fix="name r4 in --transforms")
     recipe_of(options, tied=False)
@@ -71,14 +74,19 @@ def _check_weights_from(options: SearchOptions) -> None:
     if options.online_transforms:
         raise HalfbyteError("does not go with --weights_from", where="--online_transforms", fix="leave it out")
     for flag, allowed in (
-        ("transforms", ("auto", "none")), ("weights", (usual.weights,)), ("alpha", (usual.alpha,)),
+        ("transforms", ("auto", "none")),
+        ("weights", (usual.weights,)),
+        ("alpha", (usual.alpha,)),
         ("spaces", ("auto", "a4a8")),
-    ):  # fmt: skip
+    ):
         if getattr(options, flag) not in allowed:
             raise HalfbyteError(
-                "does not go with --weights_from, whose codes stay as they are", where=f"--{flag}",
-                expected=" or ".join(allowed), got=getattr(options, flag), fix="leave it out",
-            )  # fmt: skip
+                "does not go with --weights_from, whose codes stay as they are",
+                where=f"--{flag}",
+                expected=" or ".join(allowed),
+                got=getattr(options, flag),
+                fix="leave it out",
+            )
 
 
 def memory_modes(options: SearchOptions, origin: Origin, device: torch.device, dtype: torch.dtype) -> tuple[bool, bool]:
@@ -146,9 +154,11 @@ def _check_groups(layers: list[Layer], group_size: int, given: Mapping[str, int]
         group = given.get(layer.name) or fitting_group_size(layer.in_features, group_size)
         if group % 32:
             raise HalfbyteError(
-                f"{who} groups of 32 or a multiple", where=layer.name, got=group,
+                f"{who} groups of 32 or a multiple",
+                where=layer.name,
+                got=group,
                 fix="use --target sim" if given else "use --group_size 128, or --target sim for this model",
-            )  # fmt: skip
+            )
 
 
 TARGET_CHECKS = {"gguf": _check_gguf_target, "vllm": _check_vllm_target}

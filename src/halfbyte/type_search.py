@@ -13,21 +13,21 @@ from functools import cached_property
 import torch
 
 from halfbyte.allocation import validated
-from halfbyte.errors import HalfbyteError
-from halfbyte.files import check_space
-from halfbyte.formats.encoded import save_encoded
+from halfbyte.core.distributed import Group
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import check_space
+from halfbyte.core.progress import Progress, Reporter
+from halfbyte.engines.type_speed import seconds_per_weight
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear
 from halfbyte.options import SearchOptions
-from halfbyte.parallel import Group
 from halfbyte.prepare.candidates import Candidates, encode_candidates_, part_files
 from halfbyte.prepare.menus import TensorMenu, menus_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.screen import screened
 from halfbyte.prepare.size import capacity_of, recipe_types, rival_of
-from halfbyte.progress import Progress, Reporter
+from halfbyte.quant.ggml.encoded import save_encoded
 from halfbyte.results import FRONT_TYPES, TypesFound
-from halfbyte.runtime.type_speed import seconds_per_weight
 from halfbyte.search.fitness import KLFitness, PricedEvaluator, stages_of
 from halfbyte.search.genetic import GeneticSettings
 from halfbyte.search.menu import Menu, pruned
@@ -36,8 +36,8 @@ from halfbyte.search.problem import Genome
 from halfbyte.search.reference import Reference
 from halfbyte.search.runner import run_genetic
 from halfbyte.search.type_evaluator import MixedTypes, TypeEvaluator
-from halfbyte.stages import Stages
 from halfbyte.transforms import expand
+from halfbyte.workdir import Stages
 
 DEFAULT_LIKE = "Q4_K_M"
 FRONT_SHARE = 2  # of the generations, for each of them
@@ -72,15 +72,26 @@ class TypeSearch:
         windows: ``calib``, ``search`` and ``valid`` text, int64 ``[windows, length]``.
         known: the unquantised model's answers on ``search`` and on ``valid``.
         room, menus: see :func:`capacity`.
-        given: matrix -> importance in place of what is measured (:func:`halfbyte.importance_file.importance_for`).
+        given: matrix -> importance in place of what is measured (:func:`halfbyte.calibration.imatrix.importance_for`).
         packed: the device is small: it holds encoded rows, and calibration activations stay in main memory.
     """
 
     def __init__(
-        self, source: SourceModel, windows: Mapping[str, torch.Tensor], known: tuple[Reference, Reference],
-        room: int, menus: Sequence[TensorMenu], given: Mapping[str, torch.Tensor], options: SearchOptions,
-        stages: Stages, report: Reporter, device: torch.device, group: Group, *, packed: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        source: SourceModel,
+        windows: Mapping[str, torch.Tensor],
+        known: tuple[Reference, Reference],
+        room: int,
+        menus: Sequence[TensorMenu],
+        given: Mapping[str, torch.Tensor],
+        options: SearchOptions,
+        stages: Stages,
+        report: Reporter,
+        device: torch.device,
+        group: Group,
+        *,
+        packed: bool = False,
+    ) -> None:
         self.source, self.room, self.options, self.stages = source, room, options, stages
         self.report, self.group, self.tied = report, group, is_tied(source.model, source.family)
         where = torch.device("cpu") if device.type == "mps" else device  # see pipeline
@@ -189,19 +200,28 @@ class TypeSearch:
             losses={label: self.judge.score(offer.whole(genome)) for label, genome in named.items()},
             history=algorithm.history,
             about={
-                "evaluations": len(algorithm.scores), "finalists": len(choice.differences), "ties": len(choice.ties),
-                "noise_floor": choice.noise_floor, "winner": labels.get(choice.winner, "genetic search"),
-                "transforms_tried": self.screen, "rival": rival,
-                "predicted_speed": self._seconds(theirs) / self._seconds(types), "price_of_time": offer.price,
+                "evaluations": len(algorithm.scores),
+                "finalists": len(choice.differences),
+                "ties": len(choice.ties),
+                "noise_floor": choice.noise_floor,
+                "winner": labels.get(choice.winner, "genetic search"),
+                "transforms_tried": self.screen,
+                "rival": rival,
+                "predicted_speed": self._seconds(theirs) / self._seconds(types),
+                "price_of_time": offer.price,
             },
             rows=[
                 {
-                    "matrix": menu.name, "rows": menu.rows, "columns": menu.columns, "type": types[menu.name],
-                    "bytes": menu.nbytes(types[menu.name]), "kl_alone": losses[gene],
+                    "matrix": menu.name,
+                    "rows": menu.rows,
+                    "columns": menu.columns,
+                    "type": types[menu.name],
+                    "bytes": menu.nbytes(types[menu.name]),
+                    "kl_alone": losses[gene],
                 }
                 for menu, losses, gene in zip(self.menus, self.losses, winner, strict=True)
             ],
-        )  # fmt: skip
+        )
 
     def front(self, known: TypesFound) -> dict[str, TypesFound]:
         """llama.cpp's file type -> the best mixture of its size, by shorter searches; those that the menus reach.
@@ -256,10 +276,12 @@ def transforms_of(options: SearchOptions, *, tied: bool) -> tuple[str, ...] | No
     chosen = expand(options.transforms, "gguf", tied=tied)
     if tied and "r1" in chosen:
         raise HalfbyteError(
-            "R1 would need a second vocabulary matrix in the file", where="--transforms",
-            expected="smooth, r2 or none", got="an output head that is tied to the embedding",
+            "R1 would need a second vocabulary matrix in the file",
+            where="--transforms",
+            expected="smooth, r2 or none",
+            got="an output head that is tied to the embedding",
             fix="leave it out, or search with --spaces a4a8",
-        )  # fmt: skip
+        )
     return chosen
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from halfbyte.calibration.importance import matrices, measure_importance
-from halfbyte.errors import HalfbyteError
-from halfbyte.export.gguf import write_gguf
-from halfbyte.files import sha256
-from halfbyte.formats.gguf_file import open_gguf
-from halfbyte.formats.imatrix import check_for, read_imatrix, write_imatrix
+from halfbyte.calibration.imatrix import matrices, measure_importance
+from halfbyte.calibration.imatrix_file import check_for, read_imatrix, write_imatrix
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import sha256
+from halfbyte.engines.llamacpp import open_engine
+from halfbyte.models.gguf_file import open_gguf
 from halfbyte.models.loading import SourceModel
-from halfbyte.runtime.llamacpp import open_engine
+from halfbyte.targets.gguf_file import write_gguf
 from tests.tiny_models import FAMILIES, some_ids
 
 

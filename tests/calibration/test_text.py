@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte import hub
 from halfbyte.calibration.text import load_text, split
 from halfbyte.calibration.windows import cut, scored
-from halfbyte.errors import HalfbyteError
+from halfbyte.core import environment as hub
+from halfbyte.core.errors import HalfbyteError
 
 
 def test_parts_of_a_text_do_not_overlap():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from halfbyte.calibration.blocks import call_block, capture
-from halfbyte.calibration.twins import walk_twins
+from halfbyte.calibration.walk import walk_twins
 
 PARTS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits
-from halfbyte.evaluate.sampling import sample_text, windows_for
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.progress import silent
+from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits, sample_text, windows_for
 from halfbyte.evaluate.worker import run_worker
-from halfbyte.progress import silent
 
 
 def test_second_half_is_scored(tiny):
@@ -61,8 +60,12 @@ def test_a_worker_that_crashes_is_one_line(tmp_path, monkeypatch):
 
 def test_a_worker_hands_on_its_own_error(tmp_path):
     request = {
-        "path": str(tmp_path / "missing.gguf"), "engine": "xllamacpp", "ctx": 32, "max_tokens": 0, "threads": 1,
+        "path": str(tmp_path / "missing.gguf"),
+        "engine": "xllamacpp",
+        "ctx": 32,
+        "max_tokens": 0,
+        "threads": 1,
         "stage": "test",
-    }  # fmt: skip
+    }
     with pytest.raises(HalfbyteError, match=r"missing\.gguf"):
         run_worker("halfbyte.evaluate.measure_gguf", request, silent)

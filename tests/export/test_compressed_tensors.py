@@ -12,16 +12,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from halfbyte import cli, exporting_vllm, files
-from halfbyte.errors import HalfbyteError
-from halfbyte.export.compressed_tensors import check_tensors, exact_scales, packed_words, plan_tensors
-from halfbyte.export.plan_file import codes_path, load_codes, load_plan
-from halfbyte.exporting_vllm import logits_in_transformers
-from halfbyte.formats.int_group import GroupedWeight, PackedWeight
+from halfbyte import cli
+from halfbyte.core import files
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.progress import silent
+from halfbyte.evaluate.simulation import load_for_plan
 from halfbyte.models.loading import layers_of, load
-from halfbyte.progress import silent
-from halfbyte.simulation import load_for_plan
-from halfbyte.weights.rtn import round_to_nearest
+from halfbyte.plan import codes_path, load_codes, load_plan
+from halfbyte.quant.int4 import GroupedWeight, PackedWeight
+from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.targets import vllm_export as exporting_vllm
+from halfbyte.targets.compressed_tensors import check_tensors, exact_scales, packed_words, plan_tensors
+from halfbyte.targets.vllm_export import logits_in_transformers
 from tests.command_line import fails, search
 from tests.export.vllm_plans import PLAN, plan_for
 from tests.tiny_models import logits_of, some_ids
@@ -218,10 +220,11 @@ def test_plans_for_other_targets_are_refused(tiny_folder, here, capsys):
     folder = tiny_folder("llama")
     plan_for(folder, target="gguf", weights="rtn", transforms="none")
     fails(
-        capsys, cli.run("export vllm", EXPORT),
+        capsys,
+        cli.run("export vllm", EXPORT),
         match="expected vllm (symmetric activation codes), got gguf; search again: halfbyte search --model_id "
         f"{folder} --target vllm --target_compression 0.75 --output FILE",
-    )  # fmt: skip
+    )
     plan_for(folder, weights="rtn", transforms="none")
     for command in (["export", "gguf"], ["export"]):
         code = cli.main([*command, "--config", PLAN, "--output", "m.gguf"])

@@ -9,14 +9,14 @@ import torch
 from gguf import GGUFReader, LlamaFileType, dequantize
 from transformers import AutoModelForCausalLM
 
-import halfbyte.export.gguf_tensors as gguf_tensors
-from halfbyte.errors import HalfbyteError
-from halfbyte.export.gguf import check_gguf, write_gguf
-from halfbyte.formats.ggml import QUANTISED, encode
+import halfbyte.targets.gguf_tensors as gguf_tensors
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.engines.llamacpp import open_engine
 from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.loading import find, layers_of, load
-from halfbyte.runtime.llamacpp import open_engine
-from halfbyte.weights.rtn import round_to_nearest
+from halfbyte.quant.ggml.types import QUANTISED, encode
+from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.targets.gguf_file import check_gguf, write_gguf
 from tests.tiny_models import F16, FAMILIES, keys, kl_of_llamacpp, logits_of, some_ids
 
 F32 = {"embedding_type": "F32", "output_type": "F32"}
@@ -263,7 +263,7 @@ def test_an_interrupted_export_keeps_the_old_file(tiny, tmp_path, failure):
 
 
 def test_too_little_disk_space_is_said_before_writing(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("halfbyte.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("halfbyte.core.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(HalfbyteError, match="disk is too small"):
         write_gguf(tmp_path / "m.gguf", tiny("llama"))
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.export.gguf import check_gguf, write_gguf
-from halfbyte.export.gguf_hparams import rope_frequency_factors
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.loading import find, load
+from halfbyte.targets.gguf_file import check_gguf, write_gguf
+from halfbyte.targets.gguf_hparams import rope_frequency_factors
 from tests.tiny_models import F16, keys, kl_of_llamacpp, logits_of, some_ids
 
 THETA = {"rope_theta": 10000.0}

@@ -9,11 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.export.plan_file import Codes, codes_path, load_codes, load_plan, save_codes, save_plan
-from halfbyte.numerics.balance import LowRank
-from halfbyte.spec import LayerPlan, Plan
-from halfbyte.weights.rtn import round_to_nearest
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.plan import Codes, LayerPlan, Plan, codes_path, load_codes, load_plan, save_codes, save_plan
+from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.transforms.balance import LowRank
 
 NAME, NORM = "model.layers.0.mlp.down_proj", "model.layers.0.input_layernorm.weight"
 
@@ -26,9 +25,18 @@ def saved(request, tmp_path):
     digest = save_codes(codes_path(path), codes)
     entry = LayerPlan(4, 8, 32, a4_clip=0.9, rank=4)
     plan = Plan(
-        "demo", "abc", "gguf", "fused", {NAME: entry}, 0.75, 0.74, ("smooth",), text={"name": "pydoc"}, seed=3,
+        "demo",
+        "abc",
+        "gguf",
+        "fused",
+        {NAME: entry},
+        0.75,
+        0.74,
+        ("smooth",),
+        text={"name": "pydoc"},
+        seed=3,
         codes_sha256=digest,
-    )  # fmt: skip
+    )
     save_plan(path, plan)
     return path, plan, codes
 
@@ -57,12 +65,22 @@ def test_a_plan_of_version_1_is_read(tmp_path):
         "note": "group 32: 128 does not divide 96",
     }
     old = {
-        "model_id": "demo", "fingerprint": "abc", "target": "gguf", "granularity": "fused", "layers": {NAME: entry},
-        "budget_asked": 0.75, "budget_reached": 0.5, "transforms": ["smooth"], "weights": "rtn",
+        "model_id": "demo",
+        "fingerprint": "abc",
+        "target": "gguf",
+        "granularity": "fused",
+        "layers": {NAME: entry},
+        "budget_asked": 0.75,
+        "budget_reached": 0.5,
+        "transforms": ["smooth"],
+        "weights": "rtn",
         "text": {"name": "pydoc", "note": "", "calib": "0", "search": "1", "eval": "2"},
-        "search": {"algorithm": "genetic", "fitness": "kl", "scores": {"plan": 0.1}}, "seed": 0,
-        "versions": {"halfbyte": "0.1"}, "codes_sha256": "", "version": 1,
-    }  # fmt: skip
+        "search": {"algorithm": "genetic", "fitness": "kl", "scores": {"plan": 0.1}},
+        "seed": 0,
+        "versions": {"halfbyte": "0.1"},
+        "codes_sha256": "",
+        "version": 1,
+    }
     path = tmp_path / "old.json"
     path.write_text(json.dumps(old))
     plan = load_plan(path, with_codes=False)
@@ -141,7 +159,7 @@ def test_full_disk_leaves_nothing(tmp_path):
     """A tiny file system is the honest way to fill a disk; /dev/full is the portable one."""
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full on this system")
-    from halfbyte.files import whole_file
+    from halfbyte.core.files import whole_file
 
     target = tmp_path / "plan.pt"
 

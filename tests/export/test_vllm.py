@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from halfbyte import cli
-from halfbyte.export.plan_file import codes_path, load_codes, load_plan
+from halfbyte.evaluate.simulation import become_simulation_, plan_bits
 from halfbyte.models.loading import find, load
-from halfbyte.models.surgery import set_activation_bits_
-from halfbyte.serving.compare import distance, ran_as
-from halfbyte.serving.folder import read_served
-from halfbyte.serving.hardware import this_cpu
-from halfbyte.serving.rules import in_vllm
-from halfbyte.serving.twins import TWINS, write_twins
-from halfbyte.simulation import become_simulation_, plan_bits
+from halfbyte.plan import codes_path, load_codes, load_plan
+from halfbyte.quant.quant_linear import set_activation_bits_
+from halfbyte.targets.served.compare import distance, ran_as
+from halfbyte.targets.served.folder import read_served
+from halfbyte.targets.served.hardware import this_cpu
+from halfbyte.targets.served.rules import in_vllm
+from halfbyte.targets.served.twins import TWINS, write_twins
 from tests.command_line import ROOT, search
 from tests.tiny_models import logits_of, some_ids
 
@@ -84,8 +84,10 @@ def test_what_vllm_ran_on_this_cpu(exported, simulated, tmp_path):
     _, here = exported
     found, ids = simulated
     folders = {"folder": here / "folder", **{name: here / "twins" / name for name in TWINS}}
-    expected = {in_vllm(read_served(here / "folder").stored(layer), this_cpu()).a_bits
-                for layer in read_served(here / "folder").layers}  # fmt: skip
+    expected = {
+        in_vllm(read_served(here / "folder").stored(layer), this_cpu()).a_bits
+        for layer in read_served(here / "folder").layers
+    }
     assert len(expected) == 1  # a CPU makes no difference between A4 and A8
     bits = expected.pop()
     asked = ["--ids", ",".join(map(str, ids.tolist())), "--memory_share", "0.1", "--json", str(tmp_path / "a.json")]

@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 
-from halfbyte.export.plan_file import codes_path, save_codes, save_plan
-from halfbyte.files import sha256
+from halfbyte.core.files import sha256
+from halfbyte.core.progress import silent
+from halfbyte.evaluate.simulation import plan_bits
 from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
 from halfbyte.models.modules import is_tied
-from halfbyte.models.surgery import set_activation_bits_
 from halfbyte.options import SearchOptions
+from halfbyte.plan import Plan, codes_path, mean_bits_fraction, save_codes, save_plan
 from halfbyte.prepare.recipe import recipe_of
 from halfbyte.prepare.walk import prepare_
-from halfbyte.progress import silent
-from halfbyte.simulation import plan_bits
-from halfbyte.spec import Plan, mean_bits_fraction
+from halfbyte.quant.quant_linear import set_activation_bits_
 
 PLAN = "plan.json"
 
@@ -36,14 +35,25 @@ def plan_for(folder: Path, path: str | Path = PLAN, target: str = "vllm", **opti
     bits = {layer.name: width for unit, width in zip(units, genome, strict=True) for layer in unit.layers}
     save_codes(codes_path(path), prepared.codes)
     plan = Plan(
-        model_id=str(folder), fingerprint=fingerprint, target=target, granularity="fused",
+        model_id=str(folder),
+        fingerprint=fingerprint,
+        target=target,
+        granularity="fused",
         layers={name: replace(entry, a_bits=bits[name]) for name, entry in prepared.layers.items()},
-        budget_asked=0.75, budget_reached=mean_bits_fraction(units, genome), transforms=recipe.transforms,
-        weights=asked.weights, text={"name": "random tokens"},
-        search={"fitness": "kl", "scores": {"all A8": 0.125, "plan": 0.25}, "validation": {"plan": 0.5},
-                "calib_tokens": 128},
-        versions={"halfbyte": "test"}, codes_sha256=sha256(codes_path(path)),
-    )  # fmt: skip
+        budget_asked=0.75,
+        budget_reached=mean_bits_fraction(units, genome),
+        transforms=recipe.transforms,
+        weights=asked.weights,
+        text={"name": "random tokens"},
+        search={
+            "fitness": "kl",
+            "scores": {"all A8": 0.125, "plan": 0.25},
+            "validation": {"plan": 0.5},
+            "calib_tokens": 128,
+        },
+        versions={"halfbyte": "test"},
+        codes_sha256=sha256(codes_path(path)),
+    )
     save_plan(path, plan)
     set_activation_bits_(source.model, plan_bits(plan))
     return source, plan

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.formats.checkpoint_codes import GPTQ_V1, GPTQ_V2, PACK_QUANTIZED
-from halfbyte.formats.checkpoint_config import codes_format
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.models.checkpoint_codes import GPTQ_V1, GPTQ_V2, PACK_QUANTIZED, codes_format
 from tests.quantised_folders import compressed_config, gptq_config, scheme
 
 ONLINE = {
@@ -70,7 +69,7 @@ def test_what_is_left_behind_is_said():
         (compressed_config(transform_config=ONLINE), "weights are stored for inputs that are transformed at run time"),
         (compressed_config(config_groups={}), "scales are not in groups"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot(config, match):
     with pytest.raises(HalfbyteError) as raised:
         codes_format(config, where="config.json")

@@ -5,8 +5,8 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, dequantize
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.formats.ggml import (
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.quant.ggml.types import (
     WRITABLE,
     bits_per_weight,
     decode,
@@ -17,8 +17,8 @@ from halfbyte.formats.ggml import (
     q8_0_blocks,
     row_bytes,
 )
-from halfbyte.formats.int_group import GroupedWeight
-from halfbyte.weights.rtn import round_to_nearest
+from halfbyte.quant.int4 import GroupedWeight
+from halfbyte.quant.rtn import round_to_nearest
 
 
 def grouped(out_features=6, in_features=256, group_size=128, seed=0):

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-
-from halfbyte.errors import HalfbyteError
 from halfbyte.formats import ggml
-from halfbyte.formats.ggml import (
+from halfbyte.runtime import llamacpp_abi
+
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.quant.ggml.types import (
     QUANTISED,
     WRITABLE,
     bits_per_weight,
@@ -22,7 +23,6 @@ from halfbyte.formats.ggml import (
     needs_importance,
     row_bytes,
 )
-from halfbyte.runtime import llamacpp_abi
 
 NEED = ("IQ2_XXS", "IQ2_XS")
 
@@ -48,9 +48,14 @@ def llamacpp_bytes(values: torch.Tensor, type_name: str, importance: torch.Tenso
     encoded = np.zeros((rows, row_bytes(columns, type_name)), np.uint8)
     weights = importance.numpy() if importance is not None else None
     llamacpp_abi.load().ggml_quantize_chunk(
-        int(GGMLQuantizationType[type_name]), values.numpy().ctypes.data, encoded.ctypes.data, 0, rows, columns,
+        int(GGMLQuantizationType[type_name]),
+        values.numpy().ctypes.data,
+        encoded.ctypes.data,
+        0,
+        rows,
+        columns,
         weights.ctypes.data if weights is not None else None,
-    )  # fmt: skip
+    )
     return encoded
 
 
@@ -139,7 +144,7 @@ def test_an_importance_that_cannot_be_used_is_refused():
 def test_threads_may_meet_at_the_first_use_of_a_type():
     code = (
         "import torch; from concurrent.futures import ThreadPoolExecutor as P\n"
-        "from halfbyte.formats.ggml import encode\n"
+        "from halfbyte.quant.ggml.types import encode\n"
         "x, one = torch.randn(4, 256), torch.ones(256)\n"
         "made = P(8).map(lambda _: encode(x, 'IQ2_XS', importance=one).tobytes(), range(32))\n"
         "assert len(set(made)) == 1"

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-
-from halfbyte.errors import HalfbyteError
 from halfbyte.formats import ggml_codebook, ggml_grid
-from halfbyte.formats.ggml import QUANTISED, bits_per_weight, decode, decode_tensor, encode, row_bytes
-from halfbyte.formats.ggml_grid import GRIDS, codes_of, grid_of, has_grid, with_codes
+
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.quant.ggml.grid import GRIDS, codes_of, grid_of, has_grid, with_codes
+from halfbyte.quant.ggml.types import QUANTISED, bits_per_weight, decode, decode_tensor, encode, row_bytes
 
 CODEBOOKS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")
 each_type = pytest.mark.parametrize("type_name", GRIDS)
@@ -99,7 +99,12 @@ def test_one_block_by_hand():
 @pytest.mark.parametrize("type_name", QUANTISED)
 def test_tensor_operations_decode_as_ggml_does(type_name):
     """What a GPU runs; in main memory ``decode_tensor`` calls ggml's own code."""
-    rows = torch.from_numpy(encode(torch.randn(8, 512, generator=torch.Generator().manual_seed(0)), type_name,
-                                   importance=torch.linspace(1, 3, 512)))  # fmt: skip
+    rows = torch.from_numpy(
+        encode(
+            torch.randn(8, 512, generator=torch.Generator().manual_seed(0)),
+            type_name,
+            importance=torch.linspace(1, 3, 512),
+        )
+    )
     form = ggml_grid if ggml_grid.has_grid(type_name) else ggml_codebook
     assert torch.equal(form.values_of(rows, type_name), decode_tensor(rows, type_name))

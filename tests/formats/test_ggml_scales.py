@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from halfbyte.formats.ggml import decode, row_bytes
-from halfbyte.formats.ggml_grid import GRIDS, codes_of, grid_of, with_codes
-from halfbyte.formats.ggml_scales import ONE, SCALINGS, Multiples, blocks_with
+from halfbyte.quant.ggml.grid import GRIDS, codes_of, grid_of, with_codes
+from halfbyte.quant.ggml.scales import ONE, SCALINGS, Multiples, blocks_with
+from halfbyte.quant.ggml.types import decode, row_bytes
 
 
 def drawn(scaling, blocks=200):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.formats.imatrix import Importance, check_for, read_imatrix, write_imatrix
+from halfbyte.calibration.imatrix_file import Importance, check_for, read_imatrix, write_imatrix
+from halfbyte.core.errors import HalfbyteError
 
 NAMES = ["blk.0.attn_q.weight", "blk.0.ffn_down.weight", "token_embd.weight"]
 WIDTHS = dict(zip(NAMES, [64, 96, 64], strict=True))

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.formats.int_group import GroupedWeight, check_packable, fitting_group_size
-from halfbyte.weights.rtn import round_to_nearest
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.quant.int4 import GroupedWeight, check_packable, fitting_group_size
+from halfbyte.quant.rtn import round_to_nearest
 
 WEIGHTS = hnp.arrays("float32", st.just((4, 64)), elements=st.floats(-100, 100, width=32))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.kernels.activations import fake_quantise_rows
-from halfbyte.numerics.affine import fake_quantise
+from halfbyte.quant.affine import fake_quantise
+from halfbyte.quant.kernels.activations import fake_quantise_rows
 from tests.kernels.interpreter import interpret
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -88,8 +88,8 @@ def test_twins_agree_in_tritons_interpreter():
 
 TWINS = """
 import torch
-from halfbyte.kernels.activations import fake_quantise_rows
-from halfbyte.kernels.choice import forced
+from halfbyte.quant.kernels.activations import fake_quantise_rows
+from halfbyte.quant.kernels.choice import forced
 from tests.kernels.test_activations import DTYPES, batch, near_enough
 
 cases = [(1, torch.float32, 1.0), (5000, torch.float32, 0.7), (128, torch.float32, 1e-9)]

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.formats.int_group import GroupedWeight
-from halfbyte.kernels import codes
-from halfbyte.numerics.packing import pack_int4, unpack_int4
+from halfbyte.quant.int4 import GroupedWeight, pack_int4, unpack_int4
+from halfbyte.quant.kernels import codes
 from tests.kernels.interpreter import interpret
 from tests.kernels.test_activations import DTYPES, same_bits
 
@@ -64,8 +63,8 @@ def test_twins_agree_in_tritons_interpreter():
 
 TWINS = """
 import torch
-from halfbyte.kernels.choice import forced
-from halfbyte.kernels.codes import decode_packed
+from halfbyte.quant.kernels.choice import forced
+from halfbyte.quant.kernels.codes import decode_packed
 from tests.kernels.test_activations import DTYPES, near_enough
 from tests.kernels.test_codes import SHAPES, packed_weight
 

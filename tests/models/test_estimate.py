@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers import Qwen2Config
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.models import estimate
-from halfbyte.models.archs import family_of
 from halfbyte.models.estimate import estimate_load, estimate_search, estimate_types
+from halfbyte.models.families import family_of
 from halfbyte.models.loading import find, load
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -19,9 +19,15 @@ FAMILY = family_of("qwen2", where="test")
 def seven_b(**changes):
     """Qwen2.5-7B's shape."""
     shape = {
-        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
-        "num_key_value_heads": 4, "vocab_size": 152064, "tie_word_embeddings": False, "dtype": torch.bfloat16,
-    }  # fmt: skip
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+        "dtype": torch.bfloat16,
+    }
     return Qwen2Config(**{**shape, **changes})
 
 

@@ -8,10 +8,9 @@ import shutil
 import pytest
 import torch
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.formats.int_group import ScaleRule
-from halfbyte.models.given_codes import GivenCodes
-from halfbyte.models.quantised_folder import QuantisedFolder
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.models.checkpoint import GivenCodes, QuantisedFolder
+from halfbyte.quant.int4 import ScaleRule
 from tests.quantised_folders import Checkpoint, compressed, compressed_config, edited, gptq, gptq_config, scheme
 
 LAYER = "model.layers.0.mlp.down_proj"
@@ -137,30 +136,48 @@ def times(name, factor):
 
 
 TENSORS = {
-    "not quantised": ("gptq", lambda t: t.update({f"{LAYER}.weight": t.pop(f"{LAYER}.qweight")}),
-                      "layer is not quantised, expected int4 codes, got float weights"),
+    "not quantised": (
+        "gptq",
+        lambda t: t.update({f"{LAYER}.weight": t.pop(f"{LAYER}.qweight")}),
+        "layer is not quantised, expected int4 codes, got float weights",
+    ),
     "missing": ("compressed", drop(f"{LAYER}.weight_packed"), "weight_packed: tensor is missing"),
     "no zeros": ("gptq", drop(f"{LAYER}.qzeros"), "qzeros: tensor is missing"),
     "no norm": ("gptq", drop("model.norm.weight"), "model.norm.weight: tensor is missing"),
     "unknown": ("gptq", put("model.layers.0.extra", torch.zeros(1)), "extra: tensor is unknown to the model"),
-    "8 bits": ("gptq", put(f"{LAYER}.qweight", torch.zeros(64, 128, dtype=torch.int32)),
-               "expected [32, 128], got [64, 128]"),
+    "8 bits": (
+        "gptq",
+        put(f"{LAYER}.qweight", torch.zeros(64, 128, dtype=torch.int32)),
+        "expected [32, 128], got [64, 128]",
+    ),
     "int8": ("compressed", put(f"{LAYER}.weight_packed", torch.zeros(128, 32, dtype=torch.int8)), "packed otherwise"),
-    "per channel": ("compressed", put(f"{LAYER}.weight_scale", torch.ones(128, 1)),
-                    "expected 8 groups of 32, got 1 scales per output for 256 inputs"),
+    "per channel": (
+        "compressed",
+        put(f"{LAYER}.weight_scale", torch.ones(128, 1)),
+        "expected 8 groups of 32, got 1 scales per output for 256 inputs",
+    ),
     "other groups": ("gptq", put(f"{LAYER}.scales", torch.ones(4, 128)), "got 4 scales per output for 256 inputs"),
     "zero points": ("gptq", lambda t: t[f"{LAYER}.qzeros"][3].add_(1), "codes are not symmetric"),
-    "zero points too": ("compressed", put(f"{LAYER}.weight_zero_point", torch.ones(128, 8, dtype=torch.int8)),
-                        "codes are not symmetric"),
-    "act-order": ("gptq", lambda t: t.update({f"{LAYER}.g_idx": t[f"{LAYER}.g_idx"].flip(0)}),
-                  "(act-order), expected column 0 in group 0, got group 7"),
+    "zero points too": (
+        "compressed",
+        put(f"{LAYER}.weight_zero_point", torch.ones(128, 8, dtype=torch.int8)),
+        "codes are not symmetric",
+    ),
+    "act-order": (
+        "gptq",
+        lambda t: t.update({f"{LAYER}.g_idx": t[f"{LAYER}.g_idx"].flip(0)}),
+        "(act-order), expected column 0 in group 0, got group 7",
+    ),
     "too large": ("gptq", times(f"{LAYER}.scales", 1e7), "scales too large for fp16, expected at most 65504"),
     "NaN": ("compressed", times(f"{LAYER}.weight_scale", float("nan")), "scales are not finite"),
     "NaN norm": ("compressed", times("model.norm.weight", float("nan")), "values are not finite"),
     "vocabulary": ("gptq", put("model.embed_tokens.weight", torch.zeros(10, 128)), "does not fit the model"),
-    "head": ("gptq", put("lm_head.qweight", torch.zeros(16, 10, dtype=torch.int32)),
-             "embedding and head cannot be taken over as codes"),
-}  # fmt: skip
+    "head": (
+        "gptq",
+        put("lm_head.qweight", torch.zeros(16, 10, dtype=torch.int32)),
+        "embedding and head cannot be taken over as codes",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TENSORS)
@@ -211,10 +228,12 @@ def test_folders_that_are_none(tiny, folders, tmp_path):
     (lacking / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "y.safetensors"}}))
     (tmp_path / "empty").mkdir()
     for folder, match in [
-        (tmp_path / "none", "no such folder"), (tmp_path / "empty", "config.json: file is missing"),
-        (original, "the checkpoint is not quantised"), (broken, "shard is truncated or corrupt"),
+        (tmp_path / "none", "no such folder"),
+        (tmp_path / "empty", "config.json: file is missing"),
+        (original, "the checkpoint is not quantised"),
+        (broken, "shard is truncated or corrupt"),
         (lacking, "y.safetensors: shard is missing"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(HalfbyteError, match=match):
             QuantisedFolder(folder)
 

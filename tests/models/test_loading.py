@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from halfbyte import hub
-from halfbyte.errors import HalfbyteError
-from halfbyte.files import sha256
-from halfbyte.models.archs import families
+from halfbyte.core import environment as hub
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import sha256
+from halfbyte.core.progress import silent
+from halfbyte.models.families import families
 from halfbyte.models.loading import find, fingerprint, layers_of, load, units_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import prepare_
-from halfbyte.progress import silent
 from tests.tiny_models import FAMILIES
 
 CPU = torch.device("cpu")

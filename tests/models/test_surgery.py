@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.modules import is_tied
-from halfbyte.models.surgery import (
+from halfbyte.quant.affine import fake_quantise
+from halfbyte.quant.quant_linear import (
     InputScheme,
     PackedLinear,
     QuantLinear,
@@ -18,9 +19,8 @@ from halfbyte.models.surgery import (
     replace_linear_,
     set_parameters_,
 )
-from halfbyte.numerics.affine import fake_quantise
-from halfbyte.numerics.hadamard import rotate
-from halfbyte.weights.rtn import round_to_nearest
+from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.transforms.hadamard import rotate
 
 X, WEIGHT = torch.randn(112, 96, generator=torch.Generator().manual_seed(0)).split([12, 100])
 

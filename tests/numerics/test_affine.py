@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from halfbyte.numerics.affine import fake_quantise, quantise_asymmetric, quantise_symmetric
+from halfbyte.quant.affine import fake_quantise, quantise_asymmetric, quantise_symmetric
 
 ROWS = hnp.arrays(
     "float32", hnp.array_shapes(min_dims=2, max_dims=2, max_side=40), elements=st.floats(-1e4, 1e4, width=32)

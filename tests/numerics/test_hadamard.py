@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from halfbyte.numerics.hadamard import (
+from halfbyte.transforms.hadamard import (
     factors,
     hadamard_matrix,
     largest_block,

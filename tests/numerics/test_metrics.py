@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from halfbyte.numerics.metrics import QualityMeter, kl_per_token
+from halfbyte.evaluate.quality import QualityMeter, kl_per_token
 
 
 def test_kl_against_scipy_style_definition():

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.numerics.packing import pack_int4, unpack_int4
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.quant.int4 import pack_int4, unpack_int4
 
 
 @given(

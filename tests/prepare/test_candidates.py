@@ -7,14 +7,14 @@ import copy
 import pytest
 import torch
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.formats.ggml import decode_tensor
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.progress import silent
 from halfbyte.models.modules import linear
 from halfbyte.prepare import candidates
 from halfbyte.prepare.candidates import encode_candidates_
 from halfbyte.prepare.menus import menus_of
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.progress import silent
+from halfbyte.quant.ggml.types import decode_tensor
 
 CPU = torch.device("cpu")
 
@@ -123,7 +123,9 @@ def test_a_given_importance_of_the_head_is_used(tiny, tmp_path):
         run(copy.deepcopy(source), tmp_path / name, "rtn", types=("Q4_1",), given=importance)[2].encoded
         for name, importance in (("a", None), ("b", given))
     ]
-    heads, downs = zip(*((one.rows(source.family.head, "Q4_1"), one.rows("model.layers.1.mlp.down_proj", "Q4_1"))
-                         for one in rows), strict=True)  # fmt: skip
+    heads, downs = zip(
+        *((one.rows(source.family.head, "Q4_1"), one.rows("model.layers.1.mlp.down_proj", "Q4_1")) for one in rows),
+        strict=True,
+    )
     assert not torch.equal(*heads)
     assert torch.equal(*downs)

@@ -11,18 +11,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.formats.int_group import ANY_FP16
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.progress import silent
+from halfbyte.evaluate.quality import kl_per_token
+from halfbyte.models.checkpoint import QuantisedFolder
 from halfbyte.models.loading import layers_of, units_of
 from halfbyte.models.modules import blocks, linear
-from halfbyte.models.quantised_folder import QuantisedFolder
-from halfbyte.models.surgery import QuantLinear, set_activation_bits_, set_parameters_
-from halfbyte.numerics.affine import fake_quantise
-from halfbyte.numerics.metrics import kl_per_token
-from halfbyte.prepare.given import adopt_block_, adopt_ends_, given_codes
+from halfbyte.prepare.checkpoint import adopt_block_, adopt_ends_, given_codes
 from halfbyte.prepare.recipe import A4_CLIPS, Recipe
 from halfbyte.prepare.walk import prepare_
-from halfbyte.progress import silent
+from halfbyte.quant.affine import fake_quantise
+from halfbyte.quant.int4 import ANY_FP16
+from halfbyte.quant.quant_linear import QuantLinear, set_activation_bits_, set_parameters_
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference
 from tests.folding import CPU, TOKENS, fold_, logits

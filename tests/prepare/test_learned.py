@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
-from halfbyte.calibration.twins import walk_twins
+from halfbyte.calibration.walk import walk_twins
 from halfbyte.models.modules import head_dim, linear
-from halfbyte.prepare.learned import balance_heads_, learn_low_rank
+from halfbyte.transforms.learned import balance_heads_, learn_low_rank
 
 
 def test_ranks_and_gain(tiny):

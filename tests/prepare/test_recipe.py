@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.options import SearchOptions
 from halfbyte.prepare.recipe import Recipe, parse_alpha, recipe_of
 

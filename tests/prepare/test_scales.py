@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 
-from halfbyte.calibration.twins import walk_twins
+from halfbyte.calibration.walk import walk_twins
 from halfbyte.models.modules import head_dim, linear
-from halfbyte.models.surgery import InputScheme
-from halfbyte.numerics.affine import fake_quantise
+from halfbyte.prepare.channel_scales import sample, scale_unit_
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.prepare.scales import sample, scale_unit_
-from halfbyte.weights.rtn import round_to_nearest
+from halfbyte.quant.affine import fake_quantise
+from halfbyte.quant.quant_linear import InputScheme
+from halfbyte.quant.rtn import round_to_nearest
 
 
 def first_step(source):

@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
+from halfbyte.core.progress import silent
 from halfbyte.models.modules import linear
 from halfbyte.prepare import screen
 from halfbyte.prepare.menus import menus_of
 from halfbyte.prepare.screen import VARIANTS, WITH_R1, screened
-from halfbyte.progress import silent
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference
 

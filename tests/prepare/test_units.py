@@ -7,11 +7,11 @@ import copy
 import pytest
 import torch
 
+from halfbyte.core.progress import silent
 from halfbyte.models.loading import layers_of
-from halfbyte.numerics.affine import fake_quantise
 from halfbyte.prepare.recipe import A4_CLIPS, Recipe
 from halfbyte.prepare.walk import prepare_
-from halfbyte.progress import silent
+from halfbyte.quant.affine import fake_quantise
 from tests.tiny_models import FAMILIES
 
 

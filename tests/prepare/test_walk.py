@@ -8,16 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.progress import silent
+from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.models import surgery
 from halfbyte.models.loading import layers_of
-from halfbyte.models.surgery import PackedLinear, QuantLinear, set_activation_bits_
-from halfbyte.numerics.metrics import kl_per_token
 from halfbyte.prepare import walk
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import load_prepared_, prepare_, save_prepared
-from halfbyte.progress import silent
-from halfbyte.stages import Stages
+from halfbyte.quant.quant_linear import PackedLinear, QuantLinear, set_activation_bits_
+from halfbyte.workdir import Stages
 
 CALIB, HELD_OUT = torch.randint(800, (40, 64), generator=torch.Generator().manual_seed(0)).split([32, 8])
 ALL = ("smooth", "r2", "r3", "online", "learned")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from halfbyte.plan import LayerPlan, Plan
 from halfbyte.report.model_card import model_card
-from halfbyte.spec import LayerPlan, Plan
 
 
 def card(model_id, *, rotated=False, **search):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from matplotlib import rcParams
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.report.plots import _distinct, _split_far, convergence_plot, sensitivity_heatmap
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.report.tables import (
     csv_text,
     display_width,

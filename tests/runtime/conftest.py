@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.runtime.llamacpp import ENGINES, Engine, open_engine
+from halfbyte.engines.llamacpp import ENGINES, Engine, open_engine
 from tests.tiny_gguf import write_tiny_gguf
 
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from halfbyte.errors import HalfbyteError
 from halfbyte.runtime import llamacpp, llamacpp_abi, llamacpp_quantize
-from halfbyte.runtime.llamacpp import Engine, Generation, GGUFModel, Speed, open_engine
+
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.engines.llamacpp import Engine, Generation, GGUFModel, Speed, open_engine
 from tests.tiny_gguf import VOCAB
 
 
@@ -132,14 +132,14 @@ def test_wrong_arguments(engine: Engine, tiny: Path) -> None:
 
 
 def test_a_process_that_forgets_to_close_ends_quietly(tiny: Path) -> None:
-    code = f"from halfbyte.runtime.llamacpp import open_engine\nm = open_engine().load({str(tiny)!r})\nm.logits([1, 2])"
+    code = f"from halfbyte.engines.llamacpp import open_engine\nm = open_engine().load({str(tiny)!r})\nm.logits([1, 2])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_importing_loads_no_library() -> None:
     code = (
-        "import sys, halfbyte.runtime.llamacpp\n"
+        "import sys, halfbyte.engines.llamacpp\n"
         "maps = open('/proc/self/maps').read() if sys.platform == 'linux' else ''\n"
         "assert 'xllamacpp' not in maps and 'xllamacpp' not in sys.modules"
     )

@@ -9,11 +9,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-
-from halfbyte.errors import HalfbyteError
 from halfbyte.runtime import llamacpp_quantize
-from halfbyte.runtime.file_types import FILE_TYPES, Shape, tensor_type
-from halfbyte.runtime.llamacpp import ENGINES, Engine, open_engine
+
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.engines.llamacpp import ENGINES, Engine, open_engine
+from halfbyte.quant.ggml.ftypes import FILE_TYPES, Shape, tensor_type
 from tests.tiny_gguf import BLOCKS, WIDTH
 
 

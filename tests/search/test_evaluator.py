@@ -7,16 +7,16 @@ import copy
 import pytest
 import torch
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.progress import silent
+from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.models.loading import layers_of, units_of
-from halfbyte.models.surgery import InputScheme, SharedInput, replace_linear_
-from halfbyte.numerics.metrics import kl_per_token
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import prepare_
-from halfbyte.progress import silent
+from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_
+from halfbyte.quant.rtn import round_to_nearest
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference
-from halfbyte.weights.rtn import round_to_nearest
 from tests.tiny_models import FAMILIES
 
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.search.baselines import knapsack_genome, random_genome
 from halfbyte.search.evolution import Evolution, EvolutionSettings
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.search.baselines import random_genome
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
 from halfbyte.search.menu import Menu, pruned

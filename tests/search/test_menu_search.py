@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.search.baselines import random_genome
 from halfbyte.search.evolution import Evolution, EvolutionSettings
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings

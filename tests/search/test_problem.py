@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.search.problem import Problem
 
 QWEN_7B_BLOCK = (3584 * 4608, 3584 * 3584, 2 * 3584 * 18944, 3584 * 18944)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.search.baselines import knapsack_genome
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
 from halfbyte.search.problem import Problem

@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 
-from halfbyte.formats.ggml import decode_tensor
+from halfbyte.core.progress import silent
+from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.models.modules import is_tied, linear
-from halfbyte.numerics.metrics import kl_per_token
 from halfbyte.prepare.candidates import encode_candidates_
 from halfbyte.prepare.menus import menus_of
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.progress import silent
+from halfbyte.quant.ggml.types import decode_tensor
 from halfbyte.search import reference as reference_module
 from halfbyte.search import type_evaluator
 from halfbyte.search.reference import reference

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from halfbyte import cli
-from halfbyte.errors import HalfbyteError
-from halfbyte.serving.folder import matches, read_served, tensor_parallel_sizes
-from halfbyte.serving.hardware import HARDWARE, named, this_machine
-from halfbyte.serving.report import block_rows, describe
-from halfbyte.serving.twins import humming_input, write_twins
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.targets.served.folder import matches, read_served, tensor_parallel_sizes
+from halfbyte.targets.served.hardware import HARDWARE, named, this_machine
+from halfbyte.targets.served.report import block_rows, describe
+from halfbyte.targets.served.twins import humming_input, write_twins
 from tests.served_folders import groups_of, header_folder
 
 MIXED = groups_of({4: ["re:.*layers.0.mlp.*"], 8: ["Linear"]})

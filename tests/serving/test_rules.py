@@ -7,10 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from halfbyte.serving import serving_markdown, serving_table
-from halfbyte.serving.hardware import HARDWARE, Hardware
-from halfbyte.serving.rules import (
+
+from halfbyte.targets.served.hardware import HARDWARE, Hardware
+from halfbyte.targets.served.rules import (
     HUMMING_READ,
     VLLM_READ,
     Stored,
@@ -21,7 +21,7 @@ from halfbyte.serving.rules import (
     in_transformers,
     in_vllm,
 )
-from halfbyte.serving.table import HEADERS
+from halfbyte.targets.served.table import HEADERS
 
 # Made by benchmarks/serve_kernels.py in vLLM's CPU environment.
 ASKED = json.loads((Path(__file__).parent / "vllm_selection.json").read_text(encoding="utf-8"))
@@ -103,7 +103,7 @@ def test_the_table_follows_the_rules():
 
 
 def test_hardware_of_one_row_shares_its_rules():
-    from halfbyte.serving.table import _ROWS
+    from halfbyte.targets.served.table import _ROWS
 
     for _, keys, _ in _ROWS:
         for rule in (in_vllm, in_humming, forced_int8, forced_humming):

@@ -7,12 +7,12 @@ import copy
 import pytest
 import torch
 
+from halfbyte.evaluate.simulation import become_simulation_
 from halfbyte.models.modules import is_tied
-from halfbyte.models.surgery import InputScheme
-from halfbyte.numerics.balance import low_rank_balance
-from halfbyte.numerics.hadamard import rotate
-from halfbyte.simulation import become_simulation_
+from halfbyte.quant.quant_linear import InputScheme
 from halfbyte.transforms import attention
+from halfbyte.transforms.balance import low_rank_balance
+from halfbyte.transforms.hadamard import rotate
 from tests.tiny_models import FAMILIES
 
 NAMES = ["r1", "r2", "r3", "r4", "online", "learned", "smooth,r1,r2,r3,r4", "smooth,r2,online,learned"]
@@ -38,9 +38,12 @@ def test_function_is_preserved(tiny, family, names, transformed):
     assert torch.equal(logits(fresh), after)
     entries = made.layers.values()
     assert {name.rpartition(".")[2] for name, entry in made.layers.items() if entry.rotated} == (
-        {name.rpartition(".")[2] for name in made.layers} if "online" in names
-        else {"down_proj"} if "r4" in names else set()
-    )  # fmt: skip
+        {name.rpartition(".")[2] for name in made.layers}
+        if "online" in names
+        else {"down_proj"}
+        if "r4" in names
+        else set()
+    )
     assert all(bool(entry.rank) == ("learned" in names) for entry in entries)
 
 

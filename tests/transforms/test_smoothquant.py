@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from halfbyte.transforms.smoothquant import shared_by_query_heads, smoothing_scales
+from halfbyte.transforms.smooth import shared_by_query_heads, smoothing_scales
 from tests.tiny_models import FAMILIES
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.formats.int_group import encode_with_scales
-from halfbyte.weights import QUANTISERS
-from halfbyte.weights.gptq import output_error
-from halfbyte.weights.moments import InputMoments
-from halfbyte.weights.scales import searched_scales
+from halfbyte.quant.base import QUANTISERS
+from halfbyte.quant.gptq import output_error
+from halfbyte.quant.int4 import encode_with_scales
+from halfbyte.quant.moments import InputMoments
+from halfbyte.quant.scales import searched_scales
 
 
 def encoded(name, weight, x):

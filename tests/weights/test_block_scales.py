@@ -5,11 +5,11 @@ import statistics
 import pytest
 import torch
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.formats.ggml import decode_tensor, encode, row_bytes
-from halfbyte.formats.ggml_grid import GRIDS
-from halfbyte.weights import block_scales
-from halfbyte.weights.block_scales import UNITS, Numbers, affine_steps, choose_rows, symmetric_steps
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.quant.base import block_scales
+from halfbyte.quant.ggml.block_scales import UNITS, Numbers, affine_steps, choose_rows, symmetric_steps
+from halfbyte.quant.ggml.grid import GRIDS
+from halfbyte.quant.ggml.types import decode_tensor, encode, row_bytes
 
 KINDS = ("normal", "heavy tails", "far from zero", "outliers")
 each_type = pytest.mark.parametrize("type_name", GRIDS)

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.formats.int_group import absmax_scales, encode_with_scales
-from halfbyte.weights.gptq import (
+from halfbyte.quant.gptq import (
     DAMPING,
     GPTQ,
     Ordered,
@@ -17,8 +16,9 @@ from halfbyte.weights.gptq import (
     output_error,
     round_with_feedback,
 )
-from halfbyte.weights.moments import InputMoments
-from halfbyte.weights.scales import searched_scales
+from halfbyte.quant.int4 import absmax_scales, encode_with_scales
+from halfbyte.quant.moments import InputMoments
+from halfbyte.quant.scales import searched_scales
 
 WIDTHS = [(32, 32), (96, 32), (128, 128), (160, 32), (576, 64), (44, 4)]  # in, group
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.formats.int_group import ANY_FP16, ScaleRule, absmax_scales
-from halfbyte.weights import QUANTISERS
-from halfbyte.weights.gptq import Ordered, improve_scales
-from halfbyte.weights.moments import InputMoments
-from halfbyte.weights.rtn import round_to_nearest
-from halfbyte.weights.scales import searched_scales
+from halfbyte.quant.base import QUANTISERS
+from halfbyte.quant.gptq import Ordered, improve_scales
+from halfbyte.quant.int4 import ANY_FP16, ScaleRule, absmax_scales
+from halfbyte.quant.moments import InputMoments
+from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.scales import searched_scales
 
 BOTH = ScaleRule(bf16=True, signed=False)
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from halfbyte.formats.ggml import decode, q4_0_blocks
-from halfbyte.formats.int_group import absmax_scales, encode_with_scales
-from halfbyte.weights.scales import searched_scales
+from halfbyte.quant.ggml.types import decode, q4_0_blocks
+from halfbyte.quant.int4 import absmax_scales, encode_with_scales
+from halfbyte.quant.scales import searched_scales
 
 WEIGHTS = hnp.arrays("float32", st.just((3, 64)), elements=st.floats(-8, 8, width=32))
 COSTS = hnp.arrays("float32", st.just(64), elements=st.floats(0, 100, width=32))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from halfbyte.models.archs import Family
+from halfbyte.models.families import Family
 from halfbyte.models.modules import blocks
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from halfbyte.spec import Layer
+from halfbyte.plan import Layer
 
 
 def output_gradient_power(

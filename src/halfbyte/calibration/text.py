@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from halfbyte import hub
-from halfbyte.errors import HalfbyteError
+from halfbyte.core import environment as hub
+from halfbyte.core.errors import HalfbyteError
 
 CUTS = {"calib": (0.0, 0.50), "search": (0.50, 0.60), "valid": (0.60, 0.70), "eval": (0.72, 1.0)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 
 
 def cut(
@@ -22,9 +22,12 @@ def cut(
     whole = len(token_ids) // length
     if whole < 1:
         raise HalfbyteError(
-            "text is shorter than one window", where=where, expected=f"{length} tokens", got=len(token_ids),
+            "text is shorter than one window",
+            where=where,
+            expected=f"{length} tokens",
+            got=len(token_ids),
             fix="use a longer text or a smaller --ctx",
-        )  # fmt: skip
+        )
     count = min(count, whole)
     starts = [(index * whole // count if spread else index) * length for index in range(count)]
     return [list(token_ids[start : start + length]) for start in starts]

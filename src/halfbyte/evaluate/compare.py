@@ -11,15 +11,14 @@ from typing import Any
 import torch
 
 from halfbyte.calibration.windows import first_scored
-from halfbyte.errors import HalfbyteError
-from halfbyte.evaluate.quality import LogitsFile, measure, scratch_folder
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.naming import download_command, f16_gguf, mixed_gguf, q4km_gguf
+from halfbyte.core.progress import Progress, Reporter
+from halfbyte.engines.llamacpp import open_engine
+from halfbyte.evaluate.quality import LogitsFile, Quality, measure, scratch_folder
 from halfbyte.evaluate.worker import run_worker
-from halfbyte.formats.gguf_file import halfbyte_keys
-from halfbyte.naming import download_command, f16_gguf, mixed_gguf, q4km_gguf
-from halfbyte.numerics.metrics import Quality
+from halfbyte.models.gguf_file import halfbyte_keys
 from halfbyte.options import CompareOptions
-from halfbyte.progress import Progress, Reporter
-from halfbyte.runtime.llamacpp import open_engine
 
 
 @dataclass(frozen=True)
@@ -128,18 +127,28 @@ class Comparison:
     def _request(self, name: str, path: str) -> dict[str, Any]:
         options = self.options
         return {
-            "path": path, "engine": options.engine, "threads": options.threads, "ctx": options.ctx,
-            "chunks": options.chunks, "text_file": str(self.text_file), "text_name": self.text_name,
-            "logits_file": str(self.folder / f"{name.replace(' ', '-')}.logits"), "prompt": options.prompt,
-            "max_tokens": options.max_tokens, "stage": name,
-        }  # fmt: skip
+            "path": path,
+            "engine": options.engine,
+            "threads": options.threads,
+            "ctx": options.ctx,
+            "chunks": options.chunks,
+            "text_file": str(self.text_file),
+            "text_name": self.text_name,
+            "logits_file": str(self.folder / f"{name.replace(' ', '-')}.logits"),
+            "prompt": options.prompt,
+            "max_tokens": options.max_tokens,
+            "stage": name,
+        }
 
     def _original(self, f16: Path) -> CompareRow:
         name = "original"
         request = {
-            **self._request(name, self.model_id), "device": self.options.device, "dtype": self.options.dtype,
-            "trust_remote_code": self.options.trust_remote_code, "f16_path": str(f16),
-        }  # fmt: skip
+            **self._request(name, self.model_id),
+            "device": self.options.device,
+            "dtype": self.options.dtype,
+            "trust_remote_code": self.options.trust_remote_code,
+            "f16_path": str(f16),
+        }
         try:
             result = run_worker("halfbyte.evaluate.measure_original", request, self.report)
         except HalfbyteError as error:

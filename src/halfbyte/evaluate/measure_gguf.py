@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.calibration.windows import first_scored, scored
+from halfbyte.core.environment import peak_process_memory
+from halfbyte.core.files import check_space, write_error
+from halfbyte.core.progress import Progress, Reporter
+from halfbyte.engines.llamacpp import open_engine
 from halfbyte.evaluate.worker import serve
-from halfbyte.files import check_space, write_error
-from halfbyte.host import peak_process_memory
-from halfbyte.progress import Progress, Reporter
-from halfbyte.runtime.llamacpp import open_engine
 
 PROMPT_ROOM = 512  # context kept free for the sample's prompt
 SPEED_TOKENS = 64  # generated tokens that are timed

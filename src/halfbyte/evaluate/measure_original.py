@@ -10,15 +10,14 @@ from typing import Any
 import torch
 
 from halfbyte.calibration.windows import first_scored
-from halfbyte.evaluate.quality import LogitsFile, model_logits
-from halfbyte.evaluate.sampling import sample_text, windows_for
+from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
+from halfbyte.core.progress import Progress, Reporter
+from halfbyte.evaluate.quality import LogitsFile, model_logits, sample_text, windows_for
 from halfbyte.evaluate.worker import serve
-from halfbyte.export.gguf import write_gguf
-from halfbyte.models.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import vocabulary
-from halfbyte.progress import Progress, Reporter
+from halfbyte.targets.gguf_file import write_gguf
 
 SPEED_TOKENS = 32
 
@@ -60,9 +59,13 @@ def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
     result["windows"], result["vocab"] = windows, vocab
     if not Path(request["f16_path"]).exists():
         write_gguf(
-            request["f16_path"], source, embedding_type="F16", output_type="F16",
-            metadata={"halfbyte.fingerprint": source.fingerprint}, report=report,
-        )  # fmt: skip
+            request["f16_path"],
+            source,
+            embedding_type="F16",
+            output_type="F16",
+            metadata={"halfbyte.fingerprint": source.fingerprint},
+            report=report,
+        )
     return result
 
 
@@ -77,9 +80,14 @@ def _speed(source: SourceModel, prompt_tokens: int, generate_tokens: int) -> dic
 
     def generate() -> None:
         source.model.generate(  # pyright: ignore[reportCallIssue]
-            input_ids=ids[:, :1], attention_mask=torch.ones_like(ids[:, :1]), do_sample=False, repetition_penalty=1.0,
-            max_new_tokens=generate_tokens, min_new_tokens=generate_tokens, pad_token_id=0,
-        )  # fmt: skip
+            input_ids=ids[:, :1],
+            attention_mask=torch.ones_like(ids[:, :1]),
+            do_sample=False,
+            repetition_penalty=1.0,
+            max_new_tokens=generate_tokens,
+            min_new_tokens=generate_tokens,
+            pad_token_id=0,
+        )
 
     prompt()
     return {

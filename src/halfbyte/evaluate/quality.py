@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from halfbyte.calibration.windows import first_scored
-from halfbyte.errors import HalfbyteError
-from halfbyte.files import check_space, write_error
-from halfbyte.numerics.metrics import Quality, QualityMeter
-from halfbyte.progress import Progress, Reporter, silent
+from halfbyte.calibration.windows import first_scored, scored
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import check_space, write_error
+from halfbyte.core.progress import Progress, Reporter, silent
+from halfbyte.models.loading import SourceModel
 
 LogitsOf = Callable[[Sequence[int]], torch.Tensor]
 """Tokens of one window -> logits ``[ctx / 2 - 1, vocab]`` that predict the tokens from ``ctx / 2 + 1`` on."""
@@ -89,9 +91,12 @@ def measure(
         theirs = next(reference) if reference is not None else None
         if theirs is not None and theirs.shape[-1] != ours.shape[-1]:
             raise HalfbyteError(
-                "vocabularies differ", where="evaluation", expected=theirs.shape[-1], got=ours.shape[-1],
+                "vocabularies differ",
+                where="evaluation",
+                expected=theirs.shape[-1],
+                got=ours.shape[-1],
                 fix="compare files of the same model",
-            )  # fmt: skip
+            )
         targets = targets_of(window).to(ours.device)
         meter.add(ours, targets, theirs.to(ours.device) if theirs is not None else None)
     return meter.result()
@@ -110,3 +115,109 @@ def live(
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
     """A folder for logits files, removed when it is closed."""
     return tempfile.TemporaryDirectory(prefix="halfbyte-")
+
+
+def kl_per_token(reference_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """KL(reference ‖ model) in nats for each row of ``[tokens, vocab]``, fp32 ``[tokens]``."""
+    reference = torch.log_softmax(reference_logits.float(), dim=-1)
+    return (reference.exp() * (reference - torch.log_softmax(logits.float(), dim=-1))).sum(dim=-1)
+
+
+def same_top(reference_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Whether both rows of ``[tokens, vocab]`` have the same most likely token, bool ``[tokens]``."""
+    return reference_logits.argmax(dim=-1) == logits.argmax(dim=-1)
+
+
+def nll_per_token(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood in nats of ``targets`` ``[tokens]`` under ``[tokens, vocab]``, fp32 ``[tokens]``."""
+    return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Summary over all scored tokens.
+
+    Attributes:
+        ppl: perplexity of the model; ppl_reference: of the reference (None without one).
+        kld_mean, kld_p99: KL divergence to the reference, nats per token (None without one).
+        top1_agreement: share of tokens with the same most likely token (None without one).
+        tokens: tokens scored.
+        kld_error: standard error of kld_mean.
+    """
+
+    ppl: float
+    tokens: int
+    ppl_reference: float | None = None
+    kld_mean: float | None = None
+    kld_p99: float | None = None
+    top1_agreement: float | None = None
+    kld_error: float | None = None
+
+
+class QualityMeter:
+    """Collects per-token values chunk by chunk, and sums them up."""
+
+    def __init__(self) -> None:
+        self._nll: list[torch.Tensor] = []
+        self._reference_nll: list[torch.Tensor] = []
+        self._kl: list[torch.Tensor] = []
+        self._same: list[torch.Tensor] = []
+
+    def add(self, logits: torch.Tensor, targets: torch.Tensor, reference_logits: torch.Tensor | None = None) -> None:
+        """Score one chunk: ``logits`` ``[tokens, vocab]``, ``targets`` ``[tokens]``, reference like ``logits``."""
+        self._nll.append(nll_per_token(logits, targets).cpu())
+        if reference_logits is not None:
+            self._reference_nll.append(nll_per_token(reference_logits, targets).cpu())
+            self._kl.append(kl_per_token(reference_logits, logits).cpu())
+            self._same.append(same_top(reference_logits, logits).cpu())
+
+    def result(self) -> Quality:
+        """The summary of everything added so far."""
+        nll = torch.cat(self._nll)
+        ppl = float(nll.mean().exp())
+        if not self._kl:
+            return Quality(ppl=ppl, tokens=nll.numel())
+        kl = torch.cat(self._kl)
+        return Quality(
+            ppl=ppl,
+            tokens=nll.numel(),
+            ppl_reference=float(torch.cat(self._reference_nll).mean().exp()),
+            kld_mean=float(kl.mean()),
+            kld_p99=float(torch.quantile(kl, 0.99)),
+            top1_agreement=float(torch.cat(self._same).float().mean()),
+            kld_error=float(kl.std() / kl.numel() ** 0.5),
+        )
+
+
+def windows_for(source: SourceModel, text: str, ctx: int, chunks: int, *, where: str) -> list[list[int]]:
+    """Scored windows with the model's own tokenizer; BOS in front if the tokenizer adds one."""
+    with_special = source.tokenizer("a").input_ids
+    bos = source.tokenizer.bos_token_id
+    if not isinstance(bos, int) or with_special[:1] != [bos]:
+        bos = None
+    ids = source.tokenizer(text, add_special_tokens=False).input_ids
+    return scored(ids, ctx, chunks, bos=bos, where=where)
+
+
+def sample_text(source: SourceModel, prompt: str, max_tokens: int) -> str:
+    """A greedy answer to ``prompt``, in the model's chat format where it has one."""
+    tokenizer: Any = source.tokenizer
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(prompt, return_tensors="pt")
+    ids = encoded["input_ids"].to(source.device)
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    with torch.no_grad():
+        answer = source.model.generate(  # pyright: ignore[reportCallIssue]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+            pad_token_id=padding,
+        )
+    return tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True).strip()

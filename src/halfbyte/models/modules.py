@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from halfbyte.models.archs import Family
+from halfbyte.models.families import Family
 
 
 def linear(parent: nn.Module, path: str) -> nn.Linear:

@@ -14,22 +14,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from halfbyte.calibration.twins import TwinStep, walk_twins
-from halfbyte.files import write_text
-from halfbyte.formats.encoded import Encoded, save_encoded
-from halfbyte.formats.int_group import check_finite
-from halfbyte.models.archs import Family
+from halfbyte.calibration.walk import TwinStep, walk_twins
+from halfbyte.core.files import write_text
+from halfbyte.core.progress import Progress, Reporter
+from halfbyte.models.families import Family
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import head_dim, is_tied, linear
-from halfbyte.models.surgery import InputScheme
-from halfbyte.numerics.hadamard import rotation_matrix
+from halfbyte.prepare.channel_scales import scale_unit_
 from halfbyte.prepare.menus import OUTSIDE, TensorMenu
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.prepare.scales import scale_unit_
-from halfbyte.progress import Progress, Reporter
+from halfbyte.quant.ggml.encoded import Encoded, save_encoded
+from halfbyte.quant.ggml.gptq import Job, encode_
+from halfbyte.quant.gptq import DAMPING, NotPositive, Ordered
+from halfbyte.quant.int4 import check_finite
+from halfbyte.quant.quant_linear import InputScheme
+from halfbyte.transforms.hadamard import rotation_matrix
 from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, transform_heads_
-from halfbyte.weights.gptq import DAMPING, NotPositive, Ordered
-from halfbyte.weights.on_grid import Job, encode_
 
 BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
 TOP_ROWS = 8192  # of embedding and head, encoded at once
@@ -165,9 +165,14 @@ def _rotated_groups(family: Family, recipe: Recipe) -> list[tuple[str, ...]]:
 
 
 def _encode_block(
-    step: TwinStep, family: Family, menus: dict[str, TensorMenu], recipe: Recipe, given: Mapping[str, torch.Tensor],
-    folder: Path, stem: str,
-) -> None:  # fmt: skip
+    step: TwinStep,
+    family: Family,
+    menus: dict[str, TensorMenu],
+    recipe: Recipe,
+    given: Mapping[str, torch.Tensor],
+    folder: Path,
+    stem: str,
+) -> None:
     rows: dict[tuple[str, str], torch.Tensor] = {}
     errors: dict[str, dict[str, float]] = {}
     for group in family.groups:
@@ -191,9 +196,15 @@ def _encode_block(
 
 
 def _encode_top(
-    source: SourceModel, menus: Sequence[TensorMenu], hidden: Sequence[torch.Tensor],
-    given: Mapping[str, torch.Tensor], folder: Path, device: torch.device, *, plain: bool,
-) -> None:  # fmt: skip
+    source: SourceModel,
+    menus: Sequence[TensorMenu],
+    hidden: Sequence[torch.Tensor],
+    given: Mapping[str, torch.Tensor],
+    folder: Path,
+    device: torch.device,
+    *,
+    plain: bool,
+) -> None:
     """Embedding and output head; a head that is tied is the embedding, and encoded for what it reads."""
     model, family = source.model, source.family
     norm = model.get_submodule(family.final_norm)

@@ -19,11 +19,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.models.archs import Family
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.models.families import Family
 from halfbyte.models.modules import linear
 from halfbyte.transforms.rotation import rotate_block_, transform_heads_
-from halfbyte.transforms.smoothquant import fold_scales_
+from halfbyte.transforms.smooth import fold_scales_
 
 SAME = 1e-3  # squared error of an embedding over its power: what rounding to fp16 or bf16 leaves is far less
 TURNED = 1e-2  # the same for a rotated one
@@ -53,18 +53,23 @@ def stream_rotation(
     error = float((b - a @ turn).square().sum())
     if not error <= TURNED * power:
         raise HalfbyteError(
-            "the checkpoint is of another model", where=where,
+            "the checkpoint is of another model",
+            where=where,
             expected="the embedding of --model_id, or a rotation of it",
             got=f"a difference of {error / max(power, 1e-30):.2g} of its power",
             fix="name the model that the checkpoint was made from with --model_id",
-        )  # fmt: skip
+        )
     return turn
 
 
 def adopt_frame_(
-    block: nn.Module, family: Family, weights: Mapping[str, torch.Tensor], norms: Mapping[str, torch.Tensor],
-    turn: torch.Tensor | None, head_dim: int,
-) -> None:  # fmt: skip
+    block: nn.Module,
+    family: Family,
+    weights: Mapping[str, torch.Tensor],
+    norms: Mapping[str, torch.Tensor],
+    turn: torch.Tensor | None,
+    head_dim: int,
+) -> None:
     """Bring an unquantised block into the coordinates of a checkpoint, in place; its function stays.
 
     Args:
@@ -102,10 +107,12 @@ def check_frame(weight: torch.Tensor, codes: torch.Tensor, *, where: object) -> 
     power, error = float(weight.square().sum()), float((codes - weight).square().sum())
     if not error <= CODES * power:
         raise HalfbyteError(
-            "the checkpoint's weights are not the model's, up to channel scales and rotations", where=where,
-            expected=f"a difference of at most {CODES:g} of their power", got=f"{error / max(power, 1e-30):.2g}",
+            "the checkpoint's weights are not the model's, up to channel scales and rotations",
+            where=where,
+            expected=f"a difference of at most {CODES:g} of their power",
+            got=f"{error / max(power, 1e-30):.2g}",
             fix="name the model that the checkpoint was made from with --model_id",
-        )  # fmt: skip
+        )
 
 
 def _scales(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.formats.ggml import bits_per_weight, fits, row_bytes
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear
+from halfbyte.quant.ggml.types import bits_per_weight, fits, row_bytes
 
 OUTSIDE = -1  # block of the embedding and the head
 
@@ -77,7 +77,10 @@ def _types(columns: int, mean_bits: float, asked: tuple[str, ...], *, where: str
         legal = near or legal or ["F16"]
     if not legal:
         raise HalfbyteError(
-            "no type fits", where=where, expected="a row of whole blocks", got=f"{columns} columns",
+            "no type fits",
+            where=where,
+            expected="a row of whole blocks",
+            got=f"{columns} columns",
             fix="offer Q8_0, Q5_0, IQ4_NL or F16 too",
-        )  # fmt: skip
+        )
     return tuple(sorted(dict.fromkeys(legal), key=bits_per_weight))

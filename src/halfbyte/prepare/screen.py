@@ -10,18 +10,18 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.blocks import block_copy, call_block, capture
-from halfbyte.calibration.twins import TwinStep
-from halfbyte.formats.ggml import bits_per_weight, decode_tensor
+from halfbyte.calibration.walk import TwinStep
+from halfbyte.core.progress import Progress, Reporter
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, is_tied, linear
-from halfbyte.models.stored import StoredMatrix
-from halfbyte.numerics.hadamard import rotate, rotate_back
 from halfbyte.prepare.candidates import BATCH_TOKENS, fold_, hessian_of
 from halfbyte.prepare.menus import TensorMenu
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.progress import Progress, Reporter
+from halfbyte.quant.ggml.gptq import Job, encode_
+from halfbyte.quant.ggml.stored import StoredMatrix
+from halfbyte.quant.ggml.types import bits_per_weight, decode_tensor
 from halfbyte.search.reference import Reference
-from halfbyte.weights.on_grid import Job, encode_
+from halfbyte.transforms.hadamard import rotate, rotate_back
 
 Variant = tuple[str, ...]
 VARIANTS: tuple[Variant, ...] = ((), ("smooth",), ("r2",), ("smooth", "r2"))
@@ -32,9 +32,18 @@ STAGE = "transforms that help"
 
 
 def screened(
-    source: SourceModel, tokens: torch.Tensor, judged: torch.Tensor, known: Reference, menus: Sequence[TensorMenu],
-    mean_bits: float, weights: str, report: Reporter, *, device: torch.device, keep_on: torch.device | None = None,
-) -> dict[str, float]:  # fmt: skip
+    source: SourceModel,
+    tokens: torch.Tensor,
+    judged: torch.Tensor,
+    known: Reference,
+    menus: Sequence[TensorMenu],
+    mean_bits: float,
+    weights: str,
+    report: Reporter,
+    *,
+    device: torch.device,
+    keep_on: torch.device | None = None,
+) -> dict[str, float]:
     """KL of each variant on the text ``judged``, nats per token: its names joined by commas -> KL.
 
     ``BLOCKS`` blocks are quantised to the types nearest to ``mean_bits``, the others are not. One walk over the blocks

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from halfbyte.calibration.twins import TwinStep
-from halfbyte.formats.int_group import GroupedWeight, fitting_group_size
+from halfbyte.calibration.walk import TwinStep
 from halfbyte.models.modules import linear
-from halfbyte.models.surgery import InputScheme
+from halfbyte.prepare.channel_scales import sample
 from halfbyte.prepare.recipe import A4_CLIPS, Recipe
-from halfbyte.prepare.scales import sample
-from halfbyte.weights.moments import InputMoments
+from halfbyte.quant.int4 import GroupedWeight, fitting_group_size
+from halfbyte.quant.moments import InputMoments
+from halfbyte.quant.quant_linear import InputScheme
 
 SAMPLE = 1024  # tokens on which activation ranges are compared and layers measured
 STREAM_BITS = 8  # activation bits in the quantised blocks while later layers are calibrated
@@ -37,9 +37,14 @@ class QuantisedUnit:
 
 
 def quantise_unit(
-    step: TwinStep, group: tuple[str, ...], recipe: Recipe, scheme: InputScheme, *, where: str,
+    step: TwinStep,
+    group: tuple[str, ...],
+    recipe: Recipe,
+    scheme: InputScheme,
+    *,
+    where: str,
     given: Mapping[str, GroupedWeight] | None = None,
-) -> QuantisedUnit:  # fmt: skip
+) -> QuantisedUnit:
     """Choose the range of 4-bit activations and the codes for the linears of ``group``, which share their input.
 
     What ``step`` has seen of that input is forgotten on the way, to make room.

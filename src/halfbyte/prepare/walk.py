@@ -8,27 +8,26 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from halfbyte.calibration.twins import TwinStep, walk_twins
-from halfbyte.errors import HalfbyteError
-from halfbyte.export.plan_file import Codes, load_codes, save_codes
-from halfbyte.files import write_text
-from halfbyte.formats.int_group import GroupedWeight, check_packable
+from halfbyte.calibration.walk import TwinStep, walk_twins
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import write_text
+from halfbyte.core.progress import Progress, Reporter
+from halfbyte.evaluate.simulation import become_simulation_
 from halfbyte.models.loading import SourceModel, layers_of, stored_dtype
 from halfbyte.models.modules import head_dim, linear
-from halfbyte.models.surgery import InputScheme, SharedInput, pack_linear_, replace_linear_, set_activation_bits_
-from halfbyte.numerics.hadamard import rotation_matrix
-from halfbyte.prepare.given import Given, adopt_block_, adopt_ends_, adopt_parameters_
-from halfbyte.prepare.learned import balance_heads_, learn_low_rank
+from halfbyte.plan import Codes, LayerPlan, load_codes, save_codes
+from halfbyte.prepare.channel_scales import scale_unit_
+from halfbyte.prepare.checkpoint import Given, adopt_block_, adopt_ends_, adopt_parameters_
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.prepare.scales import scale_unit_
 from halfbyte.prepare.units import STREAM_BITS, quantise_unit
-from halfbyte.progress import Progress, Reporter
+from halfbyte.quant.int4 import GroupedWeight, check_packable
+from halfbyte.quant.quant_linear import InputScheme, SharedInput, pack_linear_, replace_linear_, set_activation_bits_
 from halfbyte.search.sensitivity import LayerSensitivity
-from halfbyte.simulation import become_simulation_
-from halfbyte.spec import LayerPlan
-from halfbyte.stages import Stages
 from halfbyte.transforms.attention import rotate_queries_and_keys_
+from halfbyte.transforms.hadamard import rotation_matrix
+from halfbyte.transforms.learned import balance_heads_, learn_low_rank
 from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, round_ends_, transform_heads_
+from halfbyte.workdir import Stages
 
 PREPARED = "prepared.json"
 BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
@@ -135,9 +134,10 @@ def _scheme(step: TwinStep, source: SourceModel, group: tuple[str, ...], recipe:
     family = source.family
     width = linear(step.original, group[0]).weight.shape[1]
     scheme = InputScheme(
-        rotated=recipe.rotated(group[0], family.down), symmetric=recipe.symmetric,
+        rotated=recipe.rotated(group[0], family.down),
+        symmetric=recipe.symmetric,
         block=recipe.rotation_block(group[0], family.down, width),
-    )  # fmt: skip
+    )
     behind_norm = any(group == readers for _, readers in family.norm_readers)
     if recipe.scales_channels and not (behind_norm and "r1" in recipe.transforms):  # R1 needs norms without scales
         name = f"{family.blocks}.{step.index}.{group[0]}"
@@ -150,9 +150,15 @@ def _scheme(step: TwinStep, source: SourceModel, group: tuple[str, ...], recipe:
 
 
 def _quantise_(
-    step: TwinStep, source: SourceModel, group: tuple[str, ...], recipe: Recipe, scheme: InputScheme,
-    shared: SharedInput, made: Prepared, given: Mapping[str, GroupedWeight] | None = None,
-) -> None:  # fmt: skip
+    step: TwinStep,
+    source: SourceModel,
+    group: tuple[str, ...],
+    recipe: Recipe,
+    scheme: InputScheme,
+    shared: SharedInput,
+    made: Prepared,
+    given: Mapping[str, GroupedWeight] | None = None,
+) -> None:
     prefix = f"{source.family.blocks}.{step.index}."
     own = None if given is None else {part: given[part] for part in group}
     unit = quantise_unit(step, group, recipe, scheme, where=prefix + group[0], given=own)
@@ -166,16 +172,24 @@ def _quantise_(
         if codes.group_size != recipe.group_size:
             notes.append(f"group {codes.group_size}: {recipe.group_size} does not divide {codes.shape[1]}")
         made.layers[name] = LayerPlan(
-            w_bits=codes.bits, a_bits=8, group_size=codes.group_size, a_symmetric=unit.scheme.symmetric,
-            note="; ".join(notes), a4_clip=unit.scheme.a4_clip, rotated=unit.scheme.rotated,
-            rank=low_rank.rank if low_rank else 0, rotation_block=unit.scheme.block,
-        )  # fmt: skip
+            w_bits=codes.bits,
+            a_bits=8,
+            group_size=codes.group_size,
+            a_symmetric=unit.scheme.symmetric,
+            note="; ".join(notes),
+            a4_clip=unit.scheme.a4_clip,
+            rotated=unit.scheme.rotated,
+            rank=low_rank.rank if low_rank else 0,
+            rotation_block=unit.scheme.block,
+        )
         row = LayerSensitivity(name, *unit.errors[part])
         if not all(value < float("inf") for value in (row.mse_a4, row.mse_a8, row.power)):
             raise HalfbyteError(
-                "activations are not finite", where=name, got="NaN or Inf during calibration",
+                "activations are not finite",
+                where=name,
+                got="NaN or Inf during calibration",
                 fix="compute in fp32 (--dtype fp32) or check the checkpoint",
-            )  # fmt: skip
+            )
         made.sensitivity[name] = row
         replace_linear_(step.quantised, part, codes, shared, unit.scheme)
     set_activation_bits_(step.quantised, dict.fromkeys(group, STREAM_BITS))

@@ -8,8 +8,18 @@ from halfbyte.evaluate.compare import CompareRow
 from halfbyte.report.tables import format_bytes, format_ratio, format_seconds, significant, text_table
 
 HEADERS = (
-    "model", "engine", "size", "load", "prompt tok/s", "gen tok/s", "speed-up", "peak memory", "ppl", "KLD", "same top",
-)  # fmt: skip
+    "model",
+    "engine",
+    "size",
+    "load",
+    "prompt tok/s",
+    "gen tok/s",
+    "speed-up",
+    "peak memory",
+    "ppl",
+    "KLD",
+    "same top",
+)
 
 
 def comparison_table(rows: Sequence[CompareRow]) -> str:

@@ -44,13 +44,22 @@ def _plot(
     figure = Figure(figsize=(6.4, 4.2), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(
-        places, [point["kl_knapsack"] for point in points], color=LINE_COLOURS[0], linestyle="--", marker="x",
+        places,
+        [point["kl_knapsack"] for point in points],
+        color=LINE_COLOURS[0],
+        linestyle="--",
+        marker="x",
         label="knapsack over one-at-a-time KL",
-    )  # fmt: skip
+    )
     axes.errorbar(
-        places, [point["kl_validation"] for point in points], yerr=[point["noise_floor"] for point in points],
-        color=SEARCH_COLOUR, marker="o", capsize=3, label="search; bars: noise floor",
-    )  # fmt: skip
+        places,
+        [point["kl_validation"] for point in points],
+        yerr=[point["noise_floor"] for point in points],
+        color=SEARCH_COLOUR,
+        marker="o",
+        capsize=3,
+        label="search; bars: noise floor",
+    )
     axes.axvline(chosen, color="#555555", linestyle=":", label="the plan")
     axes.set_xlabel(axis)
     axes.set_ylabel("KL on the validation text, nats per token")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from halfbyte.naming import is_hub_id, short_name
+from halfbyte.core.naming import is_hub_id, short_name
+from halfbyte.plan import Plan
 from halfbyte.report.tables import Cell, markdown_table
-from halfbyte.serving.table import serving_markdown
-from halfbyte.spec import Plan
+from halfbyte.targets.served.table import serving_markdown
 
 R4_COSTS = (
     "R4 rotates the input of down_proj at run time: vLLM runs it without tensor parallelism and without biases on "
@@ -44,23 +44,42 @@ def model_card(plan: Plan, groups: Mapping[str, Sequence[str]], blocks: str, nby
     shares: list[list[Cell]] = [[group, len(names)] for group, names in groups.items()]
     transforms = ", ".join(plan.transforms) or "none"
     lines = [
-        "---", "library_name: transformers", *([f"base_model: {base}"] if is_hub_id(model_id) else []),
+        "---",
+        "library_name: transformers",
+        *([f"base_model: {base}"] if is_hub_id(model_id) else []),
         "pipeline_tag: text-generation",
-        "tags:", "- compressed-tensors", "- vllm", "- halfbyte", "---", "",
-        f"# {short_name(model_id)}, W4 with A4 and A8 layer by layer", "",
+        "tags:",
+        "- compressed-tensors",
+        "- vllm",
+        "- halfbyte",
+        "---",
+        "",
+        f"# {short_name(model_id)}, W4 with A4 and A8 layer by layer",
+        "",
         f"{base} with 4-bit weights in symmetric groups and activations of 4 or 8 bits, symmetric, one scale per "
         "token. Which layer gets which was searched by the whole model's behaviour. Format: compressed-tensors, "
-        f"`pack-quantized`; {nbytes / 1e9:.2f} GB of tensors.", "",
-        markdown_table(["config group", "layers"], shares), "",
-        ENGINES, "", serving_markdown().rstrip(), "",
-        *([R4_COSTS + ":", "", LOAD_ROTATED] if rotated else ["In transformers:", "", LOAD]), "",
-        "## How it was made", "",
-        markdown_table(["", ""], _made_by(plan, transforms, base), "ll"), "",
-        "## What was measured", "",
+        f"`pack-quantized`; {nbytes / 1e9:.2f} GB of tensors.",
+        "",
+        markdown_table(["config group", "layers"], shares),
+        "",
+        ENGINES,
+        "",
+        serving_markdown().rstrip(),
+        "",
+        *([R4_COSTS + ":", "", LOAD_ROTATED] if rotated else ["In transformers:", "", LOAD]),
+        "",
+        "## How it was made",
+        "",
+        markdown_table(["", ""], _made_by(plan, transforms, base), "ll"),
+        "",
+        "## What was measured",
+        "",
         *_measured(plan),
-        "## Activation bits", "",
-        markdown_table(*_bits(plan, blocks)), "",
-    ]  # fmt: skip
+        "## Activation bits",
+        "",
+        markdown_table(*_bits(plan, blocks)),
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -92,9 +111,11 @@ def _measured(plan: Plan) -> list[str]:
     rows: list[list[Cell]] = [[name, score, validation.get(name)] for name, score in scores.items()]
     return [
         "KL(original ‖ quantised) of next-token distributions, nats per token, in halfbyte's PyTorch simulation of "
-        "this folder; an engine is not part of it. Validation text is none that the search compared candidates on.", "",
-        markdown_table(["allocation", "search text", "validation text"], rows), "",
-    ]  # fmt: skip
+        "this folder; an engine is not part of it. Validation text is none that the search compared candidates on.",
+        "",
+        markdown_table(["allocation", "search text", "validation text"], rows),
+        "",
+    ]
 
 
 def _bits(plan: Plan, blocks: str) -> tuple[list[str], list[list[Cell]]]:

@@ -23,8 +23,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.files import whole_file
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import whole_file
 from halfbyte.report.tables import significant
 from halfbyte.search.baselines import RULE_EDGE_THRESHOLD, RULE_THRESHOLD
 

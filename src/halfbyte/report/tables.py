@@ -9,7 +9,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 
 MISSING = "—"
 NUMBER = re.compile(r"[-+±]?(\d[\d.,]*(e[-+]?\d+)?|nan|inf) ?(×|%|[kMGT]?i?B|ms|s|min( \d\d s)?|h( \d\d min)?)?")

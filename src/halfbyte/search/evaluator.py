@@ -15,15 +15,15 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.blocks import call_block, capture
-from halfbyte.errors import HalfbyteError
-from halfbyte.models.archs import Family
+from halfbyte.core.distributed import ALONE, Group
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.estimate import BATCH_TOKENS
+from halfbyte.models.families import Family
 from halfbyte.models.modules import blocks, linear
-from halfbyte.models.surgery import set_activation_bits_
-from halfbyte.parallel import ALONE, Group
+from halfbyte.plan import Unit
+from halfbyte.quant.quant_linear import set_activation_bits_
 from halfbyte.search.problem import Genome
 from halfbyte.search.reference import Reference
-from halfbyte.spec import Unit
 
 SEGMENT_TOKENS = 64  # neighbours whose mean is one sample of a loss, at most
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
+from halfbyte.plan import Unit
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.priced import Offer
 from halfbyte.search.problem import Genome
 from halfbyte.search.racing import ANCHORS, race
 from halfbyte.search.sensitivity import LayerSensitivity, unit_errors
-from halfbyte.spec import Unit
 
 
 class Fitness(ABC):

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 
 ROUNDING = 1e-12  # relative to all gains: sums of the same gains in another order differ by less
 SUMS_LIMIT = 2_000_000  # models stay far below: there are at most total cost / greatest common divisor, some thousands

@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from scipy.stats import rankdata
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.search.knapsack import best_subset
 from halfbyte.search.space import Genome, full_genomes, one_per_unit, sampled_order
 

@@ -22,7 +22,7 @@ from typing import Protocol
 
 import numpy as np
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.search.problem import Genome
 
 STAGES = (2, 4, 8)  # windows measured after each stage

@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.blocks import run_blocks
-from halfbyte.models.archs import Family
 from halfbyte.models.estimate import HEAD_CHUNK_ROWS, HEAD_CHUNK_TOKENS
+from halfbyte.models.families import Family
 from halfbyte.models.modules import linear
-from halfbyte.numerics.hadamard import rotate
+from halfbyte.transforms.hadamard import rotate
 
 CHUNK_TOKENS = {"cuda": HEAD_CHUNK_TOKENS}  # whose fp32 logits exist at once
 CHUNK_TOKENS_ELSEWHERE = 128

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from halfbyte.errors import HalfbyteError
-from halfbyte.files import write_text
-from halfbyte.parallel import ALONE, Group
-from halfbyte.progress import Progress, Reporter
+from halfbyte.core.distributed import ALONE, Group
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import write_text
+from halfbyte.core.progress import Progress, Reporter
 from halfbyte.search.fitness import Fitness
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
 from halfbyte.search.space import Genome, SearchSpace

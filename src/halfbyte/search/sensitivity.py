@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from halfbyte.spec import Unit
+from halfbyte.plan import Unit
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 
 Genome = tuple[int, ...]
 

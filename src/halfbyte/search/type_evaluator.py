@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.blocks import call_block, capture
-from halfbyte.formats.encoded import Encoded
-from halfbyte.formats.ggml import decode_tensor
-from halfbyte.models.archs import Family
+from halfbyte.core.distributed import ALONE, Group
 from halfbyte.models.estimate import SIDE_BY_SIDE
+from halfbyte.models.families import Family
 from halfbyte.models.modules import blocks, is_tied, linear
-from halfbyte.models.stored import StoredLinear, StoredMatrix, store_matrix_
-from halfbyte.parallel import ALONE, Group
+from halfbyte.quant.ggml.encoded import Encoded
+from halfbyte.quant.ggml.stored import StoredLinear, StoredMatrix, store_matrix_
+from halfbyte.quant.ggml.types import decode_tensor
 from halfbyte.search.evaluator import KLEvaluator, Row
 from halfbyte.search.problem import Genome
 from halfbyte.search.reference import Reference
@@ -55,9 +55,15 @@ class MixedTypes:
     """
 
     def __init__(
-        self, model: nn.Module, family: Family, matrices: Sequence[Matrix], encoded: Encoded, device: torch.device,
-        *, packed: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: nn.Module,
+        family: Family,
+        matrices: Sequence[Matrix],
+        encoded: Encoded,
+        device: torch.device,
+        *,
+        packed: bool = False,
+    ) -> None:
         self.model, self.family, self.matrices, self.encoded = model, family, list(matrices), encoded
         self.embedding = next(at for at, matrix in enumerate(matrices) if matrix.name == family.embedding)
         names = [matrix.name for matrix in matrices]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from halfbyte.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,20 @@ def expand(names: str, target: str, *, tied: bool, online: bool = False) -> tupl
     for name in chosen:
         if name not in TRANSFORMS:
             raise HalfbyteError(
-                "unknown transform", where="--transforms", expected=", ".join(("auto", ROTATE, *TRANSFORMS, "none")),
+                "unknown transform",
+                where="--transforms",
+                expected=", ".join(("auto", ROTATE, *TRANSFORMS, "none")),
                 got=name,
-            )  # fmt: skip
+            )
         if target not in TRANSFORMS[name].targets and name not in asked:
             cannot, ask = "cannot run this transform", ""
             if target in TRANSFORMS[name].on_request:
                 cannot, ask = "runs this transform on request only", "ask for it with --online_transforms, "
             raise HalfbyteError(
                 f"the target {target} {cannot}",
-                where="--transforms", got=name,
+                where="--transforms",
+                got=name,
                 expected=", ".join(name for name, known in TRANSFORMS.items() if target in known.targets),
                 fix=f"{ask}leave it out, or use --target sim",
-            )  # fmt: skip
+            )
     return tuple(name for name in TRANSFORMS if name in chosen)

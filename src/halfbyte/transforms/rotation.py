@@ -13,9 +13,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from halfbyte.models.archs import Family
+from halfbyte.models.families import Family
 from halfbyte.models.modules import is_tied, linear
-from halfbyte.numerics.hadamard import rotate
+from halfbyte.transforms.hadamard import rotate
 
 Rotate = Callable[[torch.Tensor], torch.Tensor]  # [..., width] -> [..., width], orthogonal
 

@@ -1,0 +1,193 @@
+"""Walk the original and its quantised copy side by side, one block at a time on the device.
+
+The original block always sees the unquantised model's hidden states; the copy sees what the quantised blocks before it
+made of them. Statistics of a layer's input are therefore those that it will meet (Frantar et al. 2022, GPTQ,
+arXiv:2210.17323, section 4; with both inputs: Li et al. 2025, GPTAQ, arXiv:2504.02692).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte.calibration.blocks import block_copy, call_block, capture
+from halfbyte.models.families import Family
+from halfbyte.models.modules import blocks
+
+
+class _Seen(Exception):
+    """Stops a forward pass where it has shown what was wanted."""
+
+
+class _Replay(nn.Module):
+    """Stands where a block's attention is, and returns what that returned before."""
+
+    def __init__(self, output: torch.Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_: Any, **__: Any) -> tuple[torch.Tensor, None]:  # [windows, length, hidden]
+        """What Hugging Face's attention modules return: output and, not asked for, weights."""
+        return self.output, None
+
+
+class TwinStep:
+    """One stop of :func:`walk_twins`, used in this order: change ``original``, ``observe``, ``split``, replace linears.
+
+    A linear is replaced between the call of :meth:`inputs` for it (or for another that shares its input) and the next
+    call. Attention runs once in the copy if the linears are taken in their order: what it gives to its last linear is
+    kept.
+
+    Attributes:
+        index: of the block.
+        original: unquantised, fp32, on the device.
+        quantised: after :meth:`split`, its copy, whose linears are to be replaced one group after the other.
+        seen: after :meth:`observe`, first linear of a group -> per batch its input in the original ``[tokens, in]``.
+        outputs: after :meth:`observe`, per batch the original's output ``[windows, length, hidden]``.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        block: nn.Module,
+        hidden: list[tuple[torch.Tensor, torch.Tensor]],
+        kwargs: dict[str, Any],
+        attention_out: str,
+    ) -> None:
+        self.index, self.original, self.quantised = index, block, block
+        self.seen: dict[str, list[torch.Tensor]] = {}
+        self._hidden, self._kwargs = hidden, kwargs
+        self._device = next(block.parameters()).device
+        self.outputs: list[torch.Tensor] = []
+        self._attention_out = attention_out
+        self._attention = attention_out.rpartition(".")[0]
+        self._mixed: list[torch.Tensor] = []  # per batch the input of the copy's attention_out, until that is replaced
+        self._attended: list[torch.Tensor] = []  # then its output
+
+    def observe(self, parts: Sequence[str]) -> None:
+        """Run the original once and keep what the linears at ``parts`` are given, and the block's output.
+
+        All of it is kept where the hidden states are.
+        """
+        handles, home = [], self._hidden[0][0].device
+        for part in parts:
+            kept = self.seen.setdefault(part, [])
+
+            def keep(_: nn.Module, args: tuple[torch.Tensor, ...], kept: list[torch.Tensor] = kept) -> None:
+                kept.append(args[0].flatten(0, -2).to(home))
+
+            handles.append(self.original.get_submodule(part).register_forward_pre_hook(keep))
+        try:
+            self.outputs = [
+                call_block(self.original, hidden.to(self._device), self._kwargs).to(home) for hidden, _ in self._hidden
+            ]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def split(self) -> None:
+        """Start the copy from the original as it is now."""
+        self.quantised = copy.deepcopy(self.original)
+
+    def inputs(self, part: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Per batch: what the linear at ``part`` is given in the original and in the copy, ``[tokens, in]`` each."""
+        if part.startswith(self._attention + "."):  # and will be replaced
+            self._mixed, self._attended = [], []
+        mixed = []
+        for index, known in enumerate(self.seen[part]):
+            of_copy = self._input_of_copy(part, index)
+            if part == self._attention_out:
+                mixed.append(of_copy)
+            yield known, of_copy
+        self._mixed += mixed
+
+    def _input_of_copy(self, part: str, index: int) -> torch.Tensor:
+        """Run the copy on one batch up to the linear at ``part``, and no further."""
+        found: list[torch.Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            found.append(args[0].flatten(0, -2))
+            raise _Seen
+
+        handle = self.quantised.get_submodule(part).register_forward_pre_hook(stop)
+        try:
+            self._run_copy(index)
+        except _Seen:
+            pass
+        finally:
+            handle.remove()
+        return found[0]
+
+    def _run_copy(self, index: int) -> torch.Tensor:
+        """The copy's output for one batch, ``[windows, length, hidden]``; attention as it is known, or anew."""
+        hidden = self._hidden[index][1]
+        while self._mixed:
+            with torch.no_grad():
+                output = self.quantised.get_submodule(self._attention_out)(self._mixed.pop(0))
+            self._attended.append(output.view_as(self._hidden[len(self._attended)][1]))
+        if not self._attended:
+            return call_block(self.quantised, hidden, self._kwargs)
+        attention = self.quantised.get_submodule(self._attention)
+        self.quantised.set_submodule(self._attention, _Replay(self._attended[index]))
+        try:
+            return call_block(self.quantised, hidden, self._kwargs)
+        finally:
+            self.quantised.set_submodule(self._attention, attention)
+
+    def advance(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """What the next block is called with; without a copy, the same twice."""
+        if self.quantised is self.original:  # never split: nothing was quantised
+            return list(zip(self.outputs, self.outputs, strict=True))
+        copies = [self._run_copy(index) for index in range(len(self._hidden))]
+        self._mixed, self._attended = [], []
+        return list(zip(self.outputs, copies, strict=True))
+
+
+def walk_twins(
+    model: nn.Module,
+    family: Family,
+    tokens: torch.Tensor,
+    *,
+    device: torch.device,
+    batch: int = 1,
+    leave: Callable[[TwinStep], None] | None = None,
+    keep_on: torch.device | None = None,
+) -> Iterator[TwinStep]:
+    """Yield a :class:`TwinStep` per block; afterwards the model holds the quantised copy where the block was.
+
+    The block itself is never written to: its parameters may be mapped from a file.
+
+    Args:
+        tokens: ``[windows, length]``, ``batch`` windows at a time.
+        leave: called with every step when the next block's inputs are known, before its copy goes to where the block
+            was.
+        keep_on: where hidden states and what is seen of inputs are kept, by default the device: main memory beside a
+            device that is too small for them, for walks without copies.
+    """
+    inputs = capture(model, family, tokens, device=device, batch=batch)
+    kept = [part.to(keep_on or device).float() for part in inputs.hidden]
+    hidden = list(zip(kept, kept, strict=True))
+    kwargs = {key: _as_fp32(value) for key, value in inputs.kwargs.items()}
+    del inputs, kept
+    holder = model.get_submodule(family.blocks)
+    for index in range(len(blocks(model, family))):
+        block = blocks(model, family)[index]
+        first = next(block.parameters())
+        home, dtype = first.device, first.dtype
+        step = TwinStep(index, block_copy(block, device, torch.float32), hidden, kwargs, family.attention_out)
+        del block, first  # nothing but the model holds them, so that its memory is free when the copy takes its place
+        yield step
+        hidden = step.advance()
+        if leave is not None:
+            leave(step)
+        setattr(holder, str(index), step.quantised.to(dtype).to(home))  # converted where it is, then moved
+
+
+def _as_fp32(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() else value
+    return tuple(_as_fp32(item) for item in value) if isinstance(value, tuple) else value

@@ -1,0 +1,139 @@
+"""Several processes that share one search: each evaluates its part, and all of them know every result.
+
+Every process runs the same program and makes the same decisions; only evaluations are divided, and only the first
+process prepares weights and writes files. What travels is small (numbers per genome, and once the prepared codes), so
+gloo carries it whatever the device. ``torchrun`` starts the processes and says who is who in the environment.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from halfbyte.core.errors import HalfbyteError
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=24)  # the others wait while the first prepares; a dead process is noticed at once
+CHUNK_BYTES = 64 * 2**20
+
+
+class Group:
+    """One process alone."""
+
+    rank, size, local_rank = 0, 1, 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this process prepares and writes."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's part of ``items``: every ``size``-th."""
+        return items[self.rank :: self.size]
+
+    def merge(self, results: Sequence[T]) -> list[T]:
+        """All results in the order of the items, from each process's results for its :meth:`share`."""
+        return list(results)
+
+    def from_first(self, value: T) -> T:
+        """The first process's value, in every process."""
+        return value
+
+    def same(self, value: T) -> T:
+        """``value``, after making sure that every process has the same.
+
+        Raises:
+            HalfbyteError: they differ.
+        """
+        return value
+
+    def send_file(self, path: Path) -> None:
+        """Give every process the first one's file at ``path``, if they do not see it already."""
+
+
+ALONE = Group()
+
+
+class _TorchGroup(Group):
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self.local_rank = int(os.environ.get("LOCAL_RANK", self.rank))
+
+    def _gather(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.size
+        _talk(lambda: dist.all_gather_object(found, value))
+        return found
+
+    def merge(self, results: Sequence[T]) -> list[T]:
+        parts = self._gather(list(results))
+        merged = []
+        for index in range(sum(len(part) for part in parts)):
+            merged.append(parts[index % self.size][index // self.size])
+        return merged
+
+    def from_first(self, value: T) -> T:
+        box = [value]
+        _talk(lambda: dist.broadcast_object_list(box, src=0))
+        return box[0]
+
+    def same(self, value: T) -> T:
+        if any(other != value for other in self._gather(value)):
+            raise HalfbyteError(
+                "processes disagree",
+                where="search",
+                expected="the same state in every process",
+                fix="use the same software and files on every machine",
+            )
+        return value
+
+    def send_file(self, path: Path) -> None:
+        size = self.from_first(path.stat().st_size if self.first else 0)  # when it is written, the others look
+        receiver = not path.exists() or path.stat().st_size != size
+        if not any(self._gather(receiver)):
+            return
+        partial = path.with_name(f"{path.name}.{self.rank}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as files:
+            source = files.enter_context(open(path, "rb")) if self.first else None
+            target = files.enter_context(open(partial, "wb")) if receiver else None
+            for start in range(0, size, CHUNK_BYTES):
+                count = min(CHUNK_BYTES, size - start)
+                data = bytearray(source.read(count)) if source else bytearray(count)
+                buffer = torch.frombuffer(data, dtype=torch.uint8)
+                _talk(lambda buffer=buffer: dist.broadcast(buffer, src=0))
+                if target:
+                    target.write(data)
+        if receiver:
+            partial.replace(path)
+
+
+def _talk(exchange: Callable[[], object]) -> None:
+    try:
+        exchange()
+    except RuntimeError as error:
+        raise HalfbyteError(
+            "another process of the group has stopped",
+            where=f"process {dist.get_rank()} of {dist.get_world_size()}",
+            fix="see its output; then start all of them again with --resume",
+        ) from error
+
+
+@contextmanager
+def joined() -> Iterator[Group]:
+    """The group that ``torchrun`` started this process in, or :data:`ALONE`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available():
+        yield ALONE
+        return
+    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield _TorchGroup()
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,157 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from halfbyte.core.errors import HalfbyteError
+
+
+def check_output(path: str | Path, *, force: bool = False) -> Path:
+    """Refuse, before any work, an output that exists (without ``force``) or a folder that cannot be written.
+
+    Missing parent folders are created.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise HalfbyteError("output is a folder", where=path, expected="a file name")
+    if path.exists() and not force:
+        raise HalfbyteError("output already exists", where=path, fix="choose another name or pass --force")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise HalfbyteError(
+            "folder cannot be written", where=path.parent, got=error.strerror or error, fix="choose another --output"
+        ) from error
+    return path
+
+
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; on success fsync it and rename it into place, else remove it.
+
+    Raises:
+        HalfbyteError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial{path.suffix}")
+    try:
+        yield partial
+        with open(partial, "r+b") as handle:
+            os.fsync(handle.fileno())
+        partial.chmod(0o666 & ~_umask())
+        os.replace(partial, path)
+    except OSError as error:
+        raise write_error(error, path) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_output_folder(path: str | Path, *, force: bool = False) -> Path:
+    """Refuse, before any work, an output folder that exists (without ``force``) or that cannot be made.
+
+    With ``force`` only what an export left is replaced: files without folders among them, ``config.json`` one of them.
+    """
+    path = Path(os.path.abspath(path))
+    if path.is_file():
+        raise HalfbyteError("output is a file", where=path, expected="the name of a folder")
+    if path.exists():
+        if not force:
+            raise HalfbyteError("output already exists", where=path, fix="choose another name or pass --force")
+        inside = list(path.iterdir())
+        if inside and not ((path / "config.json").is_file() and all(entry.is_file() for entry in inside)):
+            raise HalfbyteError(
+                "will not replace a folder that holds other things than a model", where=path, fix="choose another name"
+            )
+    check_output(path.with_name(f"{path.name}.new"), force=True)  # the folder above: there, and writable
+    return path
+
+
+@contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside ``path``; on success rename it into place, else remove it.
+
+    A folder that is there is replaced, and back again if that fails.
+
+    Raises:
+        HalfbyteError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    path = Path(path)
+    partial, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed and had the same id
+        partial.mkdir()
+        yield partial
+        for file in partial.iterdir():
+            with open(file, "r+b") as handle:
+                os.fsync(handle.fileno())
+        if path.exists():
+            path.rename(old)
+        try:
+            partial.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise write_error(error, path) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_space(path: str | Path, nbytes: int) -> None:
+    """Refuse, before writing, what does not fit on the disk of ``path``."""
+    free = shutil.disk_usage(Path(path).parent).free
+    if nbytes > free:
+        raise HalfbyteError(
+            "disk is too small for the file",
+            where=path,
+            expected=f"{nbytes / 1e9:.2f} GB free",
+            got=f"{free / 1e9:.2f} GB",
+            fix="free some space or write elsewhere",
+        )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_error(error: OSError, path: str | Path) -> HalfbyteError:
+    """What an operating-system error while writing ``path`` means for the user."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return HalfbyteError("disk is full", where=path, fix="free some space or write elsewhere; nothing was kept")
+    return HalfbyteError(
+        "cannot be written", where=path, got=error.strerror or error, fix="check the path and its permissions"
+    )
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where converted tokenizers and text are kept: ``$HALFBYTE_CACHE``, else ``~/.cache/halfbyte``."""
+    return Path(os.environ.get("HALFBYTE_CACHE") or Path.home() / ".cache" / "halfbyte")

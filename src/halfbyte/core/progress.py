@@ -1,0 +1,37 @@
+"""How the library says what it is doing, without printing anything itself: whoever wants to know listens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report: ``done`` of ``total`` steps of ``stage`` are finished; ``note`` is what to show beside it."""
+
+    stage: str
+    done: int
+    total: int
+    note: str = ""
+
+
+Listener = Callable[[Progress], None]
+_listeners: list[Listener] = []
+
+
+def report(stage: str, done: int, total: int, note: str = "") -> None:
+    """Tell whoever listens that ``done`` of ``total`` steps of ``stage`` are finished."""
+    if _listeners:
+        _listeners[-1](Progress(stage, done, total, note))
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Inside, ``listener`` is told what the library does; the one that was told before has a pause."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.pop()

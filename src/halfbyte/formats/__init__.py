@@ -1,1 +1,0 @@
-"""Storage formats: encode, decode and bits per weight, as pure functions over one module's tensors."""

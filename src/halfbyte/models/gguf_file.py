@@ -1,0 +1,55 @@
+"""Opening a GGUF file, with damage told as one line. Free of torch: the worker that runs llama.cpp opens files too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader
+
+from halfbyte.core.errors import HalfbyteError, first_line
+
+# What gguf-py raises on a damaged file; a tensor that ends after the file is a ValueError.
+_DAMAGED = (ValueError, IndexError, KeyError, OverflowError, TypeError, AttributeError)
+
+
+def check_magic(path: Path) -> None:
+    """Refuse a file that does not start like GGUF, without reading on.
+
+    Raises:
+        HalfbyteError: missing, unreadable, or not GGUF.
+    """
+    try:
+        with open(path, "rb") as handle:
+            magic = handle.read(4)
+    except FileNotFoundError as error:
+        raise HalfbyteError("no such file", where=path, expected="a GGUF file") from error
+    except OSError as error:
+        raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
+    if magic != b"GGUF":
+        raise HalfbyteError(
+            "not a GGUF file", where=path, expected="it to start with GGUF", got=magic or "an empty file"
+        )
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """Read the header of a GGUF file and map its tensors.
+
+    Raises:
+        HalfbyteError: missing, unreadable, not GGUF, or shorter than its header says.
+    """
+    check_magic(path)
+    try:
+        return GGUFReader(path)
+    except _DAMAGED as error:
+        raise HalfbyteError(
+            "GGUF file is truncated or corrupt", where=path, got=first_line(error), fix="export or download it again"
+        ) from error
+    except OSError as error:  # it can be opened, but not mapped
+        raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
+
+
+def halfbyte_keys(path: str | Path) -> dict[str, Any]:
+    """What halfbyte wrote into a file it exported, without the prefix: ``plan.hash`` and so on."""
+    fields = open_gguf(Path(path)).fields.items()
+    return {key.removeprefix("halfbyte."): field.contents() for key, field in fields if key.startswith("halfbyte.")}

@@ -1,0 +1,325 @@
+"""Frozen values that every part of halfbyte speaks: formats, layers, units, plans, outcomes.
+
+Nothing here computes on tensors, so the search and the reports can import it without torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from halfbyte.core.errors import HalfbyteError, first_line
+from halfbyte.core.files import sha256, whole_file
+from halfbyte.quant.ggml.encoded import save_tensors
+from halfbyte.quant.int4 import PackedWeight
+from halfbyte.transforms.balance import LowRank
+
+PLAN_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 knew no rotated inputs; what it lacks has defaults
+ACTIVATION_BITS = (4, 8)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear module.
+
+    Attributes:
+        name: dotted module path, e.g. ``model.layers.3.mlp.down_proj``.
+        block: index of the transformer block it belongs to.
+        kind: the last part of the name, e.g. ``down_proj``.
+        in_features, out_features: weight shape is ``[out_features, in_features]``.
+    """
+
+    name: str
+    block: int
+    kind: str
+    in_features: int
+    out_features: int
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per token."""
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that share one choice, because they share one input tensor (``fused``) or by request (``layer``)."""
+
+    name: str
+    block: int
+    layers: tuple[Layer, ...]
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per token of all layers in the unit."""
+        return sum(layer.macs for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """The choice for one layer, and what came of it.
+
+    Attributes:
+        w_bits: weight bits.
+        a_bits: activation bits.
+        group_size: weight group size that was really used.
+        a_symmetric: activations quantised symmetrically.
+        a4_clip: share of a token's range that 4-bit activation codes span; 8-bit codes always span all of it.
+        rotated: the input is rotated at run time, and the weights are stored for that.
+        rank: of the low-rank part of the transform of the input at run time; 0 if there is none.
+        rotation_block: channels that are rotated together; 0 if the rotation is one of all channels.
+        note: empty, or why something differs from what was asked ("group 64: 128 does not divide 576").
+    """
+
+    w_bits: int
+    a_bits: int
+    group_size: int
+    a_symmetric: bool = False
+    note: str = ""
+    a4_clip: float = 1.0
+    rotated: bool = False
+    rank: int = 0
+    rotation_block: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One row of the outcome table: what was asked for a layer and what was done."""
+
+    layer: str
+    asked: str
+    done: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The searched choice, one entry per layer, plus how it was made.
+
+    Attributes:
+        model_id: what the model was loaded from.
+        fingerprint: identity of the model's weights (see ``halfbyte.models.loading.fingerprint``).
+        target: where the plan will run: ``sim``, ``gguf`` or ``vllm``.
+        granularity: ``fused`` or ``layer``.
+        layers: layer name -> LayerPlan, in model order.
+        budget_asked, budget_reached: mean activation bits / 8, weighted by multiply-accumulates.
+        transforms: names of the function-preserving rewrites, in order of application.
+        weights: weight quantiser, e.g. ``rtn``, or ``from NAME``: the codes of that checkpoint.
+        text: name, split and sha256 of the text the search saw.
+        search: algorithm, settings, score of the winner.
+        seed: the seed of everything random.
+        versions: package versions and device.
+        codes_sha256: digest of the codes file beside the plan; empty where no activation bits were searched.
+        tensors: matrix -> ggml type, embedding and output head too; empty where no types were searched.
+        file: how those were found: transforms, bytes, losses, and the digest of the encoded matrices beside the plan.
+    """
+
+    model_id: str
+    fingerprint: str
+    target: str
+    granularity: str
+    layers: Mapping[str, LayerPlan]
+    budget_asked: float
+    budget_reached: float
+    transforms: tuple[str, ...] = ()
+    weights: str = "rtn"
+    text: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    codes_sha256: str = ""
+    version: int = PLAN_VERSION
+    tensors: Mapping[str, str] = field(default_factory=dict)
+    file: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def hash(self) -> str:
+        """First 12 hex digits of the digest of the choice itself: the same plan has the same hash."""
+        # what older plans do not have: their hashes stay
+        later = {"a4_clip": 1.0, "rotated": False, "rank": 0, "rotation_block": 0}
+        choice = {
+            name: {key: value for key, value in asdict(entry).items() if later.get(key, ...) != value}
+            for name, entry in self.layers.items()
+        }
+        parts = [self.fingerprint, self.codes_sha256, choice]
+        if self.tensors:
+            parts += [dict(self.tensors), self.file["sha256"]]
+        text = json.dumps(parts, sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers only, so that JSON and ``weights_only=True`` can hold it."""
+        plain = asdict(self)
+        plain["layers"] = {name: asdict(entry) for name, entry in self.layers.items()}
+        plain["transforms"] = list(self.transforms)
+        for name in ("text", "search", "versions", "tensors", "file"):
+            plain[name] = dict(getattr(self, name))
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: object = "plan") -> Plan:
+        """The inverse of :meth:`to_dict`.
+
+        Raises:
+            HalfbyteError: a key is missing or unknown, a value is of the wrong kind, or the version is newer.
+        """
+        if not isinstance(data, Mapping) or "layers" not in data:
+            raise HalfbyteError("not a halfbyte plan", where=where, fix="make one with mixed_precision_ptq.py")
+        if data.get("version") not in READABLE_VERSIONS:
+            raise HalfbyteError(
+                "plan version is not readable", where=where, expected=PLAN_VERSION, got=data.get("version")
+            )
+        try:
+            layers = {str(name): LayerPlan(**entry) for name, entry in data["layers"].items()}
+            rest = {key: value for key, value in data.items() if key not in ("layers", "transforms")}
+            plan = cls(layers=layers, transforms=tuple(data.get("transforms", ())), **rest)
+        except (TypeError, AttributeError) as error:
+            raise HalfbyteError("plan is damaged", where=where, got=error, fix="run the search again") from error
+        for name, entry in plan.layers.items():
+            if entry.a_bits not in ACTIVATION_BITS:
+                raise HalfbyteError(
+                    "activation bits out of range", where=f"{where}, {name}", expected="4 or 8", got=entry.a_bits
+                )
+        return plan
+
+
+def mean_bits_fraction(units: Sequence[Unit], bits: Sequence[int]) -> float:
+    """Mean activation bits / 8 over units, weighted by multiply-accumulates (the budget's measure)."""
+    total = sum(unit.macs for unit in units)
+    return sum(unit.macs * b for unit, b in zip(units, bits, strict=True)) / (8 * total)
+
+
+SUFFIXES = (".pt", ".json")
+
+
+@dataclass(frozen=True)
+class Codes:
+    """What a codes file holds, on the host. Read from a file it is mapped: pages are read when they are used.
+
+    Attributes:
+        weights: layer name -> codes, two to a byte.
+        parameters: name -> a parameter that transforms changed.
+        low_rank: first layer of a unit -> transform of the unit's input at run time.
+    """
+
+    weights: dict[str, PackedWeight]
+    parameters: dict[str, torch.Tensor]
+    low_rank: dict[str, LowRank]
+
+
+def check_suffix(path: Path) -> None:
+    """Refuse a plan name that is neither ``.pt`` nor ``.json``."""
+    if path.suffix not in SUFFIXES:
+        raise HalfbyteError(
+            "unknown plan format", where=path, expected=" or ".join(SUFFIXES), got=path.suffix or "no suffix"
+        )
+
+
+def codes_path(path: str | Path) -> Path:
+    """Where the codes of the plan at ``path`` are."""
+    return Path(path).with_suffix(".safetensors")
+
+
+def types_path(path: str | Path) -> Path:
+    """Where the encoded matrices of the plan at ``path`` are."""
+    return Path(path).with_suffix(".types.safetensors")
+
+
+def save_codes(path: str | Path, codes: Codes) -> str:
+    """Write ``codes`` to ``path`` (a ``.safetensors`` name); returns the file's sha256."""
+    tensors = dict(codes.parameters)
+    for name, weight in codes.weights.items():
+        tensors |= {f"{name}.codes": weight.packed, f"{name}.scales": weight.scales}
+    for name, transform in codes.low_rank.items():
+        tensors |= {f"{name}.basis": transform.basis, f"{name}.gain": transform.gain}
+    save_tensors(path, tensors, "halfbyte.codes.v1")
+    return sha256(path)
+
+
+def load_codes(path: str | Path) -> Codes:
+    """Read a codes file.
+
+    Raises:
+        HalfbyteError: the file is missing, truncated or corrupt.
+    """
+    codes = Codes({}, {}, {})
+    try:
+        with safe_open(path, framework="pt") as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a dict
+                if name.endswith(".codes"):
+                    layer = name.removesuffix(".codes")
+                    scales = handle.get_tensor(f"{layer}.scales")
+                    codes.weights[layer] = PackedWeight(handle.get_tensor(name), scales)
+                elif name.endswith(".basis"):
+                    first = name.removesuffix(".basis")
+                    codes.low_rank[first] = LowRank(handle.get_tensor(name), handle.get_tensor(f"{first}.gain"))
+                elif not name.endswith((".scales", ".gain")):
+                    codes.parameters[name] = handle.get_tensor(name)
+    except FileNotFoundError as error:
+        raise HalfbyteError(
+            "codes file is missing", where=path, fix="keep it beside the plan, or search again"
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise HalfbyteError(
+            "codes file is truncated or corrupt", where=path, got=first_line(error), fix="search again"
+        ) from error
+    return codes
+
+
+def save_plan(path: str | Path, plan: Plan) -> None:
+    """Write the plan; the suffix says how (``.pt``: ``torch.save`` of plain values, ``.json``: text)."""
+    path = Path(path)
+    check_suffix(path)
+    with whole_file(path) as partial:
+        if path.suffix == ".json":
+            partial.write_text(json.dumps(plan.to_dict(), indent=1), encoding="utf-8")
+        else:
+            torch.save(plan.to_dict(), partial)
+
+
+def load_plan(path: str | Path, *, with_codes: bool = True) -> Plan:
+    """Read a plan; ``with_codes`` also checks that the codes file beside it is the one it was made with.
+
+    ``.pt`` files are loaded with ``weights_only=True``: they cannot run code.
+
+    Raises:
+        HalfbyteError: missing, damaged, malicious, of another version, or its codes belong to another plan.
+    """
+    path = Path(path)
+    check_suffix(path)
+    if not path.is_file():
+        raise HalfbyteError("no such plan", where=path, fix="make one with mixed_precision_ptq.py")
+    try:
+        if path.suffix == ".json":
+            data = json.loads(path.read_text(encoding="utf-8"))
+        else:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise HalfbyteError("refused: the file is damaged or holds code, not only data", where=path) from error
+    except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
+        raise HalfbyteError("plan is damaged", where=path, got=first_line(error), fix="search again") from error
+    except OSError as error:
+        raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
+    plan = Plan.from_dict(data, where=path)
+    if with_codes:
+        for digest, beside in ((plan.codes_sha256, codes_path(path)), (plan.file.get("sha256"), types_path(path))):
+            if digest:
+                _check_beside(beside, digest)
+    return plan
+
+
+def _check_beside(path: Path, digest: str) -> None:
+    if not path.is_file():
+        raise HalfbyteError("codes file is missing", where=path, fix="keep it beside the plan, or search again")
+    if sha256(path) != digest:
+        raise HalfbyteError("codes file belongs to another plan, or is damaged", where=path, fix="search again")

@@ -1,0 +1,36 @@
+"""What a weight quantiser has to say about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from halfbyte.quant.awq import AWQ
+from halfbyte.quant.gptq import GPTQ
+from halfbyte.quant.int4 import GroupedWeight, ScaleRule
+from halfbyte.quant.moments import InputMoments
+from halfbyte.quant.rtn import RTN
+
+Encode = Callable[[InputMoments, int, object, ScaleRule], tuple[GroupedWeight, str]]
+
+
+@dataclass(frozen=True)
+class WeightQuantiser:
+    """A way to choose codes.
+
+    Attributes:
+        encode: (moments with the weight, group size, name for errors, what scales may be) -> codes of that weight, and
+            a note, empty unless something went otherwise than asked.
+        looks_at_inputs: moments must have seen calibration tokens; otherwise only ``moments.weight`` is used.
+        rounding_share: squared output error of its codes over that of plain rounding, to weigh weights against
+            activations when channel scales are chosen.
+        scales_for_weights: channel scales are chosen for the weights' error alone, from powers of the activations.
+    """
+
+    encode: Encode
+    looks_at_inputs: bool
+    rounding_share: float
+    scales_for_weights: bool = False
+
+
+QUANTISERS: dict[str, WeightQuantiser] = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ}

@@ -1,0 +1,215 @@
+"""Integer weights in groups along the input: W4 symmetric, one fp16 scale per group.
+
+The scale is rounded to fp16 when it is chosen, so that every export carries the same numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.quant.affine import divided
+
+
+@dataclass(frozen=True)
+class ScaleRule:
+    """What a group's scale may be, apart from an fp16 number.
+
+    Attributes:
+        bf16: exactly representable in bf16 too, for engines that keep scales in the model's dtype.
+        signed: it may be negative, which turns the grid around.
+    """
+
+    bf16: bool = False
+    signed: bool = True
+
+    def rounded(self, scales: torch.Tensor) -> torch.Tensor:
+        """The nearest such fp16 numbers. What fp16 makes of a bf16 number is one: it has 11 bits, and 8 are used; below
+        2⁻¹⁷ it is a multiple of 2⁻²⁴ of at most 7 bits."""
+        return (scales.to(torch.bfloat16) if self.bf16 else scales).to(torch.float16)
+
+
+ANY_FP16 = ScaleRule()
+
+
+@dataclass(frozen=True)
+class GroupedWeight:
+    """Encoded weights of one linear layer, while they are chosen.
+
+    Attributes:
+        codes: int8 ``[out, in]``, values in [-2^(bits-1), 2^(bits-1) - 1].
+        scales: fp16 ``[out, in / group_size]``.
+        bits: code width.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    bits: int = 4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Elements along the input that share one scale."""
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Code bits plus the share of the scale."""
+        return self.bits + 16 / self.group_size
+
+    def decode(self) -> torch.Tensor:
+        """The weights that the codes stand for, fp32 ``[out, in]``."""
+        out_features, in_features = self.codes.shape
+        grouped = self.codes.view(out_features, -1, self.group_size).float()  # [out, groups, group]
+        return (grouped * self.scales.float().unsqueeze(-1)).view(out_features, in_features)
+
+    def pack(self) -> PackedWeight:
+        """The same, two codes to a byte.
+
+        Raises:
+            HalfbyteError: codes of another width than 4 bits, or an odd number of inputs.
+        """
+        if self.bits != 4:
+            raise HalfbyteError("only 4-bit codes are packed", where="pack", expected=4, got=self.bits)
+        return PackedWeight(pack_int4(self.codes).contiguous(), self.scales.contiguous())
+
+    def to(self, device: torch.device | str) -> GroupedWeight:
+        """The same on ``device``."""
+        return GroupedWeight(self.codes.to(device), self.scales.to(device), self.bits)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """Encoded 4-bit weights of one linear layer as they are kept, in memory and in files.
+
+    Attributes:
+        packed: two codes to a byte (:func:`halfbyte.quant.int4.pack_int4`), uint8 ``[out, in / 2]``.
+        scales: fp16 ``[out, in / group_size]``.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.packed.shape[0], 2 * self.packed.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Elements along the input that share one scale."""
+        return self.shape[1] // self.scales.shape[1]
+
+    def unpack(self) -> GroupedWeight:
+        """One byte per code."""
+        return GroupedWeight(unpack_int4(self.packed), self.scales)
+
+    def decode(self) -> torch.Tensor:
+        """The weights that the codes stand for, fp32 ``[out, in]``."""
+        return self.unpack().decode()
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        """The same on ``device``; the same tensors if they are there."""
+        return PackedWeight(self.packed.to(device), self.scales.to(device))
+
+
+def check_packable(in_features: int, *, where: object) -> None:
+    """Refuse, before codes are chosen, a layer whose codes could not be packed.
+
+    Raises:
+        HalfbyteError: an odd number of inputs.
+    """
+    if in_features % 2:
+        raise HalfbyteError(
+            "an odd number of inputs cannot be packed two to a byte",
+            where=where,
+            expected="an even number",
+            got=in_features,
+            fix="this model's weights cannot be kept in 4 bits",
+        )
+
+
+def fitting_group_size(in_features: int, asked: int) -> int:
+    """``asked`` if it divides the row, else the largest power of two that does and is not larger."""
+    if in_features % asked == 0:
+        return asked
+    size = 1
+    while size * 2 <= asked and in_features % (size * 2) == 0:
+        size *= 2
+    return size
+
+
+def check_finite(tensor: torch.Tensor, where: object, what: str = "weights are") -> None:
+    """Refuse NaN and Inf.
+
+    Raises:
+        HalfbyteError: naming ``where`` and how many values are not finite.
+    """
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise HalfbyteError(
+            f"{what} not finite",
+            where=where,
+            expected="no NaN or Inf",
+            got=f"{bad} of {tensor.numel()} values",
+            fix="check the checkpoint; compute in bf16 or fp32, never fp16",
+        )
+
+
+def encode_with_scales(weight: torch.Tensor, scales: torch.Tensor, bits: int = 4) -> GroupedWeight:
+    """Round ``weight`` ``[out, in]`` to the grid of given fp16 ``scales`` ``[out, groups]``; scale 0 codes 0.
+
+    A scale may be negative: it turns the grid around, so that the one code more is on the other side.
+    """
+    out_features, in_features = weight.shape
+    top = 2 ** (bits - 1) - 1
+    step = scales.float().unsqueeze(-1)  # [out, groups, 1]
+    grouped = weight.float().reshape(out_features, scales.shape[1], -1)
+    codes = grouped / torch.where(step == 0, torch.full_like(step, torch.inf), step)
+    codes = codes.round().clamp(-top - 1, top).to(torch.int8)
+    return GroupedWeight(codes.view(out_features, in_features), scales, bits)
+
+
+def absmax_scales(
+    weight: torch.Tensor, group_size: int, bits: int = 4, *, rule: ScaleRule = ANY_FP16, where: object = "weight"
+) -> torch.Tensor:
+    """Scales ``max|group| / (2^(bits-1) - 1)``, rounded to fp16, ``[out, in / group_size]``.
+
+    Raises:
+        HalfbyteError: NaN or Inf in ``weight``, or a group too large for an fp16 scale.
+    """
+    check_finite(weight, where)
+    out_features = weight.shape[0]
+    largest = weight.float().reshape(out_features, -1, group_size).abs().amax(dim=-1)
+    scales = rule.rounded(divided(largest, 2 ** (bits - 1) - 1))
+    if bool(torch.isinf(scales).any()):
+        raise HalfbyteError(
+            "weights too large for fp16 scales", where=where, got=f"max |w| = {float(largest.max()):.4g}"
+        )
+    return scales
+
+
+def pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    """Pack int8 codes ``[..., n]`` in [-8, 7] into uint8 ``[..., n / 2]``; the even element is the low nibble.
+
+    Raises:
+        HalfbyteError: ``n`` is odd or a code does not fit.
+    """
+    if codes.shape[-1] % 2:
+        raise HalfbyteError("cannot pack an odd number of codes", where="pack_int4", got=codes.shape[-1])
+    if codes.numel() and (int(codes.min()) < -8 or int(codes.max()) > 7):
+        raise HalfbyteError("code does not fit four bits", where="pack_int4", expected="-8 to 7")
+    nibbles = (codes & 0xF).to(torch.uint8)
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`pack_int4`: int8 codes ``[..., 2 * n]`` from uint8 ``[..., n]``."""
+    nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).to(torch.int8)  # [..., n, 2]
+    return torch.where(nibbles > 7, nibbles - 16, nibbles).flatten(-2)

@@ -1,0 +1,29 @@
+"""Round to nearest on absmax scales."""
+
+from __future__ import annotations
+
+import torch
+
+from halfbyte.quant.base import WeightQuantiser
+from halfbyte.quant.int4 import ANY_FP16, GroupedWeight, ScaleRule, absmax_scales, encode_with_scales
+from halfbyte.quant.moments import InputMoments
+
+
+def round_to_nearest(
+    weight: torch.Tensor, group_size: int, bits: int = 4, *, rule: ScaleRule = ANY_FP16, where: object = "weight"
+) -> GroupedWeight:
+    """Encode ``weight`` ``[out, in]`` in symmetric groups of ``group_size``, which must divide ``in``.
+
+    Raises:
+        HalfbyteError: NaN or Inf in ``weight``, named by ``where``.
+    """
+    return encode_with_scales(weight, absmax_scales(weight, group_size, bits, rule=rule, where=where), bits)
+
+
+def _encode(
+    moments: InputMoments, group_size: int, where: object, rule: ScaleRule = ANY_FP16
+) -> tuple[GroupedWeight, str]:
+    return round_to_nearest(moments.weight, group_size, rule=rule, where=where), ""
+
+
+RTN = WeightQuantiser(_encode, looks_at_inputs=False, rounding_share=1.0)

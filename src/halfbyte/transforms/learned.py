@@ -1,0 +1,58 @@
+"""Affine transforms from second moments: low-rank in front of a unit, and whole between v and o, where it folds.
+
+What FlatQuant (Sun et al. 2024, arXiv:2410.09426) learns by gradient descent has a closed form if rounding noise is
+spread evenly by a rotation: see :mod:`halfbyte.transforms.balance`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from halfbyte.calibration.walk import TwinStep
+from halfbyte.models.families import Family
+from halfbyte.models.modules import linear
+from halfbyte.transforms.balance import LowRank, balancing_matrices, low_rank_balance
+from halfbyte.transforms.rotation import transform_heads_
+
+RANK_SHARE, LARGEST_RANK = 8, 256
+
+
+def rank_for(inputs: int) -> int:
+    """The rank for an input of that width: an eighth of it, at most 256, even."""
+    return max(2, min(LARGEST_RANK, inputs // RANK_SHARE) // 2 * 2)
+
+
+def learn_low_rank(step: TwinStep, group: tuple[str, ...]) -> LowRank:
+    """The transform of a unit's input."""
+    weight = torch.cat([linear(step.original, part).weight for part in group])
+    inputs = weight.shape[1]
+    x_moment = weight.new_zeros(inputs, inputs)
+    for batch in step.seen[group[0]]:
+        x_moment.addmm_(batch.T, batch)
+    return low_rank_balance(x_moment, weight.T @ weight, rank_for(inputs))
+
+
+def balance_heads_(step: TwinStep, family: Family, head_dim: int) -> None:
+    """Fold into v and o, per key/value head, the transform that gives o's input and weights the same spread.
+
+    What was seen of o's input is changed with it. Nothing is left for run time.
+    """
+    out = linear(step.original, family.attention_out).weight
+    heads = linear(step.original, family.value).weight.shape[0] // head_dim
+    seen = step.seen[family.attention_out]
+
+    def by_head(rows: torch.Tensor) -> torch.Tensor:  # [rows, in] -> [heads, rows * query heads per head, head_dim]
+        return rows.view(len(rows), heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
+
+    x_moment = sum((by_head(batch).mT @ by_head(batch) for batch in seen), out.new_zeros(heads, head_dim, head_dim))
+    w_moment = by_head(out).mT @ by_head(out)
+    used = (x_moment.diagonal(dim1=1, dim2=2).sum(1) > 0) & (w_moment.diagonal(dim1=1, dim2=2).sum(1) > 0)
+    eye = torch.eye(head_dim, device=out.device)
+    forward, backward = (
+        torch.where(used[:, None, None], matrix, eye) for matrix in balancing_matrices(x_moment, w_moment)
+    )
+    transform_heads_(step.original, family, forward, backward, head_dim)
+    step.seen[family.attention_out] = [
+        torch.einsum("thgd,hed->thge", batch.view(len(batch), heads, -1, head_dim), forward).reshape(batch.shape)
+        for batch in seen
+    ]

@@ -1,0 +1,109 @@
+"""Intermediate results on disk, so that an interrupted search can go on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from halfbyte.core.distributed import ALONE, Group
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import write_text
+
+RECORD, CODES = "settings.json", "codes.safetensors"
+CANDIDATES = "candidates"  # folder of encoded matrices
+
+
+def work_folder(output: Path) -> Path:
+    """Where the stages of a search are kept until its plan stands."""
+    return output.with_name(f".{output.name}.work")
+
+
+def refuse_waiting(output: Path) -> None:
+    """Refuse to start over what could be resumed.
+
+    Raises:
+        HalfbyteError: an interrupted search is waiting.
+    """
+    if any((work_folder(output) / name).exists() for name in (CODES, CANDIDATES)):
+        raise HalfbyteError(
+            "an interrupted search is waiting",
+            where=work_folder(output),
+            fix="go on with it: --resume; or start over: --force",
+        )
+
+
+class Stages:
+    """Intermediate results in a folder beside the output, valid for one set of settings.
+
+    Args:
+        output: the plan to be written; the folder is ``.NAME.work`` beside it.
+        settings: everything the results depend on; a resumed run must have the same.
+        resume: keep what is there; otherwise start empty.
+        group: processes that share the search. The first one's folder counts; the others keep none of their own.
+
+    Raises:
+        HalfbyteError: resuming with other settings.
+    """
+
+    def __init__(self, output: Path, settings: dict[str, Any], *, resume: bool, group: Group = ALONE) -> None:
+        self.folder, self.group = work_folder(output), group
+        if group.first:
+            resume = self._open(settings, resume=resume)
+        self.resumed = group.from_first(resume)
+        self.shared = (self.folder / RECORD).exists()  # else what arrives in the folder is this process's own
+
+    def _open(self, settings: dict[str, Any], *, resume: bool) -> bool:
+        """Whether there is something to go on with; otherwise the folder is empty."""
+        record = self.folder / RECORD
+        if resume and record.exists():
+            before = json.loads(record.read_text(encoding="utf-8"))
+            changed = [key for key in settings if before.get(key) != settings[key]]
+            if changed:
+                raise HalfbyteError(
+                    "the interrupted search had other settings",
+                    where="--resume",
+                    expected=f"{changed[0]}={before.get(changed[0])}",
+                    got=settings[changed[0]],
+                    fix="use the same settings, or start over with --force",
+                )
+            return True
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        write_text(record, json.dumps(settings, indent=1))
+        return False
+
+    def value(self, name: str, compute: Callable[[], Any]) -> Any:
+        """A JSON value, computed once (by all processes together) and read back by a resumed run."""
+        path = self.folder / f"{name}.json"
+        text = self.group.from_first(path.read_text(encoding="utf-8") if path.exists() else None)
+        if text is None:
+            text = self.group.from_first(json.dumps(compute()))  # equal to the last bit everywhere
+            if self.group.first:
+                write_text(path, text)
+        return json.loads(text)
+
+    @property
+    def codes(self) -> Path:
+        """The W4 codes while the search runs; when the plan stands they have moved beside it."""
+        return self.folder / CODES
+
+    @property
+    def candidates(self) -> Path:
+        """Folder of the encoded matrices to choose from."""
+        return self.folder / CANDIDATES
+
+    def types(self, like: str = "") -> Path:
+        """The encoded matrices of the winner, or of another point of a front, until the plan stands."""
+        return self.folder / f"types{like and '-'}{like}.safetensors"
+
+    def __enter__(self) -> Stages:
+        return self
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        """Leave the folder only if a search failed that can be resumed."""
+        waiting = failed is not None and (self.codes.exists() or self.candidates.exists())
+        if not (waiting if self.group.first else self.shared):
+            shutil.rmtree(self.folder, ignore_errors=True)

@@ -24,7 +24,6 @@ from halfbyte.calibration.text import load_text
 from halfbyte.calibration.windows import cut, first_scored
 from halfbyte.core.device import device_name, resolve_device
 from halfbyte.core.files import check_output, write_text
-from halfbyte.core.progress import silent
 from halfbyte.evaluate.quality import LogitsFile, Quality, live, measure, model_logits, windows_for
 from halfbyte.models.loading import find, layers_of, load, units_of
 from halfbyte.models.modules import is_tied, vocabulary
@@ -102,7 +101,7 @@ class Bench:
         scored = options.ctx - first_scored(options.ctx) - 1
         self.kept = LogitsFile(scratch / "reference", vocabulary(source.model, source.family), scored)
         source.model.to(self.device)
-        self.kept.write(self.windows, model_logits(source.model), silent, "reference")
+        self.kept.write(self.windows, model_logits(source.model), "reference")
         self.original = measure(self.windows, iter(self.kept))
         self.made_by = {
             "model": options.model,
@@ -129,7 +128,7 @@ class Bench:
         source = self._load()
         norm = source.model.get_parameter(f"{source.family.final_norm}.weight").to(self.device).clone()
         started = time.perf_counter()
-        made = prepare_(source, self.calib, recipe, silent, device=self.device)
+        made = prepare_(source, self.calib, recipe, device=self.device)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started

@@ -18,7 +18,6 @@ from typing import Any
 from halfbyte.calibration.text import pydoc_text
 from halfbyte.calibration.windows import first_scored
 from halfbyte.core.environment import cores, cpu_name
-from halfbyte.core.progress import silent
 from halfbyte.evaluate.quality import LogitsFile, measure
 from halfbyte.evaluate.worker import run_worker
 from halfbyte.report.tables import markdown_table, significant
@@ -64,7 +63,7 @@ def by_us(path: str, text: Path, folder: Path, chunks: int) -> dict[str, Any]:
         "max_tokens": 0,
         "stage": "ours",
     }
-    return {**run_worker("halfbyte.evaluate.measure_gguf", request, silent), "logits_file": request["logits_file"]}
+    return {**run_worker("halfbyte.evaluate.measure_gguf", request), "logits_file": request["logits_file"]}
 
 
 def main() -> int:

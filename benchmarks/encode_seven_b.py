@@ -73,7 +73,7 @@ def main() -> int:
         ends = {"embedding_type": types.pop(source.family.embedding), "output_type": types.pop(source.family.head)}
         generator = torch.Generator().manual_seed(0)
         importance = {menu.name: torch.rand(menu.columns, generator=generator) + 0.1 for menu in menus}
-        rows = write_gguf(path, source, layer_types=types, importance=importance, report=draw.report, **ends)
+        rows = write_gguf(path, source, layer_types=types, importance=importance, **ends)
         seconds = time.monotonic() - started
     draw.finish()
     weights = sum(menu.rows * menu.columns for menu in menus)

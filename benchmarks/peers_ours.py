@@ -19,7 +19,6 @@ import torch
 
 from halfbyte.core.device import made_with
 from halfbyte.core.environment import peak_process_memory
-from halfbyte.core.progress import silent
 from halfbyte.evaluate.quality import live, measure, model_logits
 from halfbyte.models.loading import find, load
 from halfbyte.prepare.recipe import Recipe
@@ -45,7 +44,7 @@ def ours(folder: str, recipe: str, a_bits: int, calib: list[list[int]], evaluati
     where = torch.device("cpu")
     source = load(find(folder), device=where, dtype=torch.float32)
     started = time.perf_counter()
-    made = prepare_(source, torch.tensor(calib), RECIPES[recipe], silent, device=where)
+    made = prepare_(source, torch.tensor(calib), RECIPES[recipe], device=where)
     set_activation_bits_(source.model, dict.fromkeys(made.layers, a_bits))
     seconds, peak_memory = time.perf_counter() - started, peak_process_memory()
     original = load(find(folder), device=where, dtype=torch.float32)

@@ -36,7 +36,6 @@ from halfbyte.calibration.windows import cut
 from halfbyte.core.device import device_name, resolve_device, resolve_dtype
 from halfbyte.core.distributed import ALONE
 from halfbyte.core.files import check_output, write_text
-from halfbyte.core.progress import silent
 from halfbyte.models.loading import find, layers_of, load, units_of
 from halfbyte.options import SearchOptions
 from halfbyte.pipeline import FISHER_WINDOWS
@@ -96,7 +95,7 @@ class Bench:
             for part in ("search", "valid", "eval")
         }
         recipe = recipe_of(SearchOptions(target="sim"), tied=False)
-        self.prepared = prepare_(source, calib, recipe, silent, device=self.device)
+        self.prepared = prepare_(source, calib, recipe, device=self.device)
         source.model.to(self.device)
         layers = layers_of(source.model, source.family)
         self.units = units_of(layers, source.family, "fused")

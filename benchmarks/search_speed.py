@@ -32,7 +32,6 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from halfbyte.core.device import device_name, peak_memory
 from halfbyte.core.distributed import Group, joined
 from halfbyte.core.files import check_output, write_text
-from halfbyte.core.progress import silent
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.loading import layers_of, units_of
 from halfbyte.quant.int4 import PackedWeight
@@ -189,7 +188,6 @@ def search(
                 fitness=fitness,
                 state_file=Path(folder) / "state.json",
                 resume=False,
-                report=silent,
                 group=group,
             )
         evaluations = len(algorithm.scores)

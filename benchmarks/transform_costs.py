@@ -7,8 +7,8 @@ Per unit: a rotation of n channels costs n times the sum of its factors, the low
 
 from __future__ import annotations
 
+from halfbyte.quant.hadamard import factors
 from halfbyte.report.tables import format_bytes, markdown_table
-from halfbyte.transforms.hadamard import factors
 from halfbyte.transforms.learned import rank_for
 
 # blocks, hidden, intermediate, query and key/value heads, head_dim

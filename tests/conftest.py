@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from halfbyte.core.progress import silent
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import Prepared, prepare_
@@ -102,7 +101,7 @@ def transformed(monkeypatch) -> Callable[..., Prepared]:
 
     def transform(source: SourceModel, tokens: torch.Tensor, names: str, alpha: float | None = None) -> Prepared:
         recipe = Recipe(tuple(names.split(",")), "exact", alpha, clip=False)
-        made = prepare_(source, tokens, recipe, silent, device=source.device)
+        made = prepare_(source, tokens, recipe, device=source.device)
         set_activation_bits_(source.model, dict.fromkeys(made.layers))
         return made
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from halfbyte import cli
-from halfbyte.core.progress import silent
 from halfbyte.models.loading import layers_of, units_of
 from halfbyte.plan import load_plan
 from halfbyte.prepare.recipe import Recipe
@@ -20,6 +19,7 @@ from halfbyte.quant.ggml.block_scales import choose_rows
 from halfbyte.quant.ggml.grid import GRIDS
 from halfbyte.quant.ggml.types import QUANTISED, decode_tensor, row_bytes
 from halfbyte.quant.gptq import Ordered, improve_codes, output_error, round_with_feedback
+from halfbyte.quant.hadamard import rotate
 from halfbyte.quant.kernels.activations import fake_quantise_rows
 from halfbyte.quant.kernels.choice import forced
 from halfbyte.quant.kernels.codes import decode_packed
@@ -28,10 +28,9 @@ from halfbyte.quant.rtn import round_to_nearest
 from halfbyte.quant.scales import searched_scales
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference
-from halfbyte.transforms.hadamard import rotate
 from halfbyte.workdir import Stages
-from tests.kernels.test_activations import DTYPES, batch, same_bits
-from tests.kernels.test_codes import SHAPES, packed_weight
+from tests.quant.kernels.test_activations import DTYPES, batch, same_bits
+from tests.quant.kernels.test_codes import SHAPES, packed_weight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 QUICK = ["--calib", "pydoc", "--ctx", "64", "--calib_tokens", "128", "--search_tokens", "128", "--ga_pop", "6"]
@@ -88,7 +87,7 @@ def test_what_was_saved_runs_on_the_device(tiny, tmp_path):
     tokens = torch.randint(800, (4, 64), generator=torch.Generator().manual_seed(0))
     source, fresh = copy.deepcopy(tiny("qwen2-tied")), copy.deepcopy(tiny("qwen2-tied"))
     stages = Stages(tmp_path / "plan.pt", {}, resume=False)
-    made = prepare_(source, tokens, recipe, silent, device=torch.device("cuda"))
+    made = prepare_(source, tokens, recipe, device=torch.device("cuda"))
     save_prepared(stages, made)
     load_prepared_(fresh, stages, recipe, device=torch.device("cuda"))
     logits = []

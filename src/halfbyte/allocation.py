@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.core.distributed import Group
-from halfbyte.core.progress import Progress, Reporter
+from halfbyte.core.progress import report
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Unit, mean_bits_fraction
 from halfbyte.results import Found, FrontPoint
@@ -40,7 +40,7 @@ class Allocator:
         judge: KL on the validation text, or None.
         sensitivity: layer name -> measured errors.
         options: population, generations, seed.
-        stages, report, group: where to keep results, whom to tell, who shares the work.
+        stages, group: where to keep results, whom to tell, who shares the work.
     """
 
     def __init__(
@@ -51,18 +51,17 @@ class Allocator:
         sensitivity: Mapping[str, LayerSensitivity],
         options: SearchOptions,
         stages: Stages,
-        report: Reporter,
         group: Group,
     ) -> None:
         self.units, self.fitness, self.judge, self.sensitivity = units, fitness, judge, sensitivity
-        self.options, self.stages, self.report, self.group = options, stages, report, group
+        self.options, self.stages, self.group = options, stages, group
 
     @cached_property
     def gains(self) -> list[float]:
         """What each unit gains by A8 on its own."""
 
         def tell(done: int) -> None:
-            self.report(Progress("KL of each unit at A4", done, len(self.units), self.units[done - 1].name))
+            report("KL of each unit at A4", done, len(self.units), self.units[done - 1].name)
 
         return self.stages.value("unit_gains", lambda: self.fitness.gains(tell))
 
@@ -86,14 +85,13 @@ class Allocator:
             fitness=self.fitness,
             state_file=self.stages.folder / f"{name}.json",
             resume=self.stages.resumed,
-            report=self.report,
             group=self.group,
         )
         about: dict[str, Any] = {"evaluations": len(algorithm.scores)}
         winner = algorithm.best[0]
         if isinstance(self.fitness, KLFitness) and self.judge is not None:
             tokens = self.judge.windows * self.judge.length
-            self.report(Progress("validation", 0, 1, f"{tokens} tokens each"))
+            report("validation", 0, 1, f"{tokens} tokens each")
             choice = validated(baselines.values(), algorithm, self.fitness.evaluator, self.judge)
             winner = choice.winner
             losses = {label: self.judge.score(genome) for label, genome in {**fixed, "plan": winner}.items()}
@@ -105,7 +103,7 @@ class Allocator:
                 "winner": names.get(winner, "genetic search"),
                 "validation": losses,
             }
-            self.report(Progress("validation", 1, 1, f"noise floor {choice.noise_floor:.2g}"))
+            report("validation", 1, 1, f"noise floor {choice.noise_floor:.2g}")
         return Found(winner, {**scores, "plan": self.fitness.score(winner)}, algorithm.history, about)
 
     def front(self) -> list[FrontPoint]:

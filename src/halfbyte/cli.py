@@ -24,6 +24,7 @@ from halfbyte import __version__
 from halfbyte.commands import ALIASES, COMMANDS
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
+from halfbyte.core.progress import listening
 from halfbyte.report.terminal import Drawing
 
 Options = TypeVar("Options")
@@ -68,7 +69,8 @@ def run(command: str, arguments: Sequence[str] | None = None, *, prog: str | Non
     draw = Drawing()
     started = time.monotonic()
     try:
-        result = work(options, draw)
+        with listening(draw.report):
+            result = work(options, draw)
         if options.json and not draw.quiet:
             write_text(options.json, json.dumps(result, indent=1, default=str))
             draw.files([Path(options.json)])

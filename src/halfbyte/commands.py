@@ -39,7 +39,7 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
         raise HalfbyteError("two outputs in one file", where=options.json, fix="give --json another name")
     with joined() as group:
         draw.quiet = not group.first
-        result = run(options, draw.report, group)
+        result = run(options, group)
     draw.finish()
     plan, scores = result.plan, {}
     if result.activations is not None:
@@ -112,7 +112,7 @@ def export(options: ExportOptions, draw: Drawing) -> dict[str, Any]:
     from halfbyte.targets.gguf_export import export_gguf
 
     _check_json(options.json, options.force)
-    result = export_gguf(options, draw.report)
+    result = export_gguf(options)
     draw.finish()
     kinds: dict[str, list[int]] = {}
     for row in result.rows:
@@ -151,7 +151,7 @@ def export_vllm(options: VllmExportOptions, draw: Drawing) -> dict[str, Any]:
     from halfbyte.targets.vllm_export import export_vllm as run
 
     _check_json(options.json, options.force)
-    result = run(options, draw.report)
+    result = run(options)
     draw.finish()
     draw.say(text_table(["config group", "layers"], [[group, count] for group, count in result.groups.items()]))
     if result.checked:
@@ -192,7 +192,7 @@ def compare(options: CompareOptions, draw: Drawing) -> dict[str, Any]:
         raise HalfbyteError("no such plan", where=options.config)
     model_id = options.model_id or (plan.model_id if plan else DEFAULT_MODEL)
     text = evaluation_text(options.text, plan.text.get("search") if plan else None)
-    rows = run(options, model_id, text, plan.hash if plan else None, draw.report)
+    rows = run(options, model_id, text, plan.hash if plan else None)
     draw.finish()
     draw.say(comparison_table(rows))
     against = (
@@ -227,7 +227,7 @@ def simulate(options: SimulateOptions, draw: Drawing) -> dict[str, Any]:
     from halfbyte.report.tables import text_table
 
     _check_json(options.json, options.force)
-    result = run(options, draw.report)
+    result = run(options)
     draw.finish()
     headers = ["simulation", "mean A bits", "ppl", "KLD", "KLD 99%", "same top"]
     table = [
@@ -258,7 +258,7 @@ def evaluate(options: EvalOptions, draw: Drawing) -> dict[str, Any]:
     from halfbyte.report.tables import text_table
 
     _check_json(options.json, options.force)
-    result = run(options, draw.report)
+    result = run(options)
     draw.finish()
     keys = ("ppl", "ppl_reference", "kld_mean", "kld_p99", "top1_agreement", "tokens")
     draw.say(text_table(list(keys), [[result[key] for key in keys]]))
@@ -326,7 +326,7 @@ def imatrix(options: ImatrixOptions, draw: Drawing) -> dict[str, Any]:
     from halfbyte.calibration.imatrix import make_imatrix
 
     _check_json(options.json, options.force)
-    made = make_imatrix(options, draw.report)
+    made = make_imatrix(options)
     draw.finish()
     draw.say(f"{len(made.values)} matrices, {made.tokens} tokens of {', '.join(made.texts)}")
     draw.files([Path(options.output)])

@@ -22,7 +22,7 @@ from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.distributed import ALONE, Group
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output
-from halfbyte.core.progress import Progress, Reporter, silent
+from halfbyte.core.progress import report
 from halfbyte.models.checkpoint import QuantisedFolder
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
@@ -64,7 +64,7 @@ class SearchResult:
     peak_memory: int
 
 
-def search(options: SearchOptions, report: Reporter = silent, group: Group = ALONE) -> SearchResult:
+def search(options: SearchOptions, group: Group = ALONE) -> SearchResult:
     """Run the whole search and write the plan, its codes and its reports' data.
 
     Args:
@@ -85,11 +85,11 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
     if "ggml" in spaces:  # what it takes to search comes when the size of the candidates is known
         check_memory(estimate_load(origin.config, origin.family, dtype, packed=True), torch.device("cpu"))
 
-    report(Progress("load model", 0, 1, options.model_id))
+    report("load model", 0, 1, options.model_id)
     source = load(origin, device=torch.device("cpu"), dtype=dtype)
     codes = None
     if folder is not None:
-        codes = given_codes(folder, source, report, TARGETS[options.target].scale_rule, device=_exact(device))
+        codes = given_codes(folder, source, TARGETS[options.target].scale_rule, device=_exact(device))
     check_target = TARGET_CHECKS.get(options.target)
     if check_target:
         sizes = group.from_first(codes.codes.group_sizes if codes is not None else {})
@@ -103,13 +103,13 @@ def search(options: SearchOptions, report: Reporter = silent, group: Group = ALO
         given = importance_for(source, options.imatrix, [menu.name for menu in menus])
     text, windows = _texts(source, options, device)
     counts = ", ".join(f"{part_windows.numel()} {part}_tokens" for part, part_windows in windows.items())
-    report(Progress("load model", 1, 1, f"text {text.name}: {counts}"))
+    report("load model", 1, 1, f"text {text.name}: {counts}")
     settings = _settings(options, source, text, device, codes)
     with Stages(output, settings, resume=options.resume, group=group) as stages:
         judged, known = torch.cat([windows["search"], windows["valid"]]), None
         if "ggml" in spaces or options.fitness == "kl":
             known = reference(source.model, source.family, judged, device=device)
-        run = Run(options, source, windows, known, stages, report, device, group, codes)
+        run = Run(options, source, windows, known, stages, device, group, codes)
         activations = _search_activations(run, packed=packed, gradients=gradients) if "a4a8" in spaces else None
         types = None
         if "ggml" in spaces:
@@ -140,7 +140,6 @@ class Run:
     windows: Mapping[str, torch.Tensor]
     known: Reference | None
     stages: Stages
-    report: Reporter
     device: torch.device
     group: Group
     codes: Given | None = None
@@ -167,7 +166,7 @@ def _search_activations(run: Run, *, packed: bool, gradients: bool) -> Activatio
     if known is not None and options.weights_from is not None and _head_changed(prepared, source):
         known = known.for_head(head.to(device), linear(source.model, source.family.head).weight)
     if gradients:
-        _measure_gradients_(prepared, source, layers, windows["calib"], run.stages, run.report)
+        _measure_gradients_(prepared, source, layers, windows["calib"], run.stages)
     if known is None or options.fitness != "kl":
         fitness, judge = TableFitness(units, prepared.sensitivity, options.fitness), None
     else:
@@ -177,7 +176,7 @@ def _search_activations(run: Run, *, packed: bool, gradients: bool) -> Activatio
             for tokens, answers in parts
         )
         fitness = KLFitness(evaluator, stages_of(evaluator.windows))
-    allocator = Allocator(units, fitness, judge, prepared.sensitivity, options, run.stages, run.report, run.group)
+    allocator = Allocator(units, fitness, judge, prepared.sensitivity, options, run.stages, run.group)
     found = allocator.best(options.target_compression, options.ga_gen)
     taken = {"weights_from": run.codes.codes.record()} if run.codes is not None else {}
     found = replace(found, about={**run.used, **taken, **found.about})
@@ -195,7 +194,7 @@ def _search_types(
     """A ggml type for every matrix under the size."""
     assert run.known is not None
     known = run.known.split(len(run.windows["search"]))
-    stages = (run.stages, run.report, run.device, run.group)
+    stages = (run.stages, run.device, run.group)
     found = TypeSearch(run.source, run.windows, known, room, menus, given, run.options, *stages, packed=packed)
     best = found.best(room, run.options.ga_gen)
     front = found.front(best) if run.options.pareto else {}
@@ -276,7 +275,7 @@ def _prepare(run: Run, recipe: Recipe, *, packed: bool) -> Prepared:
         made = load_prepared_(source, stages, recipe, device=device, packed=packed) if stages.resumed else None
         if made is None:
             calib, where = run.windows["calib"], _exact(device)
-            made = prepare_(source, calib, recipe, run.report, device=where, packed=packed, given=run.codes)
+            made = prepare_(source, calib, recipe, device=where, packed=packed, given=run.codes)
             save_prepared(stages, made)
     for path in (stages.codes, stages.folder / PREPARED):
         run.group.send_file(path)
@@ -286,7 +285,7 @@ def _prepare(run: Run, recipe: Recipe, *, packed: bool) -> Prepared:
 
 
 def _measure_gradients_(
-    prepared: Prepared, source: SourceModel, layers: list[Layer], tokens: torch.Tensor, stages: Stages, report: Reporter
+    prepared: Prepared, source: SourceModel, layers: list[Layer], tokens: torch.Tensor, stages: Stages
 ) -> None:
     """Add the loss gradients at the W4 simulation's outputs, which transforms have scaled, to the sensitivity."""
     windows = tokens[:FISHER_WINDOWS]
@@ -294,7 +293,7 @@ def _measure_gradients_(
     def measure() -> dict[str, float]:
         power: dict[str, float] = {}
         for done, power in enumerate(output_gradient_power(source.model, layers, windows), start=1):  # noqa: B007
-            report(Progress("loss gradients", done, len(windows), f"window {done}"))
+            report("loss gradients", done, len(windows), f"window {done}")
         return power
 
     power = stages.value("gradients", measure)

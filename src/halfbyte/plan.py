@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.files import sha256, whole_file
+from halfbyte.quant.balance import LowRank
 from halfbyte.quant.ggml.encoded import save_tensors
 from halfbyte.quant.int4 import PackedWeight
-from halfbyte.transforms.balance import LowRank
 
 PLAN_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1 knew no rotated inputs; what it lacks has defaults

@@ -16,7 +16,7 @@ from halfbyte.allocation import validated
 from halfbyte.core.distributed import Group
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_space
-from halfbyte.core.progress import Progress, Reporter
+from halfbyte.core.progress import report
 from halfbyte.engines.type_speed import seconds_per_weight
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear
@@ -86,7 +86,6 @@ class TypeSearch:
         given: Mapping[str, torch.Tensor],
         options: SearchOptions,
         stages: Stages,
-        report: Reporter,
         device: torch.device,
         group: Group,
         *,
@@ -103,7 +102,7 @@ class TypeSearch:
             calib, judged = windows["calib"], (windows["search"], known[0])
             devices = {"device": where, "keep_on": keep_on}
             self.screen = stages.value(
-                "screen", lambda: screened(source, calib, *judged, menus, bits, options.weights, report, **devices)
+                "screen", lambda: screened(source, calib, *judged, menus, bits, options.weights, **devices)
             )
             best = min(self.screen, key=self.screen.__getitem__)
             chosen = tuple(name for name in best.split(",") if name)
@@ -116,9 +115,7 @@ class TypeSearch:
 
         def encode() -> Candidates:
             calib, folder = windows["calib"], stages.candidates
-            return encode_candidates_(
-                source, calib, recipe, menus, folder, report, device=where, given=given, keep_on=keep_on
-            )
+            return encode_candidates_(source, calib, recipe, menus, folder, device=where, given=given, keep_on=keep_on)
 
         made = encode() if group.first else None
         for path in part_files(stages.candidates, menus):
@@ -146,7 +143,7 @@ class TypeSearch:
             folding = self.evaluator.score(self.mixed.original)
             for done, (at, loss) in enumerate(self.evaluator.each_alone([0] * len(self.menus)), start=1):
                 found[at] = loss - folding
-                self.report(Progress("KL of each matrix", done, len(found), self.menus[at].name))
+                report("KL of each matrix", done, len(found), self.menus[at].name)
             return found
 
         found = []
@@ -181,15 +178,14 @@ class TypeSearch:
             fitness=KLFitness(evaluator, stages_of(evaluator.windows)),
             state_file=self.stages.folder / f"types{like and '-'}{like}.json",
             resume=self.stages.resumed,
-            report=self.report,
             group=self.group,
         )
-        self.report(Progress("validation", 0, 1, f"{judge.windows * judge.length} tokens each"))
+        report("validation", 0, 1, f"{judge.windows * judge.length} tokens each")
         allowed = max(1.0, offer.time(knapsack))
         choice = validated(starts.values(), algorithm, evaluator, judge, lambda one: offer.time(one) <= allowed)
         winner = offer.whole(choice.winner)
         labels = {genome: label for label, genome in starts.items()}
-        self.report(Progress("validation", 1, 1, f"noise floor {choice.noise_floor:.2g}"))
+        report("validation", 1, 1, f"noise floor {choice.noise_floor:.2g}")
         types = {menu.name: menu.types[gene] for menu, gene in zip(self.menus, winner, strict=True)}
         named = {**starts, "plan": choice.winner}
         return TypesFound(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from halfbyte.core.distributed import ALONE, Group
+from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
 
@@ -42,17 +42,16 @@ class Stages:
         output: the plan to be written; the folder is ``.NAME.work`` beside it.
         settings: everything the results depend on; a resumed run must have the same.
         resume: keep what is there; otherwise start empty.
-        group: processes that share the search. The first one's folder counts; the others keep none of their own.
 
     Raises:
         HalfbyteError: resuming with other settings.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any], *, resume: bool, group: Group = ALONE) -> None:
-        self.folder, self.group = work_folder(output), group
-        if group.first:
+    def __init__(self, output: Path, settings: dict[str, Any], *, resume: bool) -> None:
+        self.folder = work_folder(output)
+        if processes().first:
             resume = self._open(settings, resume=resume)
-        self.resumed = group.from_first(resume)
+        self.resumed = processes().from_first(resume)
         self.shared = (self.folder / RECORD).exists()  # else what arrives in the folder is this process's own
 
     def _open(self, settings: dict[str, Any], *, resume: bool) -> bool:
@@ -78,10 +77,10 @@ class Stages:
     def value(self, name: str, compute: Callable[[], Any]) -> Any:
         """A JSON value, computed once (by all processes together) and read back by a resumed run."""
         path = self.folder / f"{name}.json"
-        text = self.group.from_first(path.read_text(encoding="utf-8") if path.exists() else None)
+        text = processes().from_first(path.read_text(encoding="utf-8") if path.exists() else None)
         if text is None:
-            text = self.group.from_first(json.dumps(compute()))  # equal to the last bit everywhere
-            if self.group.first:
+            text = processes().from_first(json.dumps(compute()))  # equal to the last bit everywhere
+            if processes().first:
                 write_text(path, text)
         return json.loads(text)
 
@@ -105,5 +104,5 @@ class Stages:
     def __exit__(self, failed: object, *_: object) -> None:
         """Leave the folder only if a search failed that can be resumed."""
         waiting = failed is not None and (self.codes.exists() or self.candidates.exists())
-        if not (waiting if self.group.first else self.shared):
+        if not (waiting if processes().first else self.shared):
             shutil.rmtree(self.folder, ignore_errors=True)

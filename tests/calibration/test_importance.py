@@ -10,6 +10,7 @@ from halfbyte.calibration.imatrix import matrices, measure_importance
 from halfbyte.calibration.imatrix_file import check_for, read_imatrix, write_imatrix
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import sha256
+from halfbyte.core.progress import listening
 from halfbyte.engines.llamacpp import open_engine
 from halfbyte.models.gguf_file import open_gguf
 from halfbyte.models.loading import SourceModel
@@ -41,7 +42,8 @@ def by_hooks(source: SourceModel, tokens: torch.Tensor) -> dict[str, np.ndarray]
 def test_equals_whole_forward_passes(tiny, family, batch):
     source, told = tiny(family), []
     tokens = some_ids(source, 4 * 32).view(4, 32)
-    found = measure_importance(source, tokens, device=source.device, batch=batch, text="random", report=told.append)
+    with listening(told.append):
+        found = measure_importance(source, tokens, device=source.device, batch=batch, text="random")
     expected = by_hooks(source, tokens)
     assert set(found.values) == set(expected) == set(matrices(source))
     assert ("token_embd.weight" in expected) == ("output.weight" not in expected) == source.config.tie_word_embeddings

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.progress import silent
 from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits, sample_text, windows_for
 from halfbyte.evaluate.worker import run_worker
 
@@ -28,7 +27,7 @@ def test_logits_file_keeps_what_it_was_given(tiny, tmp_path):
     windows = windows_for(source, "a short text about nothing much. " * 40, 32, 3, where="text")
     logits_of = model_logits(source.model)
     kept = LogitsFile(tmp_path / "logits", source.config.vocab_size, 15)
-    kept.write(windows, logits_of, silent, "test")
+    kept.write(windows, logits_of, "test")
     quality = measure(windows, live(windows, logits_of), iter(kept))
     assert quality.kld_mean == pytest.approx(0, abs=1e-6)
     assert quality.top1_agreement == 1.0
@@ -55,7 +54,7 @@ def test_a_worker_that_crashes_is_one_line(tmp_path, monkeypatch):
     (tmp_path / "crashing_worker.py").write_text("import os, sys; print('last words', file=sys.stderr); os.abort()")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with pytest.raises(HalfbyteError, match=r"model\.gguf: measurement crashed.*last words"):
-        run_worker("crashing_worker", {"path": "model.gguf"}, silent)
+        run_worker("crashing_worker", {"path": "model.gguf"})
 
 
 def test_a_worker_hands_on_its_own_error(tmp_path):
@@ -68,4 +67,4 @@ def test_a_worker_hands_on_its_own_error(tmp_path):
         "stage": "test",
     }
     with pytest.raises(HalfbyteError, match=r"missing\.gguf"):
-        run_worker("halfbyte.evaluate.measure_gguf", request, silent)
+        run_worker("halfbyte.evaluate.measure_gguf", request)

@@ -13,7 +13,6 @@ import torch
 from halfbyte.core import environment as hub
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import sha256
-from halfbyte.core.progress import silent
 from halfbyte.models.families import families
 from halfbyte.models.loading import find, fingerprint, layers_of, load, units_of
 from halfbyte.prepare.recipe import Recipe
@@ -162,6 +161,6 @@ def test_a_mapped_model_is_rotated_and_its_file_is_not(tiny_folder, family, pack
     assert not mapped_files(copied.model.model.embed_tokens.weight)
     recipe = Recipe(("smooth", "r1", "r2"), "rtn", group_size=32)
     for source in (mapped, copied):
-        prepare_(source, IDS, recipe, silent, device=CPU, packed=packed)
+        prepare_(source, IDS, recipe, device=CPU, packed=packed)
     assert torch.equal(logits(mapped.model), logits(copied.model))
     assert sha256(folder / "model.safetensors") == before

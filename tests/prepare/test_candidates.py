@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.progress import silent
 from halfbyte.models.modules import linear
 from halfbyte.prepare import candidates
 from halfbyte.prepare.candidates import encode_candidates_
@@ -19,12 +18,12 @@ from halfbyte.quant.ggml.types import decode_tensor
 CPU = torch.device("cpu")
 
 
-def run(source, folder, weights="gptq", transforms=(), types=(), report=silent, **more):
+def run(source, folder, weights="gptq", transforms=(), types=(), **more):
     folder.mkdir(exist_ok=True)
     tokens = torch.randint(source.config.vocab_size, (4, 32), generator=torch.Generator().manual_seed(0))
     menus = menus_of(source, 4.8, types)
     recipe = Recipe(transforms, weights, group_size=32, scale_bits=8)
-    return menus, tokens, encode_candidates_(source, tokens, recipe, menus, folder, report, device=CPU, **more)
+    return menus, tokens, encode_candidates_(source, tokens, recipe, menus, folder, device=CPU, **more)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2-tied"])

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.progress import silent
 from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.models.checkpoint import QuantisedFolder
 from halfbyte.models.loading import layers_of, units_of
@@ -53,12 +52,12 @@ def folded(tiny, tmp_path_factory):
 
 
 def opened(source, folder, rule=ANY_FP16):
-    return given_codes(QuantisedFolder(folder), source, silent, rule, device=CPU)
+    return given_codes(QuantisedFolder(folder), source, rule, device=CPU)
 
 
 def prepared(source, folder, **recipe):
     own = replace(source, model=copy.deepcopy(source.model))
-    return own, prepare_(own, TOKENS, Recipe(group_size=32, **recipe), silent, device=CPU, given=opened(source, folder))
+    return own, prepare_(own, TOKENS, Recipe(group_size=32, **recipe), device=CPU, given=opened(source, folder))
 
 
 @pytest.mark.parametrize(("family", "folds"), [*CASES, ("qwen3", ""), ("qwen3", ALL)])

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-from halfbyte.core.progress import silent
 from halfbyte.models.modules import linear
 from halfbyte.prepare import screen
 from halfbyte.prepare.menus import menus_of
@@ -23,7 +22,7 @@ def run(source, mean_bits, **more):
     calib, judged = (torch.randint(source.config.vocab_size, (count, 32), generator=draw) for count in (4, 2))
     known = reference(source.model, source.family, judged, device=CPU)
     menus = menus_of(source, 4.8)
-    found = screened(source, calib, judged, known, menus, mean_bits, "rtn", silent, device=CPU, **more)
+    found = screened(source, calib, judged, known, menus, mean_bits, "rtn", device=CPU, **more)
     return found, KLEvaluator(source.model, source.family, [], judged, known).score(())
 
 

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-from halfbyte.core.progress import silent
 from halfbyte.models.loading import layers_of
 from halfbyte.prepare.recipe import A4_CLIPS, Recipe
 from halfbyte.prepare.walk import prepare_
@@ -18,7 +17,7 @@ from tests.tiny_models import FAMILIES
 def prepared(source, recipe):
     source = copy.deepcopy(source)
     tokens = torch.randint(source.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
-    return tokens, prepare_(source, tokens, recipe, silent, device=source.device)
+    return tokens, prepare_(source, tokens, recipe, device=source.device)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

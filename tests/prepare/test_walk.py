@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.progress import silent
 from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.models import surgery
 from halfbyte.models.loading import layers_of
@@ -38,7 +37,7 @@ def logits(source):
 def prepared(tiny, family, recipe, windows=2, dtype=torch.float32, packed=False):
     source = copy.deepcopy(tiny(family))
     source.model.to(dtype)
-    return source, prepare_(source, CALIB[:windows], recipe, silent, device=source.device, packed=packed)
+    return source, prepare_(source, CALIB[:windows], recipe, device=source.device, packed=packed)
 
 
 @pytest.mark.parametrize("family", ["qwen2-tied", "llama"])
@@ -95,7 +94,7 @@ def test_what_cannot_be_packed_is_refused_before_the_work(tiny, monkeypatch):
     source = tiny("llama", intermediate_size=255)
     monkeypatch.setattr(walk, "walk_twins", None)
     with pytest.raises(HalfbyteError, match=r"layers\.0\.mlp\.down_proj: an odd number of inputs"):
-        prepare_(source, CALIB[:2], Recipe(), silent, device=source.device)
+        prepare_(source, CALIB[:2], Recipe(), device=source.device)
 
 
 def test_nothing_is_loaded_before_it_is_complete(tiny, tmp_path):
@@ -145,7 +144,7 @@ def test_what_went_otherwise_is_noted(tiny):
     source = copy.deepcopy(tiny("llama"))
     with torch.no_grad():
         source.model.get_submodule("model.layers.1.input_layernorm").weight.zero_()
-    made = prepare_(source, CALIB[:2], Recipe((), "gptq", group_size=96), silent, device=source.device)
+    made = prepare_(source, CALIB[:2], Recipe((), "gptq", group_size=96), device=source.device)
     group, dead = "group 64: 96 does not divide 128", "rounded to nearest: the Hessian is not positive definite"
     assert made.layers["model.layers.0.self_attn.q_proj"].note == group
     assert made.layers["model.layers.1.self_attn.q_proj"].note == f"{dead}; {group}"
@@ -161,6 +160,6 @@ def test_dead_parts_are_no_obstacle(tiny, dead, weights):
     before = logits(source)
     for transforms in (("smooth", "r1", "r2"), ALL):
         model = replace(source, model=copy.deepcopy(source.model))
-        made = prepare_(model, CALIB[:2], Recipe(transforms, weights), silent, device=source.device)
+        made = prepare_(model, CALIB[:2], Recipe(transforms, weights), device=source.device)
         set_activation_bits_(model.model, dict.fromkeys(made.layers, 8))
         assert float(kl_per_token(before, logits(model)).mean()) < 0.3

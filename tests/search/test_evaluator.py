@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.progress import silent
 from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.models.loading import layers_of, units_of
 from halfbyte.prepare.recipe import Recipe
@@ -58,7 +57,7 @@ def test_score_of_a_rotated_model_is_the_kl_of_whole_forward_passes(tiny, family
     with torch.no_grad():
         expected = source.model(tokens).logits
     units = units_of(layers_of(source.model, source.family), source.family, "fused")
-    prepare_(source, tokens, Recipe(transforms, group_size=32), silent, device=source.device)
+    prepare_(source, tokens, Recipe(transforms, group_size=32), device=source.device)
     rotated = known.for_rotated(norm)
     score = KLEvaluator(source.model, source.family, units, tokens, rotated).score((4, 8) * (len(units) // 2))
     with torch.no_grad():

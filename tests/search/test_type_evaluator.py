@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 
-from halfbyte.core.progress import silent
 from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.models.modules import is_tied, linear
 from halfbyte.prepare.candidates import encode_candidates_
@@ -37,7 +36,7 @@ def mixed(tiny, tmp_path):
         known = reference(source.model, source.family, tokens, device=CPU)
         menus = menus_of(source, 4.8)
         recipe = Recipe(transforms, "rtn", group_size=32, scale_bits=8)
-        made = encode_candidates_(source, tokens, recipe, menus, tmp_path, silent, device=CPU)
+        made = encode_candidates_(source, tokens, recipe, menus, tmp_path, device=CPU)
         types = MixedTypes(source.model, source.family, menus, made.encoded, CPU)
         return source, tokens, expected, types, TypeEvaluator(types, tokens, known, rows=2, head=head), made
 

@@ -9,10 +9,10 @@ import torch
 
 from halfbyte.evaluate.simulation import become_simulation_
 from halfbyte.models.modules import is_tied
+from halfbyte.quant.balance import low_rank_balance
+from halfbyte.quant.hadamard import rotate
 from halfbyte.quant.quant_linear import InputScheme
 from halfbyte.transforms import attention
-from halfbyte.transforms.balance import low_rank_balance
-from halfbyte.transforms.hadamard import rotate
 from tests.tiny_models import FAMILIES
 
 NAMES = ["r1", "r2", "r3", "r4", "online", "learned", "smooth,r1,r2,r3,r4", "smooth,r2,online,learned"]

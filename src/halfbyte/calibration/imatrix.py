@@ -15,7 +15,7 @@ from halfbyte.calibration.text import load_text
 from halfbyte.calibration.windows import cut
 from halfbyte.core.device import resolve_device, resolve_dtype
 from halfbyte.core.files import check_output
-from halfbyte.core.progress import Progress, Reporter, silent
+from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel, find, layers_of, load
 from halfbyte.models.modules import blocks, is_tied, linear
 from halfbyte.options import ImatrixOptions
@@ -23,7 +23,7 @@ from halfbyte.options import ImatrixOptions
 BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
 
 
-def make_imatrix(options: ImatrixOptions, report: Reporter = silent) -> Importance:
+def make_imatrix(options: ImatrixOptions) -> Importance:
     """Measure and write it.
 
     Raises:
@@ -38,7 +38,7 @@ def make_imatrix(options: ImatrixOptions, report: Reporter = silent) -> Importan
     count = max(1, options.calib_tokens // options.ctx)
     tokens = torch.tensor(cut(ids, options.ctx, count, spread=True, where=f"{text.name} (calib part)"))
     batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // options.ctx)
-    made = measure_importance(source, tokens, device=device, batch=batch, text=text.name, report=report)
+    made = measure_importance(source, tokens, device=device, batch=batch, text=text.name)
     write_imatrix(path, made)
     return made
 
@@ -74,7 +74,6 @@ def measure_importance(
     device: torch.device,
     batch: int = 1,
     text: str = "",
-    report: Reporter = silent,
 ) -> Importance:
     """Mean of x² over all tokens, for the input x of every linear layer in the blocks and of the output head.
 
@@ -84,7 +83,6 @@ def measure_importance(
         tokens: calibration text, int64 ``[windows, length]``.
         batch: windows at a time.
         text: name of the calibration text, kept in the result.
-        report: told about every block and the head, stage ``importance``.
 
     Returns:
         fp32 ``[in]`` per matrix of :func:`matrices`; ``chunk_size`` is the length of a window.
@@ -104,10 +102,10 @@ def measure_importance(
                 hidden[part] = call_block(here, states, kwargs)
         for group in family.groups:
             powers |= {f"{family.blocks}.{index}.{part}.weight": sums[group[0]] for part in group}
-        report(Progress("importance", index + 1, len(walk) + 1, f"block {index}"))
+        report("importance", index + 1, len(walk) + 1, f"block {index}")
     norm = block_copy(model.get_submodule(family.final_norm), device)
     powers[_head_weight(source)] = torch.stack([_power(call_block(norm, states, {})) for states in hidden]).sum(dim=0)
-    report(Progress("importance", len(walk) + 1, len(walk) + 1, "output head"))
+    report("importance", len(walk) + 1, len(walk) + 1, "output head")
     count = tokens.numel()
     values = {family.gguf_name(name): (power / count).float().numpy() for name, power in powers.items()}
     return Importance(values, count, (text,) if text else (), tokens.shape[1])

@@ -60,6 +60,12 @@ class Group:
 
 
 ALONE = Group()
+_joined: list[Group] = [ALONE]
+
+
+def processes() -> Group:
+    """The processes that run this program together: those that :func:`joined` has brought together, else this one."""
+    return _joined[-1]
 
 
 class _TorchGroup(Group):
@@ -128,12 +134,14 @@ def _talk(exchange: Callable[[], object]) -> None:
 
 @contextmanager
 def joined() -> Iterator[Group]:
-    """The group that ``torchrun`` started this process in, or :data:`ALONE`."""
+    """Inside, :func:`processes` are those that ``torchrun`` started, or this one alone."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available():
         yield ALONE
         return
     dist.init_process_group("gloo", timeout=PATIENCE)
+    _joined.append(_TorchGroup())
     try:
-        yield _TorchGroup()
+        yield processes()
     finally:
+        _joined.pop()
         dist.destroy_process_group()

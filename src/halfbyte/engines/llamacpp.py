@@ -23,10 +23,10 @@ import psutil
 
 from halfbyte.core.environment import cores
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.engines import llamacpp_abi, llamacpp_quantize
 from halfbyte.engines.gguf_model import MAX_BATCH, Generation, GGUFModel, Speed
 from halfbyte.models.gguf_file import check_magic
 from halfbyte.plan import Outcome
-from halfbyte.engines import llamacpp_abi, llamacpp_quantize
 
 __all__ = ["ENGINES", "Engine", "GGUFModel", "Generation", "Speed", "default_threads", "open_engine"]
 

@@ -13,7 +13,7 @@ import torch
 from halfbyte.calibration.windows import first_scored
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.naming import download_command, f16_gguf, mixed_gguf, q4km_gguf
-from halfbyte.core.progress import Progress, Reporter
+from halfbyte.core.progress import report
 from halfbyte.engines.llamacpp import open_engine
 from halfbyte.evaluate.quality import LogitsFile, Quality, measure, scratch_folder
 from halfbyte.evaluate.worker import run_worker
@@ -54,9 +54,8 @@ class Comparison:
         text: tuple[str, str],
         plan_hash: str | None,
         folder: Path,
-        report: Reporter,
     ) -> None:
-        self.options, self.model_id, self.folder, self.report = options, model_id, folder, report
+        self.options, self.model_id, self.folder = options, model_id, folder
         self.plan_hash = plan_hash
         self.text_name = text[0]
         self.text_file = folder / "text.txt"
@@ -114,12 +113,12 @@ class Comparison:
         """Quantise the original with llama.cpp's recipe if the file is not there; says what was done."""
         if self._q4km.exists():
             return ""
-        self.report(Progress("Q4_K_M", 0, 1, "quantise with llama.cpp's recipe"))
+        report("Q4_K_M", 0, 1, "quantise with llama.cpp's recipe")
         try:
             outcomes = open_engine(self.options.engine).quantize(f16, self._q4km, "Q4_K_M")
         except HalfbyteError as error:
             return f"could not be made: {error}"
-        self.report(Progress("Q4_K_M", 1, 1, "quantised with llama.cpp's recipe"))
+        report("Q4_K_M", 1, 1, "quantised with llama.cpp's recipe")
         fallen = Counter(f"{outcome.asked} to {outcome.done}" for outcome in outcomes)
         notes = [f"{count} tensors fell back from {kinds}" for kinds, count in fallen.items()]
         return ", ".join([f"made with llama.cpp's recipe as {self._q4km}", *notes])
@@ -150,7 +149,7 @@ class Comparison:
             "f16_path": str(f16),
         }
         try:
-            result = run_worker("halfbyte.evaluate.measure_original", request, self.report)
+            result = run_worker("halfbyte.evaluate.measure_original", request)
         except HalfbyteError as error:
             return CompareRow(name, self.model_id, missing=str(error))
         result["logits_file"] = request["logits_file"]
@@ -161,7 +160,7 @@ class Comparison:
             return CompareRow(name, str(path), missing=f"no file {path}; {how_to_get}")
         request = self._request(name, str(path))
         try:
-            result = run_worker("halfbyte.evaluate.measure_gguf", request, self.report)
+            result = run_worker("halfbyte.evaluate.measure_gguf", request)
         except HalfbyteError as error:
             return CompareRow(name, str(path), missing=str(error))
         result["logits_file"] = request["logits_file"]
@@ -197,9 +196,7 @@ class Comparison:
         return replace(row, speed_up=speed / base)
 
 
-def compare(
-    options: CompareOptions, model_id: str, text: tuple[str, str], plan_hash: str | None, report: Reporter
-) -> list[CompareRow]:
+def compare(options: CompareOptions, model_id: str, text: tuple[str, str], plan_hash: str | None) -> list[CompareRow]:
     """All rows of the comparison.
 
     Args:
@@ -214,7 +211,7 @@ def compare(
         if getattr(options, flag) < 1:
             raise HalfbyteError("must be positive", where=f"--{flag}", got=getattr(options, flag))
     with scratch_folder() as folder, torch.no_grad():
-        rows = list(Comparison(options, model_id, text, plan_hash, Path(folder), report).rows())
+        rows = list(Comparison(options, model_id, text, plan_hash, Path(folder)).rows())
     if all(row.missing for row in rows):
         raise HalfbyteError("nothing to compare: " + "; ".join(f"{row.name}: {row.missing}" for row in rows))
     return rows

@@ -11,7 +11,7 @@ from halfbyte.core.device import made_with, resolve_device, resolve_dtype
 from halfbyte.core.environment import cores
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import sha256
-from halfbyte.core.progress import Progress, Reporter, silent
+from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits, scratch_folder, windows_for
 from halfbyte.evaluate.simulation import (
     become_simulation_,
@@ -31,7 +31,7 @@ from halfbyte.plan import Plan, codes_path, load_codes, load_plan
 from halfbyte.quant.quant_linear import set_activation_bits_
 
 
-def evaluate(options: EvalOptions, report: Reporter = silent) -> dict[str, Any]:
+def evaluate(options: EvalOptions) -> dict[str, Any]:
     """Perplexity of a plan, a GGUF file or the model itself, and its KL and top-1 against the model.
 
     Returns:
@@ -52,10 +52,10 @@ def evaluate(options: EvalOptions, report: Reporter = silent) -> dict[str, Any]:
     options = replace(options, model_id=options.model_id or (plan.model_id if plan else DEFAULT_MODEL))
     with scratch_folder() as name:
         folder = Path(name)
-        result = _in_llamacpp(options, folder, text_name, text, report) if options.gguf else None
-        report(Progress("load model", 0, 1, options.model_id))
+        result = _in_llamacpp(options, folder, text_name, text) if options.gguf else None
+        report("load model", 0, 1, options.model_id)
         source = _load(options)
-        report(Progress("load model", 1, 1, options.model_id))
+        report("load model", 1, 1, options.model_id)
         if plan is not None:
             check_same_model(source, plan)
         agree = None
@@ -73,21 +73,21 @@ def evaluate(options: EvalOptions, report: Reporter = silent) -> dict[str, Any]:
                 )
             agree = windows == windows_for(source, text, options.ctx, options.chunks, where=text_name)
             ours = iter(LogitsFile(Path(result["logits_file"]), result["vocab"], size))
-            quality = measure(windows, ours, live(windows, logits_of, report, "reference"))
+            quality = measure(windows, ours, live(windows, logits_of, "reference"))
         else:
             windows = windows_for(source, text, options.ctx, options.chunks, where=text_name)
             if plan is None:
-                quality = measure(windows, live(windows, logits_of, report, "reference"))
+                quality = measure(windows, live(windows, logits_of, "reference"))
             else:
                 kept = LogitsFile(folder / "reference", vocabulary(source.model, source.family), size)
-                kept.write(windows, logits_of, report, "reference")
+                kept.write(windows, logits_of, "reference")
                 _become_(source, plan, options)
-                quality = measure(windows, live(windows, logits_of, report, "plan"), iter(kept))
+                quality = measure(windows, live(windows, logits_of, "plan"), iter(kept))
     made_by = _made_by(options, source, plan, text_name, len(windows), result)
     return {**asdict(quality), **made_by, "tokenizers_agree": agree}
 
 
-def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, text: str, report: Reporter) -> dict[str, Any]:
+def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, text: str) -> dict[str, Any]:
     text_file = folder / "text.txt"
     text_file.write_text(text, encoding="utf-8")
     request = {
@@ -103,7 +103,7 @@ def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, text: str, 
         "max_tokens": 0,
         "stage": "llama.cpp",
     }
-    return {**run_worker("halfbyte.evaluate.measure_gguf", request, report), "logits_file": request["logits_file"]}
+    return {**run_worker("halfbyte.evaluate.measure_gguf", request), "logits_file": request["logits_file"]}
 
 
 def _load(options: EvalOptions) -> SourceModel:

@@ -8,7 +8,7 @@ from typing import Any
 from halfbyte.calibration.windows import first_scored, scored
 from halfbyte.core.environment import peak_process_memory
 from halfbyte.core.files import check_space, write_error
-from halfbyte.core.progress import Progress, Reporter
+from halfbyte.core.progress import report
 from halfbyte.engines.llamacpp import open_engine
 from halfbyte.evaluate.worker import serve
 
@@ -17,7 +17,7 @@ SPEED_TOKENS = 64  # generated tokens that are timed
 SPEED_RUNS = 3
 
 
-def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
+def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Measure ``request["path"]``; logits of the scored windows of ``request["text_file"]`` go to ``logits_file``.
 
     Keys of the request: path, engine, threads, ctx, chunks, text_file, text_name, logits_file, prompt, max_tokens
@@ -30,12 +30,12 @@ def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
     with engine.load(request["path"], n_ctx=context, n_threads=request["threads"] or None) as model:
         result["load_seconds"] = model.load_seconds
         if max_tokens:
-            report(Progress(stage, 0, 1, "speed"))
+            report(stage, 0, 1, "speed")
             model.speed(min(64, ctx), 4)  # warm-up
             runs = [model.speed(ctx, min(SPEED_TOKENS, max_tokens)) for _ in range(SPEED_RUNS)]
             result["prompt_tokens_per_second"] = max(run.prompt_tokens_per_second for run in runs)
             result["generation_tokens_per_second"] = max(run.generation_tokens_per_second for run in runs)
-            report(Progress(stage, 0, 1, "sample text"))
+            report(stage, 0, 1, "sample text")
             result["sample"] = model.generate(request["prompt"], max_tokens).text
         result["peak_memory"] = peak_process_memory()
         ids = model.tokenize(Path(request["text_file"]).read_text(encoding="utf-8"))
@@ -49,7 +49,7 @@ def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
                 for done, window in enumerate(windows, start=1):
                     # the last logits predict a token that is not in the window
                     handle.write(model.logits(window, first=first_scored(ctx))[:-1].tobytes())
-                    report(Progress(stage, done, len(windows), f"window {done}"))
+                    report(stage, done, len(windows), f"window {done}")
         except OSError as error:
             raise write_error(error, request["logits_file"]) from error
     return result

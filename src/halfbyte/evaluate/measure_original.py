@@ -11,7 +11,7 @@ import torch
 
 from halfbyte.calibration.windows import first_scored
 from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
-from halfbyte.core.progress import Progress, Reporter
+from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import LogitsFile, model_logits, sample_text, windows_for
 from halfbyte.evaluate.worker import serve
 from halfbyte.models.estimate import check_memory, estimate_load
@@ -22,7 +22,7 @@ from halfbyte.targets.gguf_file import write_gguf
 SPEED_TOKENS = 32
 
 
-def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
+def measure(request: dict[str, Any]) -> dict[str, Any]:
     """Measure ``request["path"]`` (a model id).
 
     Keys of the request: path, device, dtype, trust_remote_code, threads, ctx, chunks, text_file, text_name,
@@ -36,7 +36,7 @@ def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
     dtype = resolve_dtype(request["dtype"], device)
     origin = find(request["path"], trust_remote_code=request["trust_remote_code"])
     check_memory(estimate_load(origin.config, origin.family, dtype), device)
-    report(Progress(stage, 0, 1, "load"))
+    report(stage, 0, 1, "load")
     started = time.perf_counter()
     source = load(origin, device=device, dtype=dtype)
     result: dict[str, Any] = {
@@ -46,16 +46,16 @@ def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
         "bytes": sum(parameter.numel() * parameter.element_size() for parameter in source.model.parameters()),
     }
     if max_tokens:
-        report(Progress(stage, 0, 1, "speed"))
+        report(stage, 0, 1, "speed")
         result.update(_speed(source, ctx, min(SPEED_TOKENS, max_tokens)))
-        report(Progress(stage, 0, 1, "sample text"))
+        report(stage, 0, 1, "sample text")
         result["sample"] = sample_text(source, request["prompt"], max_tokens)
     result["peak_memory"] = peak_memory(device)
     text = Path(request["text_file"]).read_text(encoding="utf-8")
     windows = windows_for(source, text, ctx, request["chunks"], where=request["text_name"])
     vocab = vocabulary(source.model, source.family)
     kept = LogitsFile(Path(request["logits_file"]), vocab, ctx - first_scored(ctx) - 1)
-    kept.write(windows, model_logits(source.model), report, stage)
+    kept.write(windows, model_logits(source.model), stage)
     result["windows"], result["vocab"] = windows, vocab
     if not Path(request["f16_path"]).exists():
         write_gguf(
@@ -64,7 +64,6 @@ def measure(request: dict[str, Any], report: Reporter) -> dict[str, Any]:
             embedding_type="F16",
             output_type="F16",
             metadata={"halfbyte.fingerprint": source.fingerprint},
-            report=report,
         )
     return result
 

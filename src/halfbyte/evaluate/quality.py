@@ -19,7 +19,7 @@ import torch
 from halfbyte.calibration.windows import first_scored, scored
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_space, write_error
-from halfbyte.core.progress import Progress, Reporter, silent
+from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
 
 LogitsOf = Callable[[Sequence[int]], torch.Tensor]
@@ -50,9 +50,7 @@ class LogitsFile:
     def __init__(self, path: Path, vocab: int, tokens_per_window: int) -> None:
         self.path, self.vocab, self.tokens_per_window = path, vocab, tokens_per_window
 
-    def write(
-        self, windows_of_tokens: Sequence[Sequence[int]], logits_of: LogitsOf, report: Reporter, stage: str
-    ) -> None:
+    def write(self, windows_of_tokens: Sequence[Sequence[int]], logits_of: LogitsOf, stage: str) -> None:
         """Compute and keep the logits of every window.
 
         Raises:
@@ -63,7 +61,7 @@ class LogitsFile:
             with open(self.path, "wb") as handle:
                 for done, window in enumerate(windows_of_tokens, start=1):
                     handle.write(logits_of(window).float().cpu().numpy().tobytes())
-                    report(Progress(stage, done, len(windows_of_tokens), f"window {done}"))
+                    report(stage, done, len(windows_of_tokens), f"window {done}")
         except OSError as error:
             raise write_error(error, self.path) from error
 
@@ -102,13 +100,11 @@ def measure(
     return meter.result()
 
 
-def live(
-    token_windows: Sequence[Sequence[int]], logits_of: LogitsOf, report: Reporter = silent, stage: str = ""
-) -> Iterator[torch.Tensor]:
+def live(token_windows: Sequence[Sequence[int]], logits_of: LogitsOf, stage: str = "") -> Iterator[torch.Tensor]:
     """Logits of each window, computed when asked for."""
     for done, window in enumerate(token_windows, start=1):
         logits = logits_of(window)
-        report(Progress(stage, done, len(token_windows), f"window {done}"))
+        report(stage, done, len(token_windows), f"window {done}")
         yield logits
 
 

@@ -15,7 +15,7 @@ from halfbyte.calibration.text import SOURCES, load_text
 from halfbyte.calibration.windows import first_scored
 from halfbyte.core.device import made_with, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.progress import Progress, Reporter, silent
+from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import (
     LogitsFile,
     Quality,
@@ -196,7 +196,7 @@ class SimulationResult:
     made_by: dict[str, Any]
 
 
-def simulate(options: SimulateOptions, report: Reporter = silent) -> SimulationResult:
+def simulate(options: SimulateOptions) -> SimulationResult:
     """Original, weights of the GGUF file, all A8, all A4 and the plan, on text the search has not seen.
 
     Raises:
@@ -204,23 +204,23 @@ def simulate(options: SimulateOptions, report: Reporter = silent) -> SimulationR
     """
     plan = load_plan(options.config)
     text_name, text = evaluation_text(options.text, plan.text.get("search"))
-    report(Progress("load model", 0, 1, options.model_id or plan.model_id))
+    report("load model", 0, 1, options.model_id or plan.model_id)
     source = load_for_plan(
         plan, options.model_id, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )
     token_windows = windows_for(source, text, options.ctx, options.chunks, where=text_name)
-    report(Progress("load model", 1, 1, f"text {text_name}, {len(token_windows)} windows of {options.ctx}"))
+    report("load model", 1, 1, f"text {text_name}, {len(token_windows)} windows of {options.ctx}")
     logits_of = model_logits(source.model)
     rows = []
     with scratch_folder() as folder:
         vocab = vocabulary(source.model, source.family)
         kept = LogitsFile(Path(folder) / "reference", vocab, options.ctx - first_scored(options.ctx) - 1)
-        kept.write(token_windows, logits_of, report, "original")
+        kept.write(token_windows, logits_of, "original")
         original = measure(token_windows, iter(kept))
         rows.append(SimulationRow("original", original, None, sample_text(source, options.prompt, options.max_tokens)))
 
         def add(name: str, mean_bits: float | None) -> None:
-            quality = measure(token_windows, live(token_windows, logits_of, report, name), iter(kept))
+            quality = measure(token_windows, live(token_windows, logits_of, name), iter(kept))
             sample = sample_text(source, options.prompt, options.max_tokens)
             rows.append(SimulationRow(name, quality, mean_bits, sample))
 

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from typing import Any
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.progress import Progress, Reporter
+from halfbyte.core.progress import listening, report
 
 CLEAN_UP_SECONDS = 10
-Work = Callable[[dict[str, Any], Reporter], dict[str, Any]]
+Work = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-def run_worker(module: str, request: dict[str, Any], report: Reporter) -> dict[str, Any]:
+def run_worker(module: str, request: dict[str, Any]) -> dict[str, Any]:
     """Start ``python -m module`` and wait for its result.
 
     Raises:
@@ -42,7 +42,7 @@ def run_worker(module: str, request: dict[str, Any], report: Reporter) -> dict[s
             for line in process.stdout:
                 message = _message(line)
                 if "progress" in message:
-                    report(Progress(**message["progress"]))
+                    report(**message["progress"])
                 elif "error" in message:
                     process.wait()
                     raise HalfbyteError(message["error"])
@@ -77,11 +77,9 @@ def serve(work: Work) -> None:
         sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
 
-    def report(progress: Progress) -> None:
-        send({"progress": vars(progress)})
-
     try:
-        send({"result": work(json.loads(sys.argv[1]), report)})
+        with listening(lambda progress: send({"progress": vars(progress)})):
+            send({"result": work(json.loads(sys.argv[1]))})
     except HalfbyteError as error:
         send({"error": str(error)})
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.files import sha256
-from halfbyte.core.progress import Progress, Reporter, silent
+from halfbyte.core.progress import report
 from halfbyte.models.checkpoint_codes import (
     CodesFormat,
     check_order,
@@ -66,9 +66,7 @@ class GivenCodes:
             biases, embedding, head.
     """
 
-    def __init__(
-        self, folder: QuantisedFolder, source: SourceModel, report: Reporter = silent, rule: ScaleRule = ANY_FP16
-    ) -> None:
+    def __init__(self, folder: QuantisedFolder, source: SourceModel, rule: ScaleRule = ANY_FP16) -> None:
         """Check everything but the codes themselves.
 
         Args:
@@ -92,7 +90,7 @@ class GivenCodes:
         self._check_leftovers({layer.name for layer in layers})
         for done, layer in enumerate(layers, start=1):
             self._check_groups(layer)
-            report(Progress("codes of the checkpoint", done, len(layers), layer.name))
+            report("codes of the checkpoint", done, len(layers), layer.name)
 
     @property
     def name(self) -> str:

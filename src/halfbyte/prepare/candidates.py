@@ -16,7 +16,7 @@ from torch import nn
 
 from halfbyte.calibration.walk import TwinStep, walk_twins
 from halfbyte.core.files import write_text
-from halfbyte.core.progress import Progress, Reporter
+from halfbyte.core.progress import report
 from halfbyte.models.families import Family
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import head_dim, is_tied, linear
@@ -26,9 +26,9 @@ from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.encoded import Encoded, save_encoded
 from halfbyte.quant.ggml.gptq import Job, encode_
 from halfbyte.quant.gptq import DAMPING, NotPositive, Ordered
+from halfbyte.quant.hadamard import rotation_matrix
 from halfbyte.quant.int4 import check_finite
 from halfbyte.quant.quant_linear import InputScheme
-from halfbyte.transforms.hadamard import rotation_matrix
 from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, transform_heads_
 
 BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
@@ -60,7 +60,6 @@ def encode_candidates_(
     recipe: Recipe,
     menus: Sequence[TensorMenu],
     folder: Path,
-    report: Reporter,
     *,
     device: torch.device,
     given: Mapping[str, torch.Tensor] | None = None,
@@ -94,7 +93,7 @@ def encode_candidates_(
         rotate_ends_(source.model, family, device)
     mixed = [part for group in _rotated_groups(family, recipe) for part in group]
     if given and mixed:
-        report(Progress("importance matrix", 1, 1, f"measured for {', '.join(mixed)}: their inputs are rotated"))
+        report("importance matrix", 1, 1, f"measured for {', '.join(mixed)}: their inputs are rotated")
     for step in walk_twins(source.model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on):
         shrunk = fold_(step, source, recipe)
         stem = part_name(step.index)
@@ -107,14 +106,14 @@ def encode_candidates_(
             }
             _encode_block(step, family, own, recipe, folded, folder, stem)
         made.add(folder, stem)
-        report(Progress(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem))
+        report(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem)
     outside = [menu for menu in menus if menu.block == OUTSIDE]
     if not all((folder / f"{menu.name}.json").exists() for menu in outside):
         unturned = {} if "r1" in recipe.transforms else given or {}
         _encode_top(source, outside, last, unturned, folder, device, plain=not recipe.quantiser.looks_at_inputs)
     for menu in outside:
         made.add(folder, menu.name)
-    report(Progress(STAGE, 1, 1, f"{len(menus)} matrices, {sum(len(menu.types) for menu in menus)} candidates"))
+    report(STAGE, 1, 1, f"{len(menus)} matrices, {sum(len(menu.types) for menu in menus)} candidates")
     return made
 
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from halfbyte.calibration.blocks import block_copy
 from halfbyte.calibration.walk import TwinStep
-from halfbyte.core.progress import Reporter
 from halfbyte.models.checkpoint import GivenCodes, QuantisedFolder
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, head_dim, linear
@@ -31,15 +30,13 @@ class Given:
     turn: torch.Tensor | None
 
 
-def given_codes(
-    folder: QuantisedFolder, source: SourceModel, report: Reporter, rule: ScaleRule, *, device: torch.device
-) -> Given:
+def given_codes(folder: QuantisedFolder, source: SourceModel, rule: ScaleRule, *, device: torch.device) -> Given:
     """Check a checkpoint against its unquantised model; the first and the last block down to the weights.
 
     Raises:
         HalfbyteError: what :class:`GivenCodes` refuses, or weights that are not the model's in any coordinates known.
     """
-    codes, name = GivenCodes(folder, source, report, rule), f"{source.family.embedding}.weight"
+    codes, name = GivenCodes(folder, source, rule), f"{source.family.embedding}.weight"
     own = source.model.get_parameter(name)
     turn = stream_rotation(own, codes.parameters.get(name, own), device, where=f"{folder.path}, {name}")
     given, count = Given(codes, turn), source.config.num_hidden_layers

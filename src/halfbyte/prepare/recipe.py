@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.options import SearchOptions
 from halfbyte.quant.base import QUANTISERS, WeightQuantiser
+from halfbyte.quant.hadamard import largest_block
 from halfbyte.quant.int4 import ANY_FP16, ScaleRule
 from halfbyte.transforms import expand
-from halfbyte.transforms.hadamard import largest_block
 
 A4_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from halfbyte.calibration.blocks import block_copy, call_block, capture
 from halfbyte.calibration.walk import TwinStep
-from halfbyte.core.progress import Progress, Reporter
+from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, is_tied, linear
 from halfbyte.prepare.candidates import BATCH_TOKENS, fold_, hessian_of
@@ -20,8 +20,8 @@ from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.gptq import Job, encode_
 from halfbyte.quant.ggml.stored import StoredMatrix
 from halfbyte.quant.ggml.types import bits_per_weight, decode_tensor
+from halfbyte.quant.hadamard import rotate, rotate_back
 from halfbyte.search.reference import Reference
-from halfbyte.transforms.hadamard import rotate, rotate_back
 
 Variant = tuple[str, ...]
 VARIANTS: tuple[Variant, ...] = ((), ("smooth",), ("r2",), ("smooth", "r2"))
@@ -39,7 +39,6 @@ def screened(
     menus: Sequence[TensorMenu],
     mean_bits: float,
     weights: str,
-    report: Reporter,
     *,
     device: torch.device,
     keep_on: torch.device | None = None,
@@ -80,7 +79,7 @@ def screened(
                 del step
                 states[variant] = [_through(block, part, answers.kwargs, turned=turned) for part in states[variant]]
                 del block
-            report(Progress(STAGE, index, len(layers), f"block {index}"))
+            report(STAGE, index, len(layers), f"block {index}")
         else:
             states = {
                 variant: [call_block(own, part, answers.kwargs) for part in parts] for variant, parts in states.items()
@@ -90,7 +89,7 @@ def screened(
     norm = copy.deepcopy(model.get_submodule(family.final_norm)).to(device)
     head = StoredMatrix(linear(model, family.head).weight.detach(), device)
     found = {",".join(variant): _mean_kl(norm, head, parts, known) for variant, parts in states.items()}
-    report(Progress(STAGE, 1, 1, ", ".join(f"{name or 'none'} {loss:.4g}" for name, loss in found.items())))
+    report(STAGE, 1, 1, ", ".join(f"{name or 'none'} {loss:.4g}" for name, loss in found.items()))
     return found
 
 

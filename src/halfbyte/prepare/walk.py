@@ -11,7 +11,7 @@ import torch
 from halfbyte.calibration.walk import TwinStep, walk_twins
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
-from halfbyte.core.progress import Progress, Reporter
+from halfbyte.core.progress import report
 from halfbyte.evaluate.simulation import become_simulation_
 from halfbyte.models.loading import SourceModel, layers_of, stored_dtype
 from halfbyte.models.modules import head_dim, linear
@@ -20,11 +20,11 @@ from halfbyte.prepare.channel_scales import scale_unit_
 from halfbyte.prepare.checkpoint import Given, adopt_block_, adopt_ends_, adopt_parameters_
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.units import STREAM_BITS, quantise_unit
+from halfbyte.quant.hadamard import rotation_matrix
 from halfbyte.quant.int4 import GroupedWeight, check_packable
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, pack_linear_, replace_linear_, set_activation_bits_
 from halfbyte.search.sensitivity import LayerSensitivity
 from halfbyte.transforms.attention import rotate_queries_and_keys_
-from halfbyte.transforms.hadamard import rotation_matrix
 from halfbyte.transforms.learned import balance_heads_, learn_low_rank
 from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, round_ends_, transform_heads_
 from halfbyte.workdir import Stages
@@ -54,7 +54,6 @@ def prepare_(
     source: SourceModel,
     tokens: torch.Tensor,
     recipe: Recipe,
-    report: Reporter,
     *,
     device: torch.device,
     packed: bool = False,
@@ -102,9 +101,7 @@ def prepare_(
             adopt_parameters_(step, source, given)
         for group, scheme in schemes.items():
             _quantise_(step, source, group, recipe, scheme, shared, made, codes)
-        report(
-            Progress("transforms and W4 codes", step.index + 1, source.config.num_hidden_layers, f"block {step.index}")
-        )
+        report("transforms and W4 codes", step.index + 1, source.config.num_hidden_layers, f"block {step.index}")
     set_activation_bits_(model, dict.fromkeys(made.layers, None))
     if given is None:
         made.codes = replace(made.codes, parameters=_changed_parameters(source, recipe))

@@ -11,11 +11,11 @@ from torch import nn
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.modules import linear
+from halfbyte.quant.balance import LowRank
+from halfbyte.quant.hadamard import rotate, rotate_blocks
 from halfbyte.quant.int4 import GroupedWeight, PackedWeight
 from halfbyte.quant.kernels.activations import fake_quantise_rows
 from halfbyte.quant.kernels.codes import decode_packed
-from halfbyte.transforms.balance import LowRank
-from halfbyte.transforms.hadamard import rotate, rotate_blocks
 
 Bits = int | torch.Tensor | None  # activation bits: for all, int32 [rows] for a batch [rows, ...], or not rounded
 
@@ -25,7 +25,7 @@ class InputScheme:
     """What happens to a layer's input before it is multiplied; layers that share an input share one scheme object.
 
     Attributes:
-        rotated: it is rotated at run time (:mod:`halfbyte.transforms.hadamard`); the weights are stored for that.
+        rotated: it is rotated at run time (:mod:`halfbyte.quant.hadamard`); the weights are stored for that.
         low_rank: a correction at run time, before the rotation; the weights are stored for that.
         a4_clip: share of a token's range that 4-bit codes span; 8-bit codes span all of it.
         symmetric: symmetric codes.

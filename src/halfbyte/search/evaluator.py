@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.blocks import call_block, capture
-from halfbyte.core.distributed import ALONE, Group
+from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.estimate import BATCH_TOKENS
 from halfbyte.models.families import Family
@@ -45,7 +45,6 @@ class KLEvaluator:
         tokens: search text, int64 ``[windows, length]``.
         reference: of the unquantised model on the same tokens.
         rows: windows that go through the model at once; always the same, so that scores are reproducible.
-        group: the processes that share the work; every one of them gets all results.
 
     Attributes:
         tick: called after every batch.
@@ -62,9 +61,8 @@ class KLEvaluator:
         reference: Reference,
         *,
         rows: int | None = None,
-        group: Group = ALONE,
     ) -> None:
-        self.model, self.family, self.units, self.group = model, family, list(units), group
+        self.model, self.family, self.units = model, family, list(units)
         self.reference, self.head = reference, linear(model, family.head)
         self.windows, self.length = tokens.shape
         self.segments = self.length // max(size for size in range(1, SEGMENT_TOKENS + 1) if self.length % size == 0)
@@ -131,7 +129,7 @@ class KLEvaluator:
         """Measure ``rows`` from block ``start`` on, whose input is ``hidden`` ``[windows, length, hidden]``."""
         batches = self._batches(rows)
         on_device = []
-        for batch in self.group.share(batches):
+        for batch in processes().share(batches):
             on_device.append(self._kl(batch, hidden, start))
             self._count(batch, start)
         self._learn(batches, on_device)
@@ -145,7 +143,7 @@ class KLEvaluator:
     def _learn(self, batches: Sequence[Sequence[Row]], on_device: Sequence[torch.Tensor]) -> None:
         """Gather what all processes found of ``batches``; ``on_device`` is this one's share, KL per token."""
         values = [kl.cpu().numpy().astype(np.float64) for kl in on_device]
-        found = self.group.merge(values)
+        found = processes().merge(values)
         for batch, kl in zip(batches, found, strict=True):
             samples = kl.reshape(self.rows, self.segments, -1).mean(axis=-1)
             if not np.isfinite(samples).all():

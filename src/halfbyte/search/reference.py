@@ -22,7 +22,7 @@ from halfbyte.calibration.blocks import run_blocks
 from halfbyte.models.estimate import HEAD_CHUNK_ROWS, HEAD_CHUNK_TOKENS
 from halfbyte.models.families import Family
 from halfbyte.models.modules import linear
-from halfbyte.transforms.hadamard import rotate
+from halfbyte.quant.hadamard import rotate
 
 CHUNK_TOKENS = {"cuda": HEAD_CHUNK_TOKENS}  # whose fp32 logits exist at once
 CHUNK_TOKENS_ELSEWHERE = 128

@@ -12,7 +12,7 @@ import numpy as np
 from halfbyte.core.distributed import ALONE, Group
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
-from halfbyte.core.progress import Progress, Reporter
+from halfbyte.core.progress import report
 from halfbyte.search.fitness import Fitness
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
 from halfbyte.search.space import Genome, SearchSpace
@@ -29,7 +29,6 @@ def run_genetic(
     fitness: Fitness,
     state_file: Path,
     resume: bool,
-    report: Reporter,
     group: Group = ALONE,
 ) -> GeneticAlgorithm:
     """Search until the algorithm is done; an interruption loses at most the running generation.
@@ -55,7 +54,7 @@ def run_genetic(
         algorithm = GeneticAlgorithm.from_state(problem, settings, state)
     else:
         algorithm = GeneticAlgorithm(problem, settings, np.random.default_rng(seed), seeds)
-    show = _Show(settings, algorithm, report)
+    show = _Show(settings, algorithm)
     while not algorithm.done:
         genomes = group.same(algorithm.ask())
         before, whole = fitness.work, max(1, len(genomes)) / group.size
@@ -67,7 +66,7 @@ def run_genetic(
         if group.first:
             write_text(state_file, json.dumps(algorithm.state()))
     fitness.tick = lambda: None
-    report(Progress("genetic search", 1, 1, show.note()))
+    report("genetic search", 1, 1, show.note())
     return algorithm
 
 
@@ -78,7 +77,7 @@ class _Show:
         scored: genomes scored in this run.
     """
 
-    def __init__(self, settings: GeneticSettings, algorithm: GeneticAlgorithm, report: Reporter) -> None:
+    def __init__(self, settings: GeneticSettings, algorithm: GeneticAlgorithm) -> None:
         self.settings, self.algorithm, self.report = settings, algorithm, report
         self.started, self.scored = time.monotonic(), 0
 
@@ -93,4 +92,4 @@ class _Show:
         """``share`` of the running generation is done."""
         done = self.algorithm.generation + 1 + min(share, 0.99)  # the start is a generation too
         total = STEPS * (self.settings.generations + 1)
-        self.report(Progress("genetic search", min(round(STEPS * done), total - 1), total, self.note()))
+        report("genetic search", min(round(STEPS * done), total - 1), total, self.note())

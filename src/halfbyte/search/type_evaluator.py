@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.blocks import call_block, capture
-from halfbyte.core.distributed import ALONE, Group
+from halfbyte.core.distributed import processes
 from halfbyte.models.estimate import SIDE_BY_SIDE
 from halfbyte.models.families import Family
 from halfbyte.models.modules import blocks, is_tied, linear
@@ -135,7 +135,7 @@ class TypeEvaluator(KLEvaluator):
 
     Args:
         mixed: the model; evaluators may share it.
-        tokens, reference, rows, group: see :class:`halfbyte.search.evaluator.KLEvaluator`.
+        tokens, reference, rows: see :class:`halfbyte.search.evaluator.KLEvaluator`.
         head: the weight ``[vocab, hidden]`` that the reference was made with; by default the model's unquantised one,
             which another transform may have rotated.
     """
@@ -147,11 +147,10 @@ class TypeEvaluator(KLEvaluator):
         reference: Reference,
         *,
         rows: int | None = None,
-        group: Group = ALONE,
         head: torch.Tensor | None = None,
     ) -> None:
         mixed.load(mixed.original)
-        super().__init__(mixed.model, mixed.family, [], tokens, reference, rows=rows, group=group)
+        super().__init__(mixed.model, mixed.family, [], tokens, reference, rows=rows)
         self.mixed, self._tokens = mixed, tokens
         self._first = {ORIGINAL: self._embedded}  # gene of the embedding -> first hidden states
         own = mixed.unquantised(mixed.head)
@@ -198,7 +197,7 @@ class TypeEvaluator(KLEvaluator):
         layers, last = blocks(self.model, self.family), starts[list(places.values())[-1]]
         rows = [Row(genome, window) for genome in places for window in range(self.windows)]
         batches = self._batches([row for row in rows if row not in self._known])
-        own = [(batch, places[batch[0].genome], self._windows_of(batch)) for batch in self.group.share(batches)]
+        own = [(batch, places[batch[0].genome], self._windows_of(batch)) for batch in processes().share(batches)]
         states: dict[int, torch.Tensor] = {}  # number of a batch -> its hidden states
         for index in range(position, len(layers)):
             with self.mixed.held(index):

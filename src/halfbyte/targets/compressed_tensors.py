@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.files import write_text
-from halfbyte.core.progress import Progress, Reporter
+from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
 from halfbyte.plan import Codes, LayerPlan, Plan
 from halfbyte.quant.ggml.encoded import save_tensors
@@ -178,7 +178,7 @@ def transform_config(layers: Mapping[str, LayerPlan]) -> TransformConfig | None:
     )
 
 
-def write_tensors(folder: Path, entries: Sequence[Stored], shard_size: str | int, report: Reporter) -> None:
+def write_tensors(folder: Path, entries: Sequence[Stored], shard_size: str | int) -> None:
     """Write ``entries`` as safetensors files of at most ``shard_size``, one file's tensors in memory at a time.
 
     Raises:
@@ -197,9 +197,9 @@ def write_tensors(folder: Path, entries: Sequence[Stored], shard_size: str | int
         for name in names:
             tensors[name] = known[name].make()
             done += 1
-            report(Progress("export", done - 1, len(entries), name))
+            report("export", done - 1, len(entries), name)
         save_tensors(folder / file, tensors, "pt")
-        report(Progress("export", done, len(entries), file))
+        report("export", done, len(entries), file)
     if split.is_sharded:
         index = {
             "metadata": {"total_size": sum(entry.nbytes for entry in entries)},
@@ -220,7 +220,7 @@ def write_config(folder: Path, source: SourceModel, plan: Plan, *, tied: bool) -
     ).update_config(str(folder))
 
 
-def check_tensors(folder: Path, entries: Sequence[Stored], codes: Codes, report: Reporter) -> None:
+def check_tensors(folder: Path, entries: Sequence[Stored], codes: Codes) -> None:
     """Read the files back and compare every tensor with what was meant, and some rows of each matrix of codes as the
     library unpacks them with the plan's.
 
@@ -243,7 +243,7 @@ def check_tensors(folder: Path, entries: Sequence[Stored], codes: Codes, report:
                     seen.add(name)
                     if not _same(handle.get_tensor(name), expected[name], codes):
                         raise HalfbyteError("tensor data differs", where=f"{where}, {name}", fix="export again")
-                    report(Progress("check tensors", len(seen), len(entries), name))
+                    report("check tensors", len(seen), len(entries), name)
         except (SafetensorError, OSError) as error:
             raise HalfbyteError("written file cannot be read", where=where, got=first_line(error)) from error
     if seen != set(expected):

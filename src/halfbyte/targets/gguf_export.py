@@ -13,7 +13,7 @@ from halfbyte.calibration.text import pydoc_text
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, whole_file
 from halfbyte.core.naming import mixed_gguf
-from halfbyte.core.progress import Progress, Reporter, silent
+from halfbyte.core.progress import report
 from halfbyte.engines.llamacpp import Engine, open_engine
 from halfbyte.evaluate.quality import kl_per_token, same_top, windows_for
 from halfbyte.evaluate.simulation import become_simulation_, become_types_, load_for_plan, load_types, need_activations
@@ -52,7 +52,7 @@ class ExportResult:
     plan: Plan
 
 
-def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResult:
+def export_gguf(options: ExportOptions) -> ExportResult:
     """Write the plan as GGUF.
 
     Raises:
@@ -72,7 +72,7 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
         )
     policy = policy_of(plan, options)
     engine = open_engine(options.engine) if options.check else None
-    report(Progress("load model", 0, 1, options.model_id or plan.model_id))
+    report("load model", 0, 1, options.model_id or plan.model_id)
     source = load_for_plan(
         plan, options.model_id, device="cpu", dtype="stored", trust_remote_code=options.trust_remote_code, packed=True
     )
@@ -86,18 +86,17 @@ def export_gguf(options: ExportOptions, report: Reporter = silent) -> ExportResu
             layer_types=content.types,
             encoded=content.encoded,
             metadata=summary(plan, policy),
-            report=report,
             embedding_type=options.embedding_type,
             output_type=options.output_type,
         )
         if engine is None:
             return ExportResult(path, rows, policy, 0, None, None, plan)
-        report(Progress("check", 0, 2, "read back"))
+        report("check", 0, 2, "read back")
         check_gguf(unchecked, source, content.weights, content.overrides, content.types, content.encoded)
-        report(Progress("check", 1, 2, "llama.cpp against the simulation"))
+        report("check", 1, 2, "llama.cpp against the simulation")
         exact = content.become_(source, plan, rows)
         kl, top1 = compare_engines(source, engine, unchecked)
-        report(Progress("check", 2, 2, f"KL {kl:.2g}"))
+        report("check", 2, 2, f"KL {kl:.2g}")
         if not kl <= LARGEST_KL:
             raise HalfbyteError(
                 "llama.cpp does not agree with the simulation",

@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFReader, GGUFValue
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, check_space, whole_file
-from halfbyte.core.progress import Progress, Reporter, silent
+from halfbyte.core.progress import report
 from halfbyte.models.gguf_file import open_gguf
 from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.loading import SourceModel
@@ -49,7 +49,6 @@ def write_gguf(
     importance: Mapping[str, torch.Tensor] | None = None,
     encoded: Mapping[str, EncodedRows] | None = None,
     metadata: Mapping[str, str | int | float] | None = None,
-    report: Reporter = silent,
 ) -> list[TensorRow]:
     """Write ``source`` to ``path``, one tensor in memory at a time; an existing file is replaced when all is written.
 
@@ -64,7 +63,6 @@ def write_gguf(
         importance: matrix -> what a squared error costs in each input channel, ``[in]``, where floats are encoded.
         encoded: matrix, also embedding or head -> what to write for it as it is, before everything else.
         metadata: values to keep in the file under ``halfbyte.`` keys.
-        report: told about every finished tensor, stage ``export``.
 
     Returns:
         One row per tensor, in file order. Norms and biases are F32.
@@ -82,7 +80,7 @@ def write_gguf(
     check_space(path, sum(plan.row.nbytes for plan in plans))
     with whole_file(path) as partial:
         alignment = _write_header(partial, source, reader, plans, metadata or {})
-        _append_data(partial, plans, alignment, report)
+        _append_data(partial, plans, alignment)
     return [plan.row for plan in plans]
 
 
@@ -221,7 +219,7 @@ def _file_type(source: SourceModel, plans: list[TensorPlan]) -> LlamaFileType:
     return LlamaFileType.ALL_F32 if most == "F32" else LlamaFileType[f"MOSTLY_{NAMED_AS.get(most, most)}"]
 
 
-def _append_data(path: Path, plans: list[TensorPlan], alignment: int, report: Reporter) -> None:
+def _append_data(path: Path, plans: list[TensorPlan], alignment: int) -> None:
     """Append each tensor's data at the aligned offset that the header announced.
 
     Not ``GGUFWriter.write_tensor_data``: it wants a tensor whole, and numpy hides a full disk behind an error without
@@ -232,5 +230,5 @@ def _append_data(path: Path, plans: list[TensorPlan], alignment: int, report: Re
             handle.write(bytes(-handle.tell() % alignment))
             for chunk in plan.chunks():
                 handle.write(np.ascontiguousarray(chunk).data)
-            report(Progress("export", done, len(plans), plan.row.name))
+            report("export", done, len(plans), plan.row.name)
         handle.write(bytes(-handle.tell() % alignment))

@@ -18,7 +18,7 @@ from halfbyte.core.device import available_memory
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output_folder, check_space, whole_folder, write_text
 from halfbyte.core.naming import mixed_folder
-from halfbyte.core.progress import Progress, Reporter, silent
+from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import windows_for
 from halfbyte.evaluate.simulation import become_simulation_, load_for_plan, need_activations, plan_bits
 from halfbyte.models.estimate import estimate_load
@@ -66,7 +66,7 @@ class VllmExportResult:
     plan: Plan
 
 
-def export_vllm(options: VllmExportOptions, report: Reporter = silent) -> VllmExportResult:
+def export_vllm(options: VllmExportOptions) -> VllmExportResult:
     """Write the plan as a compressed-tensors folder.
 
     Raises:
@@ -76,7 +76,7 @@ def export_vllm(options: VllmExportOptions, report: Reporter = silent) -> VllmEx
     model_id = options.model_id or plan.model_id
     path = check_output_folder(options.output or mixed_folder(model_id), force=options.force)
     check_legal(plan, options.config)
-    report(Progress("load model", 0, 1, model_id))
+    report("load model", 0, 1, model_id)
     source = load_for_plan(
         plan, options.model_id, device="cpu", dtype="stored", trust_remote_code=options.trust_remote_code, packed=True
     )
@@ -87,17 +87,17 @@ def export_vllm(options: VllmExportOptions, report: Reporter = silent) -> VllmEx
     groups = schemes(plan.layers)
     checked, difference, skipped = 0, None, "the check was skipped"
     with whole_folder(path) as folder:
-        write_tensors(folder, entries, options.shard_size, report)
+        write_tensors(folder, entries, options.shard_size)
         write_text(folder / "README.md", model_card(plan, groups, source.family.blocks, nbytes, model_id))
         _write_tokenizer(folder, source)
         head = f"{source.family.head}.weight"
         write_config(folder, source, plan, tied=is_tied(source.model, source.family) and head not in codes.parameters)
         if options.check:
-            check_tensors(folder, entries, codes, report)
+            check_tensors(folder, entries, codes)
             checked = len(entries)
             skipped = _too_large(source)
             if not skipped:
-                difference = _compare(folder, source, codes, plan, report)
+                difference = _compare(folder, source, codes, plan)
     counts = {group: len(names) for group, names in groups.items()}
     return VllmExportResult(path, counts, len(entries), nbytes, checked, difference, skipped, plan)
 
@@ -156,16 +156,16 @@ def _too_large(source: SourceModel) -> str:
     return "" if wanted <= there else f"that takes {wanted / 1e9:.0f} GB of memory, and {there / 1e9:.0f} GB are free"
 
 
-def _compare(folder: Path, source: SourceModel, codes: Codes, plan: Plan, report: Reporter) -> float:
+def _compare(folder: Path, source: SourceModel, codes: Codes, plan: Plan) -> float:
     """Largest difference of fp32 logits, transformers on ``folder`` against the simulation, over the largest logit.
 
     Raises:
         HalfbyteError: it is too large.
     """
-    report(Progress("check logits", 0, 2, "transformers"))
+    report("check logits", 0, 2, "transformers")
     window = torch.tensor([windows_for(source, pydoc_text(), CHECK_TOKENS, 1, where="check text")[0]])
     theirs = logits_in_transformers(folder, window)
-    report(Progress("check logits", 1, 2, "simulation"))
+    report("check logits", 1, 2, "simulation")
     become_simulation_(source, codes, plan.layers, plan.transforms, packed=True)
     set_activation_bits_(source.model, plan_bits(plan))
     source.model.float()  # only now: its own weights, decoded, would not fit where the packed ones do
@@ -173,7 +173,7 @@ def _compare(folder: Path, source: SourceModel, codes: Codes, plan: Plan, report
     with torch.no_grad():
         ours = source.model(input_ids=window, use_cache=False).logits
     difference = float((theirs - ours).abs().max() / ours.abs().max())
-    report(Progress("check logits", 2, 2, f"largest difference {difference:.1g}"))
+    report("check logits", 2, 2, f"largest difference {difference:.1g}")
     if not difference <= LARGEST_DIFFERENCE:
         raise HalfbyteError(
             "transformers does not agree with the simulation",

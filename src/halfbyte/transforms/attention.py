@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from halfbyte.transforms.hadamard import rotate
+from halfbyte.quant.hadamard import rotate
 
 NAME = "halfbyte_rotated_sdpa"
 

@@ -1,7 +1,7 @@
 """Affine transforms from second moments: low-rank in front of a unit, and whole between v and o, where it folds.
 
 What FlatQuant (Sun et al. 2024, arXiv:2410.09426) learns by gradient descent has a closed form if rounding noise is
-spread evenly by a rotation: see :mod:`halfbyte.transforms.balance`.
+spread evenly by a rotation: see :mod:`halfbyte.quant.balance`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from halfbyte.calibration.walk import TwinStep
 from halfbyte.models.families import Family
 from halfbyte.models.modules import linear
-from halfbyte.transforms.balance import LowRank, balancing_matrices, low_rank_balance
+from halfbyte.quant.balance import LowRank, balancing_matrices, low_rank_balance
 from halfbyte.transforms.rotation import transform_heads_
 
 RANK_SHARE, LARGEST_RANK = 8, 256

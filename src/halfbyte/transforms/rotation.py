@@ -15,7 +15,7 @@ from torch import nn
 
 from halfbyte.models.families import Family
 from halfbyte.models.modules import is_tied, linear
-from halfbyte.transforms.hadamard import rotate
+from halfbyte.quant.hadamard import rotate
 
 Rotate = Callable[[torch.Tensor], torch.Tensor]  # [..., width] -> [..., width], orthogonal
 

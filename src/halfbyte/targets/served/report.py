@@ -109,7 +109,7 @@ def examine_served(
         engine: ``auto``, ``vllm`` or ``transformers``.
 
     Raises:
-        HalfbyteError: see :func:`halfbyte.targets.served.folder.read_served` and :func:`halfbyte.targets.served.twins.write_twins`.
+        HalfbyteError: see :func:`.folder.read_served` and :func:`.twins.write_twins`.
     """
     there = {name: _version(name) for name in PACKAGES}
     target = _hardware(hardware, device, there)

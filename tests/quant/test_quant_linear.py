@@ -10,6 +10,7 @@ import torch
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.modules import is_tied
 from halfbyte.quant.affine import fake_quantise
+from halfbyte.quant.hadamard import rotate
 from halfbyte.quant.quant_linear import (
     InputScheme,
     PackedLinear,
@@ -20,7 +21,6 @@ from halfbyte.quant.quant_linear import (
     set_parameters_,
 )
 from halfbyte.quant.rtn import round_to_nearest
-from halfbyte.transforms.hadamard import rotate
 
 X, WEIGHT = torch.randn(112, 96, generator=torch.Generator().manual_seed(0)).split([12, 100])
 

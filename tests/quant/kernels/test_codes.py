@@ -7,8 +7,8 @@ import torch
 
 from halfbyte.quant.int4 import GroupedWeight, pack_int4, unpack_int4
 from halfbyte.quant.kernels import codes
-from tests.kernels.interpreter import interpret
-from tests.kernels.test_activations import DTYPES, same_bits
+from tests.quant.kernels.interpreter import interpret
+from tests.quant.kernels.test_activations import DTYPES, same_bits
 
 SHAPES = [(1, 2, 1), (5, 6, 2), (3, 6, 6), (7, 96, 1), (16, 256, 2), (33, 576, 9)]  # out, in, groups
 
@@ -65,8 +65,8 @@ TWINS = """
 import torch
 from halfbyte.quant.kernels.choice import forced
 from halfbyte.quant.kernels.codes import decode_packed
-from tests.kernels.test_activations import DTYPES, near_enough
-from tests.kernels.test_codes import SHAPES, packed_weight
+from tests.quant.kernels.test_activations import DTYPES, near_enough
+from tests.quant.kernels.test_codes import SHAPES, packed_weight
 
 for shape in SHAPES:
     packed, scales = packed_weight(*shape)

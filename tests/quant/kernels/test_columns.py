@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halfbyte.quant.kernels import columns
-from tests.kernels.interpreter import interpret
+from tests.quant.kernels.interpreter import interpret
 
 UNEVEN = torch.tensor([-8.0, -5, -3, -1.5, -0.5, 0.25, 1, 2, 4, 7])
 
@@ -92,7 +92,7 @@ TWINS = """
 import torch
 from halfbyte.quant.kernels.choice import forced
 from halfbyte.quant.kernels.columns import descend_columns, round_columns
-from tests.kernels.test_columns import UNEVEN, block
+from tests.quant.kernels.test_columns import UNEVEN, block
 
 for bits, rows, width in ((4, 37, 32), (3, 4, 1), (UNEVEN, 37, 32), (torch.arange(37) % 3 + 2, 37, 32)):
     target, weight, step, mix, hessian = block(rows, width)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import halfbyte.targets.gguf_tensors as gguf_tensors
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.progress import listening
 from halfbyte.engines.llamacpp import open_engine
 from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.loading import find, layers_of, load
@@ -176,7 +177,8 @@ def test_metadata_and_name(tiny, tmp_path):
 
 def test_progress_counts_every_tensor(tiny, tmp_path):
     seen = []
-    rows = write_gguf(tmp_path / "m.gguf", tiny("llama"), report=seen.append)
+    with listening(seen.append):
+        rows = write_gguf(tmp_path / "m.gguf", tiny("llama"))
     assert [step.done for step in seen] == list(range(1, len(rows) + 1))
     assert all((step.stage, step.total) == ("export", len(rows)) for step in seen)
 
@@ -250,12 +252,12 @@ def test_an_interrupted_export_keeps_the_old_file(tiny, tmp_path, failure):
     path = tmp_path / "m.gguf"
     path.write_bytes(b"before")
 
-    def report(step):
+    def listen(step):
         if step.done == 5:
             raise failure
 
-    with pytest.raises((HalfbyteError, KeyboardInterrupt)) as caught:
-        write_gguf(path, tiny("llama"), report=report)
+    with listening(listen), pytest.raises((HalfbyteError, KeyboardInterrupt)) as caught:
+        write_gguf(path, tiny("llama"))
     if isinstance(failure, OSError):
         assert "disk is full" in str(caught.value)
     assert path.read_bytes() == b"before"

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from halfbyte.transforms.hadamard import (
+from halfbyte.quant.hadamard import (
     factors,
     hadamard_matrix,
     largest_block,

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from halfbyte.core.files import sha256
-from halfbyte.core.progress import silent
 from halfbyte.evaluate.simulation import plan_bits
 from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
 from halfbyte.models.modules import is_tied
@@ -30,7 +29,7 @@ def plan_for(folder: Path, path: str | Path = PLAN, target: str = "vllm", **opti
     units = units_of(layers_of(source.model, source.family), source.family, "fused")
     recipe = recipe_of(asked, tied=is_tied(source.model, source.family))
     tokens = torch.randint(0, len(source.tokenizer), (2, 64), generator=torch.Generator().manual_seed(0))
-    prepared = prepare_(source, tokens, recipe, silent, device=source.device)
+    prepared = prepare_(source, tokens, recipe, device=source.device)
     genome = [4 if index % 2 else 8 for index in range(len(units))]
     bits = {layer.name: width for unit, width in zip(units, genome, strict=True) for layer in unit.layers}
     save_codes(codes_path(path), prepared.codes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.transforms.balance import EXACT_UP_TO, balancing_matrices, balancing_scales, low_rank_balance
+from halfbyte.quant.balance import EXACT_UP_TO, balancing_matrices, balancing_scales, low_rank_balance
 
 
 def correlated(rows, n, seed, strength=3.0):

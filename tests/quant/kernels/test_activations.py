@@ -7,7 +7,7 @@ import torch
 
 from halfbyte.quant.affine import fake_quantise
 from halfbyte.quant.kernels.activations import fake_quantise_rows
-from tests.kernels.interpreter import interpret
+from tests.quant.kernels.interpreter import interpret
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -90,7 +90,7 @@ TWINS = """
 import torch
 from halfbyte.quant.kernels.activations import fake_quantise_rows
 from halfbyte.quant.kernels.choice import forced
-from tests.kernels.test_activations import DTYPES, batch, near_enough
+from tests.quant.kernels.test_activations import DTYPES, batch, near_enough
 
 cases = [(1, torch.float32, 1.0), (5000, torch.float32, 0.7), (128, torch.float32, 1e-9)]
 for width, dtype, clip in [*cases, *((33, dtype, 0.85) for dtype in DTYPES)]:

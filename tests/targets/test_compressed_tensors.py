@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from halfbyte import cli
 from halfbyte.core import files
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.progress import silent
 from halfbyte.evaluate.simulation import load_for_plan
 from halfbyte.models.loading import layers_of, load
 from halfbyte.plan import codes_path, load_codes, load_plan
@@ -25,7 +24,7 @@ from halfbyte.targets import vllm_export as exporting_vllm
 from halfbyte.targets.compressed_tensors import check_tensors, exact_scales, packed_words, plan_tensors
 from halfbyte.targets.vllm_export import logits_in_transformers
 from tests.command_line import fails, search
-from tests.export.vllm_plans import PLAN, plan_for
+from tests.targets.vllm_plans import PLAN, plan_for
 from tests.tiny_models import logits_of, some_ids
 
 EXPORT = ["--config", PLAN, "--output", "out"]
@@ -182,16 +181,16 @@ def test_the_check_sees_a_damaged_tensor(name, plain, here):
     assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", "--no-check"]) == 0
     codes = load_codes(codes_path(at / PLAN))
     entries = plan_tensors(load(source.origin, device=source.device, dtype=torch.float32), codes)
-    check_tensors(Path("out"), entries, codes, silent)
+    check_tensors(Path("out"), entries, codes)
     tensors = load_file("out/model.safetensors")
     tensors[name].view(-1)[-1] += 1
     save_file(tensors, "out/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HalfbyteError, match=f"{name}: tensor data differs"):
-        check_tensors(Path("out"), entries, codes, silent)
+        check_tensors(Path("out"), entries, codes)
     del tensors[name]
     save_file(tensors, "out/model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HalfbyteError, match=f"tensors are missing, got {name}"):
-        check_tensors(Path("out"), entries, codes, silent)
+        check_tensors(Path("out"), entries, codes)
 
 
 def test_the_card_says_what_it_is_and_how_it_was_measured(plain, here):

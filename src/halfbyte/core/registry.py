@@ -1,0 +1,67 @@
+"""Things that are found by name: one per file of a package, or registered from anywhere."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
+from typing import TypeVar
+
+from halfbyte.core.errors import HalfbyteError
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T]):
+    """A mapping from names to things of one kind.
+
+    Every module of ``package`` that does not start with an underscore and is no package itself stands for one thing:
+    its name is the module's, and the thing is the module's ``attribute``. The names are known without importing the
+    modules, so that help texts are quick. Others can be added with :meth:`register`.
+
+    Args:
+        kind: what the things are, for messages ("transform").
+        package: dotted name of the package.
+        attribute: name of the thing in its module.
+    """
+
+    def __init__(self, kind: str, package: str, attribute: str) -> None:
+        self.kind, self._package, self._attribute = kind, package, attribute
+        self._registered: dict[str, T] = {}
+
+    def register(self, name: str, thing: T) -> None:
+        """Add ``thing``, or put it in the place of the one that had this name."""
+        self._registered[name] = thing
+
+    def unregister(self, name: str) -> None:
+        """Take out what :meth:`register` added."""
+        del self._registered[name]
+
+    def names(self) -> tuple[str, ...]:
+        """All names, those of the package first."""
+        path = importlib.import_module(self._package).__path__
+        own = [info.name for info in pkgutil.iter_modules(path) if not info.ispkg and not info.name.startswith("_")]
+        return tuple(dict.fromkeys([*sorted(own), *self._registered]))
+
+    def __getitem__(self, name: str) -> T:
+        if name in self._registered:
+            return self._registered[name]
+        if name not in self.names():
+            raise KeyError(name)
+        return getattr(importlib.import_module(f"{self._package}.{name}"), self._attribute)
+
+    def find(self, name: str, *, where: object) -> T:
+        """The thing with this name.
+
+        Raises:
+            HalfbyteError: there is none; the message lists those that there are.
+        """
+        if name not in self.names():
+            raise HalfbyteError(f"{where}: unknown {self.kind}, expected one of {', '.join(self.names())}, got {name}")
+        return self[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())

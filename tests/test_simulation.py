@@ -14,7 +14,7 @@ from halfbyte.models.loading import layers_of
 from halfbyte.plan import codes_path, load_codes, load_plan
 from halfbyte.quant.int4 import pack_int4
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_activation_bits_
-from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.quantisers.rtn import round_to_nearest
 
 
 def test_a_plan_of_version_1_is_simulated(tiny, tmp_path):

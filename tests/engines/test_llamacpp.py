@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from halfbyte.runtime import llamacpp, llamacpp_abi, llamacpp_quantize
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.engines import llamacpp, llamacpp_abi, llamacpp_quantize
 from halfbyte.engines.llamacpp import Engine, Generation, GGUFModel, Speed, open_engine
 from tests.tiny_gguf import VOCAB
 

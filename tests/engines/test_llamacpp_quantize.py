@@ -9,9 +9,9 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from halfbyte.runtime import llamacpp_quantize
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.engines import llamacpp_quantize
 from halfbyte.engines.llamacpp import ENGINES, Engine, open_engine
 from halfbyte.quant.ggml.ftypes import FILE_TYPES, Shape, tensor_type
 from tests.tiny_gguf import BLOCKS, WIDTH

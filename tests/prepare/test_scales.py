@@ -13,7 +13,7 @@ from halfbyte.prepare.channel_scales import sample, scale_unit_
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.affine import fake_quantise
 from halfbyte.quant.quant_linear import InputScheme
-from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.quantisers.rtn import round_to_nearest
 
 
 def first_step(source):

@@ -10,11 +10,11 @@ import torch
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import kl_per_token
-from halfbyte.models import surgery
 from halfbyte.models.loading import layers_of
 from halfbyte.prepare import walk
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import load_prepared_, prepare_, save_prepared
+from halfbyte.quant import quant_linear as surgery
 from halfbyte.quant.quant_linear import PackedLinear, QuantLinear, set_activation_bits_
 from halfbyte.workdir import Stages
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from halfbyte.quant.base import QUANTISERS
-from halfbyte.quant.gptq import output_error
 from halfbyte.quant.int4 import encode_with_scales
 from halfbyte.quant.moments import InputMoments
+from halfbyte.quant.quantisers.gptq import output_error
 from halfbyte.quant.scales import searched_scales
 
 

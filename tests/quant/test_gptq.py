@@ -7,17 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.quant.gptq import (
+from halfbyte.quant.int4 import absmax_scales, encode_with_scales
+from halfbyte.quant.moments import InputMoments
+from halfbyte.quant.quantisers.gptq import (
     DAMPING,
-    GPTQ,
+    QUANTISER,
     Ordered,
     improve_codes,
     improve_scales,
     output_error,
     round_with_feedback,
 )
-from halfbyte.quant.int4 import absmax_scales, encode_with_scales
-from halfbyte.quant.moments import InputMoments
 from halfbyte.quant.scales import searched_scales
 
 WIDTHS = [(32, 32), (96, 32), (128, 128), (160, 32), (576, 64), (44, 4)]  # in, group
@@ -134,7 +134,7 @@ def quantised(weight, x, of_copy, group=32):
     moments = InputMoments(weight)
     for original, copied in zip(x.split(50), of_copy.split(50), strict=True):
         moments.add(original, copied)
-    return GPTQ.encode(moments, group, "here")
+    return QUANTISER.encode(moments, group, "here")
 
 
 def test_drift_of_the_input_is_made_up_for():
@@ -155,7 +155,7 @@ def test_drift_of_the_input_is_made_up_for():
 def with_hessian(hessian, group=16):
     moments = InputMoments(layer(8, len(hessian)))
     moments.hessian = hessian.clone()
-    return moments.weight, *GPTQ.encode(moments, group, "here")
+    return moments.weight, *QUANTISER.encode(moments, group, "here")
 
 
 def test_a_hessian_that_is_not_positive_is_damped_more_and_said():

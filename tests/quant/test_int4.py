@@ -10,7 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.quant.int4 import GroupedWeight, check_packable, fitting_group_size
-from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.quantisers.rtn import round_to_nearest
 
 WEIGHTS = hnp.arrays("float32", st.just((4, 64)), elements=st.floats(-100, 100, width=32))
 

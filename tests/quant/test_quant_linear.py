@@ -20,7 +20,7 @@ from halfbyte.quant.quant_linear import (
     replace_linear_,
     set_parameters_,
 )
-from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.quantisers.rtn import round_to_nearest
 
 X, WEIGHT = torch.randn(112, 96, generator=torch.Generator().manual_seed(0)).split([12, 100])
 

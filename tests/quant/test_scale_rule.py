@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from halfbyte.quant.base import QUANTISERS
-from halfbyte.quant.gptq import Ordered, improve_scales
 from halfbyte.quant.int4 import ANY_FP16, ScaleRule, absmax_scales
 from halfbyte.quant.moments import InputMoments
-from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.quantisers.gptq import Ordered, improve_scales
+from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.quant.scales import searched_scales
 
 BOTH = ScaleRule(bf16=True, signed=False)

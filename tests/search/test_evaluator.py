@@ -13,7 +13,7 @@ from halfbyte.models.loading import layers_of, units_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_
-from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference
 from tests.tiny_models import FAMILIES

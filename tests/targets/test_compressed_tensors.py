@@ -19,7 +19,7 @@ from halfbyte.evaluate.simulation import load_for_plan
 from halfbyte.models.loading import layers_of, load
 from halfbyte.plan import codes_path, load_codes, load_plan
 from halfbyte.quant.int4 import GroupedWeight, PackedWeight
-from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.targets import vllm_export as exporting_vllm
 from halfbyte.targets.compressed_tensors import check_tensors, exact_scales, packed_words, plan_tensors
 from halfbyte.targets.vllm_export import logits_in_transformers

@@ -16,7 +16,7 @@ from halfbyte.engines.llamacpp import open_engine
 from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.loading import find, layers_of, load
 from halfbyte.quant.ggml.types import QUANTISED, encode
-from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.targets.gguf_file import check_gguf, write_gguf
 from tests.tiny_models import F16, FAMILIES, keys, kl_of_llamacpp, logits_of, some_ids
 

@@ -12,7 +12,7 @@ import torch
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.plan import Codes, LayerPlan, Plan, codes_path, load_codes, load_plan, save_codes, save_plan
 from halfbyte.quant.balance import LowRank
-from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.quantisers.rtn import round_to_nearest
 
 NAME, NORM = "model.layers.0.mlp.down_proj", "model.layers.0.input_layernorm.weight"
 

@@ -25,10 +25,10 @@ from halfbyte.prepare.menus import OUTSIDE, TensorMenu
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.encoded import Encoded, save_encoded
 from halfbyte.quant.ggml.gptq import Job, encode_
-from halfbyte.quant.gptq import DAMPING, NotPositive, Ordered
 from halfbyte.quant.hadamard import rotation_matrix
 from halfbyte.quant.int4 import check_finite
 from halfbyte.quant.quant_linear import InputScheme
+from halfbyte.quant.quantisers.gptq import DAMPING, NotPositive, Ordered
 from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, transform_heads_
 
 BATCH_TOKENS = 4096  # that go through a block at once on an accelerator

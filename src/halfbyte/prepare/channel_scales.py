@@ -14,7 +14,7 @@ from halfbyte.quant.affine import fake_quantise
 from halfbyte.quant.balance import balancing_scales
 from halfbyte.quant.int4 import check_finite, fitting_group_size
 from halfbyte.quant.quant_linear import InputScheme
-from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.transforms.smooth import fold_scales_, shared_by_query_heads, smoothing_scales
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7)

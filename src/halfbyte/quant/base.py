@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from halfbyte.quant.awq import AWQ
-from halfbyte.quant.gptq import GPTQ
+from halfbyte.core.registry import Registry
 from halfbyte.quant.int4 import GroupedWeight, ScaleRule
 from halfbyte.quant.moments import InputMoments
-from halfbyte.quant.rtn import RTN
 
 Encode = Callable[[InputMoments, int, object, ScaleRule], tuple[GroupedWeight, str]]
 
@@ -33,4 +31,4 @@ class WeightQuantiser:
     scales_for_weights: bool = False
 
 
-QUANTISERS: dict[str, WeightQuantiser] = {"rtn": RTN, "gptq": GPTQ, "awq": AWQ}
+QUANTISERS: Registry[WeightQuantiser] = Registry("weight quantiser", "halfbyte.quant.quantisers", "QUANTISER")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.quant.base import block_scales
+from halfbyte.quant.ggml import block_scales
 from halfbyte.quant.ggml.block_scales import UNITS, Numbers, affine_steps, choose_rows, symmetric_steps
 from halfbyte.quant.ggml.grid import GRIDS
 from halfbyte.quant.ggml.types import decode_tensor, encode, row_bytes

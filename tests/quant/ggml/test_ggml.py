@@ -18,7 +18,7 @@ from halfbyte.quant.ggml.types import (
     row_bytes,
 )
 from halfbyte.quant.int4 import GroupedWeight
-from halfbyte.quant.rtn import round_to_nearest
+from halfbyte.quant.quantisers.rtn import round_to_nearest
 
 
 def grouped(out_features=6, in_features=256, group_size=128, seed=0):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType
-from halfbyte.formats import ggml
-from halfbyte.runtime import llamacpp_abi
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.engines import llamacpp_abi
+from halfbyte.quant.ggml import types as ggml
 from halfbyte.quant.ggml.types import (
     QUANTISED,
     WRITABLE,

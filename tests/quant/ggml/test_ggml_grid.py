@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from halfbyte.formats import ggml_codebook, ggml_grid
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.quant.ggml import codebook as ggml_codebook
+from halfbyte.quant.ggml import grid as ggml_grid
 from halfbyte.quant.ggml.grid import GRIDS, codes_of, grid_of, has_grid, with_codes
 from halfbyte.quant.ggml.types import QUANTISED, bits_per_weight, decode, decode_tensor, encode, row_bytes
 

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from halfbyte.serving import serving_markdown, serving_table
 
 from halfbyte.targets.served.hardware import HARDWARE, Hardware
 from halfbyte.targets.served.rules import (
@@ -21,7 +20,7 @@ from halfbyte.targets.served.rules import (
     in_transformers,
     in_vllm,
 )
-from halfbyte.targets.served.table import HEADERS
+from halfbyte.targets.served.table import HEADERS, serving_markdown, serving_table
 
 # Made by benchmarks/serve_kernels.py in vLLM's CPU environment.
 ASKED = json.loads((Path(__file__).parent / "vllm_selection.json").read_text(encoding="utf-8"))
@@ -113,5 +112,5 @@ def test_hardware_of_one_row_shares_its_rules():
 
 
 def test_the_table_in_the_documents_is_current():
-    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text(encoding="utf-8")
     assert serving_markdown() in text

@@ -36,6 +36,6 @@ def family_of(model_type: str, *, where: object = "model") -> Family:
             where=where,
             expected="one of " + ", ".join(sorted(known)),
             got=repr(model_type),
-            fix="a family is one file in src/halfbyte/models/archs",
+            fix="a family is one file in src/halfbyte/models/families",
         )
     return known[model_type]

@@ -2,7 +2,7 @@
 
 llama.cpp's quantiser rounds every weight on its own. The bytes here are as many and as valid; types whose codes stand
 for several weights at once stay with llama.cpp's quantiser. See :mod:`halfbyte.quant.ggml.block_scales` and
-:mod:`halfbyte.quant.gptq`.
+:mod:`halfbyte.quant.quantisers.gptq`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from halfbyte.quant.ggml.block_scales import choose_rows
 from halfbyte.quant.ggml.grid import GRIDS, grid_of, has_grid, with_codes
 from halfbyte.quant.ggml.types import decode_tensor, encode
-from halfbyte.quant.gptq import Ordered, descended_codes, feedback_codes
+from halfbyte.quant.quantisers.gptq import Ordered, descended_codes, feedback_codes
 
 SWEEPS = 2  # of coordinate descent
 FINE = 8  # bits of codes that are as good as they need to be

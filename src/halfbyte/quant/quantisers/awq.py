@@ -19,4 +19,4 @@ def _encode(
     return encode_with_scales(moments.weight, scales), ""
 
 
-AWQ = WeightQuantiser(_encode, looks_at_inputs=True, rounding_share=0.7, scales_for_weights=True)
+QUANTISER = WeightQuantiser(_encode, looks_at_inputs=True, rounding_share=0.7, scales_for_weights=True)

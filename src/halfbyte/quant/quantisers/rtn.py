@@ -26,4 +26,4 @@ def _encode(
     return round_to_nearest(moments.weight, group_size, rule=rule, where=where), ""
 
 
-RTN = WeightQuantiser(_encode, looks_at_inputs=False, rounding_share=1.0)
+QUANTISER = WeightQuantiser(_encode, looks_at_inputs=False, rounding_share=1.0)

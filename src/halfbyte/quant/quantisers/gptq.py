@@ -203,7 +203,7 @@ def _encode(
     return quantise(moments.weight, group_size, moments, where=where, rule=rule)
 
 
-GPTQ = WeightQuantiser(_encode, looks_at_inputs=True, rounding_share=0.3)
+QUANTISER = WeightQuantiser(_encode, looks_at_inputs=True, rounding_share=0.3)
 
 
 def _blocks(columns: int) -> list[slice]:

@@ -97,7 +97,9 @@ def transformed(monkeypatch) -> Callable[..., Prepared]:
         return GroupedWeight(moments.weight, torch.ones(rows, width // group_size)), ""  # every "code" is the weight
 
     monkeypatch.setattr(GroupedWeight, "pack", lambda weight: weight)
-    monkeypatch.setitem(QUANTISERS, "exact", WeightQuantiser(keep, looks_at_inputs=False, rounding_share=1.0))
+    monkeypatch.setitem(
+        QUANTISERS._registered, "exact", WeightQuantiser(keep, looks_at_inputs=False, rounding_share=1.0)
+    )
 
     def transform(source: SourceModel, tokens: torch.Tensor, names: str, alpha: float | None = None) -> Prepared:
         recipe = Recipe(tuple(names.split(",")), "exact", alpha, clip=False)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from halfbyte import cli
-from halfbyte.models.loading import layers_of, units_of
+from halfbyte.models.layers import layers_of, units_of
 from halfbyte.plan import load_plan
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import load_prepared_, prepare_, save_prepared

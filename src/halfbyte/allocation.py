@@ -11,8 +11,8 @@ import numpy as np
 
 from halfbyte.core.distributed import Group
 from halfbyte.core.progress import report
+from halfbyte.models.layers import Unit, mean_bits_fraction
 from halfbyte.options import SearchOptions
-from halfbyte.plan import Unit, mean_bits_fraction
 from halfbyte.results import Found, FrontPoint
 from halfbyte.search.asktell import AskTell
 from halfbyte.search.baselines import all_choice, rule_genome

@@ -25,10 +25,11 @@ from halfbyte.core.files import check_output
 from halfbyte.core.progress import report
 from halfbyte.models.checkpoint import QuantisedFolder
 from halfbyte.models.estimate import check_memory, estimate_load
-from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
+from halfbyte.models.layers import Layer, Outcome, layers_of, units_of
+from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import is_tied, linear, move_
 from halfbyte.options import SearchOptions
-from halfbyte.plan import Layer, Outcome, Plan
+from halfbyte.plan import Plan
 from halfbyte.prepare.checkpoint import Given, given_codes
 from halfbyte.prepare.menus import TensorMenu
 from halfbyte.prepare.recipe import TARGETS, Recipe, recipe_of

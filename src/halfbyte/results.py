@@ -12,9 +12,10 @@ from halfbyte.core.device import made_with
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import sha256, write_text
 from halfbyte.core.naming import short_name
+from halfbyte.models.layers import Outcome, Unit, mean_bits_fraction
 from halfbyte.models.loading import SourceModel
 from halfbyte.options import SearchOptions
-from halfbyte.plan import Outcome, Plan, Unit, codes_path, mean_bits_fraction, save_plan, types_path
+from halfbyte.plan import Plan, codes_path, save_plan, types_path
 from halfbyte.prepare.walk import Prepared
 from halfbyte.report.front import front_plot, size_front_plot
 from halfbyte.report.plots import convergence_plot, sensitivity_heatmap

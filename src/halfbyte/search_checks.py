@@ -9,10 +9,11 @@ import torch
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_search, estimate_types, fits
+from halfbyte.models.layers import Layer
 from halfbyte.models.loading import Origin, SourceModel
 from halfbyte.models.modules import linear
 from halfbyte.options import SearchOptions
-from halfbyte.plan import Layer, check_suffix
+from halfbyte.plan import check_suffix
 from halfbyte.prepare.recipe import recipe_of
 from halfbyte.quant.int4 import fitting_group_size
 from halfbyte.targets.gguf_file import check_exportable

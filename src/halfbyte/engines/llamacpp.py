@@ -26,7 +26,7 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.engines import llamacpp_abi, llamacpp_quantize
 from halfbyte.engines.gguf_model import MAX_BATCH, Generation, GGUFModel, Speed
 from halfbyte.models.gguf_file import check_magic
-from halfbyte.plan import Outcome
+from halfbyte.models.layers import Outcome
 
 __all__ = ["ENGINES", "Engine", "GGUFModel", "Generation", "Speed", "default_threads", "open_engine"]
 

@@ -26,9 +26,9 @@ from halfbyte.models.checkpoint_codes import (
     read_scales,
 )
 from halfbyte.models.families import Family
-from halfbyte.models.loading import SourceModel, layers_of, stored_dtype
+from halfbyte.models.layers import Layer, layers_of
+from halfbyte.models.loading import SourceModel, stored_dtype
 from halfbyte.models.modules import head_dim, is_tied
-from halfbyte.plan import Layer
 from halfbyte.quant.int4 import ANY_FP16, PackedWeight, ScaleRule, check_finite, check_packable
 
 SIZES = (

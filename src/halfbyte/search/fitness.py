@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from halfbyte.plan import Unit
+from halfbyte.models.layers import Unit
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.priced import Offer
 from halfbyte.search.problem import Genome

@@ -149,7 +149,7 @@ FOLDED = ("weight_input", "weight_output")  # where a transform needs nothing at
 
 
 @dataclass(frozen=True)
-class CodesFormat:
+class CheckpointFormat:
     """A format that can be read.
 
     Attributes:
@@ -165,7 +165,7 @@ class CodesFormat:
     notes: tuple[str, ...] = ()
 
 
-def codes_format(config: Mapping[str, Any], *, where: object) -> CodesFormat:
+def checkpoint_format(config: Mapping[str, Any], *, where: object) -> CheckpointFormat:
     """Read ``quantization_config`` of a ``config.json``, or a ``quantize_config.json``.
 
     Raises:
@@ -183,7 +183,7 @@ def codes_format(config: Mapping[str, Any], *, where: object) -> CodesFormat:
     return METHODS[method](config, where)
 
 
-def _gptq(config: Mapping[str, Any], where: object) -> CodesFormat:
+def _gptq(config: Mapping[str, Any], where: object) -> CheckpointFormat:
     version = str(config.get("checkpoint_format") or config.get("format") or GPTQ_V1.name)
     layouts = {layout.name: layout for layout in (GPTQ_V1, GPTQ_V2)}
     if version not in layouts:
@@ -196,10 +196,10 @@ def _gptq(config: Mapping[str, Any], where: object) -> CodesFormat:
         _expect("bits", own.get("bits"), BITS, where)
         _expect("sym", own.get("sym", True), True, where)
         sizes.append(own.get("group_size"))
-    return CodesFormat(layouts[version], _positive(sizes, where), bool(config.get("desc_act")))
+    return CheckpointFormat(layouts[version], _positive(sizes, where), bool(config.get("desc_act")))
 
 
-def _compressed_tensors(config: Mapping[str, Any], where: object) -> CodesFormat:
+def _compressed_tensors(config: Mapping[str, Any], where: object) -> CheckpointFormat:
     status = config.get("quantization_status", "compressed")
     _expect("quantization_status", status, "compressed", where)
     sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
@@ -221,19 +221,19 @@ def _compressed_tensors(config: Mapping[str, Any], where: object) -> CodesFormat
         if weights is None:  # quantises activations only
             continue
         _expect("format", group.get("format") or config.get("format"), PACK_QUANTIZED.name, place)
-        given = {**DEFAULTS, **weights}
-        if given["strategy"] is None and (given.get("group_size") or 0) > 0:
-            given["strategy"] = "group"
+        settings = {**DEFAULTS, **weights}
+        if settings["strategy"] is None and (settings.get("group_size") or 0) > 0:
+            settings["strategy"] = "group"
         for key, value in WEIGHTS.items():
-            _expect(f"weights: {key}", given[key], value, place)
-        sizes.append(given.get("group_size"))
-        orders.append(given.get("actorder"))
+            _expect(f"weights: {key}", settings[key], value, place)
+        sizes.append(settings.get("group_size"))
+        orders.append(settings.get("actorder"))
         if group.get("input_activations"):
             notes.append("its activation quantisation is not taken over")
     if config.get("kv_cache_scheme"):
         notes.append("its KV cache quantisation is not taken over")
     ordered = any(order in REORDERED for order in orders)
-    return CodesFormat(PACK_QUANTIZED, _positive(sizes, where), ordered, tuple(dict.fromkeys(notes)))
+    return CheckpointFormat(PACK_QUANTIZED, _positive(sizes, where), ordered, tuple(dict.fromkeys(notes)))
 
 
 def _expect(what: str, got: object, expected: object, where: object) -> None:
@@ -260,7 +260,7 @@ def _positive(sizes: list[Any], where: object) -> tuple[int, ...]:
     return tuple(dict.fromkeys(sizes))
 
 
-METHODS: dict[str, Callable[[Mapping[str, Any], object], CodesFormat]] = {
+METHODS: dict[str, Callable[[Mapping[str, Any], object], CheckpointFormat]] = {
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,
 }

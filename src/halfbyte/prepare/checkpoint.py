@@ -34,7 +34,7 @@ def given_codes(folder: QuantisedFolder, source: SourceModel, rule: ScaleRule, *
     """Check a checkpoint against its unquantised model; the first and the last block down to the weights.
 
     Raises:
-        HalfbyteError: what :class:`CheckpointCodes` refuses, or weights that are not the model's in any coordinates known.
+        HalfbyteError: what :class:`CheckpointCodes` refuses, or weights that are the model's in no coordinates known.
     """
     codes, name = CheckpointCodes(folder, source, rule), f"{source.family.embedding}.weight"
     own = source.model.get_parameter(name)

@@ -72,24 +72,18 @@ class SearchOptions(ModelOptions):
     symmetric: bool = option(False, "symmetric activation codes, as serving engines need them")
     calib: str = option("auto", "text: auto (wikitext2, else pydoc), wikitext2, pydoc, self, or a file", metavar="TEXT")
     ctx: int = option(512, "tokens per window of calibration and search text", metavar="N")
-    calib_tokens: int = option(32768, "tokens for calibration, at most; shorter texts are used whole", metavar="N")
+    calib_tokens: int = option(0, "tokens for calibration, at most; 0 is what the machine can do", metavar="N")
     search_tokens: int = option(
-        4096, "tokens to compare candidates on; as many of other text decide between the best", metavar="N"
+        0, "tokens to compare candidates on; as many of other text decide; 0 is what the machine can do", metavar="N"
     )
     spaces: str = option(
         "auto",
         "what to search: a4a8 (activation bits), ggml (a type for every matrix of a GGUF file), or a4a8,ggml; auto is "
         "both for --target gguf, else a4a8",
-        choices=("auto", "a4a8", "ggml", "a4a8,ggml"),
     )
     size: str = option("", "size of the GGUF file, such as 4.36GiB or 700MB", metavar="SIZE")
     bpw: float = option(0.0, "or its mean bits per weight", metavar="X")
-    like: str = option("", "or the size of llama.cpp's file of this type; Q4_K_M where nothing is said", metavar="TYPE")
-    speed: float = option(
-        1.0,
-        "least generation speed of that file, of llama.cpp's own of its size, as predicted for CPUs; 0 is any",
-        metavar="X",
-    )
+    ftype: str = option("", "or the size of llama.cpp's file of this type; by default Q4_K_M", metavar="TYPE")
     imatrix: str | None = option(
         None,
         "importance matrix to choose scales of types by, ours or llama.cpp's; by default it is measured",

@@ -43,7 +43,8 @@ def test_layers_and_units(tiny, family):
 
 def test_every_family_is_found_under_its_model_type():
     assert {"qwen2", "qwen3", "llama", "mistral"} <= set(families.FAMILIES)
-    assert {name: family.model_type for name, family in families.FAMILIES.items()} == {n: n for n in families.FAMILIES}
+    for name, family in families.FAMILIES.items():
+        assert family.model_type.replace("_", "-") == name
 
 
 def test_fingerprint_ignores_dtype_and_sees_weights(tiny_folder):

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import halfbyte.targets.gguf_tensors as gguf_tensors
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.progress import listening
-from halfbyte.engines.llamacpp import open_engine
+from halfbyte.engines import open_engine
 from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.layers import layers_of
 from halfbyte.models.loading import find, load

@@ -183,9 +183,7 @@ def bind(library: Any, *, where: str) -> SimpleNamespace:
             function = getattr(library, name)
         except AttributeError as error:
             raise HalfbyteError(
-                f"the library does not export {name} on {sys.platform}",
-                where=where,
-                fix=f"{INSTALL}, or {OTHER_ENGINE}",
+                f"{where}: the library does not export {name} on {sys.platform}", fix=f"{INSTALL}, or {OTHER_ENGINE}"
             ) from error
         function.restype, function.argtypes = result, arguments
         setattr(api, name, function)
@@ -202,10 +200,7 @@ def check_defaults(params: c.Structure, table: list[tuple[str, Any, Any]], *, wh
         if got != expected:
             name = f"{type(params).__name__}.{field}"
             raise HalfbyteError(
-                "another llama.cpp than this code was written for",
-                where=f"{where}, {name}",
-                expected=expected,
-                got=got,
+                f"{where}, {name}: another llama.cpp than this code was written for, expected {expected}, got {got}",
                 fix=INSTALL,
             )
 

@@ -55,9 +55,7 @@ class QuantisedFolder:
         self.path = Path(path).expanduser()
         if not self.path.is_dir():
             raise HalfbyteError(
-                "no such folder",
-                where=f"--weights_from {path}",
-                expected="a folder with a quantised checkpoint",
+                f"--weights_from {path}: no such folder, expected a folder with a quantised checkpoint",
                 fix="download it first, with hf download",
             )
         raw = self._json(CONFIG)
@@ -76,9 +74,7 @@ class QuantisedFolder:
                 raise HalfbyteError("shard is missing", where=file, fix="download the checkpoint again") from error
             except (SafetensorError, OSError) as error:
                 raise HalfbyteError(
-                    "shard is truncated or corrupt",
-                    where=file,
-                    got=first_line(error),
+                    f"{file}: shard is truncated or corrupt, got {first_line(error)}",
                     fix="download the checkpoint again",
                 ) from error
             for name in names:
@@ -101,9 +97,7 @@ class QuantisedFolder:
         if (self.path / OLD_CONFIG).exists():
             return checkpoint_format(self._json(OLD_CONFIG), where=self.path / OLD_CONFIG)
         raise HalfbyteError(
-            "the checkpoint is not quantised",
-            where=self.path,
-            expected="quantization_config in config.json",
+            f"{self.path}: the checkpoint is not quantised, expected quantization_config in config.json",
             fix="leave --weights_from out, or name a compressed-tensors or GPTQ checkpoint",
         )
 
@@ -149,9 +143,7 @@ class QuantisedFolder:
             return self._handles[name].get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise HalfbyteError(
-                "tensor cannot be read",
-                where=f"{self.path}, {name}",
-                got=first_line(error),
+                f"{self.path}, {name}: tensor cannot be read, got {first_line(error)}",
                 fix="download the checkpoint again",
             ) from error
 
@@ -268,10 +260,7 @@ class CheckpointCodes:
         names = {part: f"{layer.name}.{getattr(layout, part)}" for part in ("codes", "scales", "zeros", "order")}
         if names["codes"] not in folder and f"{layer.name}.weight" in folder:
             raise HalfbyteError(
-                "layer is not quantised",
-                where=self._where(layer.name),
-                expected="int4 codes",
-                got="float weights",
+                f"{self._where(layer.name)}: layer is not quantised, expected int4 codes, got float weights",
                 fix="use a checkpoint that quantises every linear layer of the blocks",
             )
         check_packable(layer.in_features, where=layer.name)
@@ -288,10 +277,8 @@ class CheckpointCodes:
         if not groups or columns % groups or size not in folder.format.group_sizes:
             expected = " or ".join(f"{columns / own:g} groups of {own}" for own in folder.format.group_sizes)
             raise HalfbyteError(
-                "groups do not divide the inputs",
-                where=self._where(names["scales"]),
-                expected=expected,
-                got=f"{groups} scales per output for {columns} inputs",
+                f"{self._where(names['scales'])}: groups do not divide the inputs, expected {expected}, "
+                f"got {groups} scales per output for {columns} inputs",
                 fix="use a checkpoint whose group size divides every layer",
             )
         self._check_shape(names["scales"], layout.scales_shape(rows, groups))
@@ -301,10 +288,7 @@ class CheckpointCodes:
     def _check_shape(self, name: str, expected: list[int], dtype: torch.dtype | None = None) -> None:
         if self.folder.shape(name) != expected:
             raise HalfbyteError(
-                "does not fit the model",
-                where=self._where(name),
-                expected=expected,
-                got=self.folder.shape(name),
+                f"{self._where(name)}: does not fit the model, expected {expected}, got {self.folder.shape(name)}",
                 fix="name the model that the checkpoint was made from with --model_id; codes must have 4 bits",
             )
         if dtype is not None and self.folder.dtype(name) != dtype:
@@ -326,10 +310,8 @@ class CheckpointCodes:
         for part in (family.embedding, family.head):
             if f"{part}.{self.folder.format.layout.codes}" in self.folder:
                 raise HalfbyteError(
-                    "embedding and head cannot be taken over as codes",
-                    where=self._where(part),
-                    expected="floats",
-                    got="int4 codes",
+                    f"{self._where(part)}: embedding and head cannot be taken over as codes, expected floats, "
+                    "got int4 codes",
                     fix="use a checkpoint that leaves them alone",
                 )
 
@@ -367,8 +349,7 @@ class CheckpointCodes:
             if leaf == "bias" and module in layers and not bool(self.folder.tensor(name).any()):
                 continue  # old tools store zeros for biases that there are not
             raise HalfbyteError(
-                "tensor is unknown to the model",
-                where=self._where(name),
+                f"{self._where(name)}: tensor is unknown to the model",
                 fix="name the model that the checkpoint was made from with --model_id",
             )
 
@@ -382,9 +363,7 @@ def _check_architecture(folder: QuantisedFolder, config: PretrainedConfig) -> No
             same = math.isclose(got, expected, rel_tol=CLOSE)
         if not same:
             raise HalfbyteError(
-                "the checkpoint is of another model",
-                where=f"{folder.path}, {key}",
-                expected=expected,
+                f"{folder.path}, {key}: the checkpoint is of another model, expected {expected}",
                 got=got,
                 fix="name the model that it was made from with --model_id",
             )

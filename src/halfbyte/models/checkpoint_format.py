@@ -84,18 +84,13 @@ def read_scales(
     scales = rule.rounded(stored)
     if bool(torch.isinf(scales).any()):
         raise HalfbyteError(
-            "scales too large for fp16",
-            where=where,
-            expected="at most 65504",
-            got=f"{float(stored.abs().max()):.6g}",
+            f"{where}: scales too large for fp16, expected at most 65504, got {float(stored.abs().max()):.6g}",
             fix="these codes cannot be used; quantise the model here instead",
         )
     if not rule.signed and bool((scales < 0).any()):
         raise HalfbyteError(
-            "scales are negative",
-            where=where,
-            expected="what vLLM's kernels compute with: none below 0",
-            got=f"{int((scales < 0).sum())} of them",
+            f"{where}: scales are negative, expected what vLLM's kernels compute with: none below 0, "
+            f"got {int((scales < 0).sum())} of them",
             fix="use --target sim or gguf",
         )
     rounded = int((scales.float() != stored.float()).sum())
@@ -111,10 +106,8 @@ def check_symmetric(layout: CodesLayout, zeros: torch.Tensor, *, where: object) 
     other = int((zeros.contiguous().view(torch.uint8) != layout.zero_byte).sum())
     if other:
         raise HalfbyteError(
-            "codes are not symmetric",
-            where=where,
-            expected=f"zero points in the middle ({layout.name})",
-            got=f"others in {other} of {zeros.numel() * zeros.itemsize} bytes",
+            f"{where}: codes are not symmetric, expected zero points in the middle ({layout.name}), "
+            f"got others in {other} of {zeros.numel() * zeros.itemsize} bytes",
             fix="use a checkpoint that was quantised symmetrically (sym=True)",
         )
 
@@ -133,10 +126,8 @@ def check_order(groups: torch.Tensor, group_size: int, *, where: object) -> None
     if len(moved) and not bool((groups == -1).all()):
         column = int(moved[0])
         raise HalfbyteError(
-            "groups are not columns in a row (act-order)",
-            where=where,
-            expected=f"column {column} in group {int(usual[column])}",
-            got=f"group {int(groups[column])}",
+            f"{where}: groups are not columns in a row (act-order), "
+            f"expected column {column} in group {int(usual[column])}, got group {int(groups[column])}",
             fix="use a checkpoint made with desc_act=False or static_groups=True",
         )
 
@@ -174,10 +165,7 @@ def checkpoint_format(config: Mapping[str, Any], *, where: object) -> Checkpoint
     method = str(config.get("quant_method", "gptq" if "desc_act" in config else "unknown")).lower()
     if method not in METHODS:
         raise HalfbyteError(
-            "codes of this format cannot be taken over",
-            where=where,
-            expected=" or ".join(METHODS),
-            got=method,
+            f"{where}: codes of this format cannot be taken over, expected {' or '.join(METHODS)}, got {method}",
             fix="use a compressed-tensors (pack-quantized) or GPTQ checkpoint",
         )
     return METHODS[method](config, where)
@@ -208,9 +196,8 @@ def _compressed_tensors(config: Mapping[str, Any], where: object) -> CheckpointF
         for place in group.get("apply", ()):
             if place.get("location") not in FOLDED:
                 raise HalfbyteError(
-                    "weights are stored for inputs that are transformed at run time",
-                    where=f"{where}, transform {name}",
-                    expected=f"only {' and '.join(FOLDED)}",
+                    f"{where}, transform {name}: weights are stored for inputs that are transformed at run time, "
+                    f"expected only {' and '.join(FOLDED)}",
                     got=place.get("location"),
                     fix="use a checkpoint whose transforms are folded",
                 )
@@ -239,9 +226,7 @@ def _compressed_tensors(config: Mapping[str, Any], where: object) -> CheckpointF
 def _expect(what: str, got: object, expected: object, where: object) -> None:
     if got != expected:
         raise HalfbyteError(
-            f"{what} cannot be taken over",
-            where=where,
-            expected=expected,
+            f"{where}: {what} cannot be taken over, expected {expected}",
             got=got,
             fix="use a checkpoint with symmetric int4 weights in groups",
         )
@@ -251,9 +236,7 @@ def _positive(sizes: list[Any], where: object) -> tuple[int, ...]:
     for size in sizes or [None]:
         if not isinstance(size, int) or size < 1:
             raise HalfbyteError(
-                "scales are not in groups",
-                where=where,
-                expected="a positive group_size",
+                f"{where}: scales are not in groups, expected a positive group_size",
                 got=size,
                 fix="use a checkpoint with groups, such as 128; -1 means one scale per channel",
             )

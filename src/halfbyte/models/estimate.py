@@ -248,10 +248,8 @@ def check_memory(estimate: MemoryEstimate, device: torch.device) -> None:
     """
     for where, need, there in _too_little(estimate, device):
         raise HalfbyteError(
-            f"too little memory on {where.type}",
-            where="memory estimate",
-            expected=f"{need / 1e9:.1f} GB",
-            got=f"{there / 1e9:.1f} GB free",
+            f"memory estimate: too little memory on {where.type}, expected {need / 1e9:.1f} GB, "
+            f"got {there / 1e9:.1f} GB free",
             fix="close other programs, use --dtype bf16, fewer tokens, or a smaller model",
         )
 

@@ -151,9 +151,7 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype, unused: Co
         ends = torch.stack(torch.aminmax(parameter.detach()))  # NaN if one is; isfinite of all would make copies
         if not bool(ends.isfinite().all()):
             raise HalfbyteError(
-                "weights are not finite",
-                where=f"{origin.model_id}, {name}",
-                got="NaN or Inf",
+                f"{origin.model_id}, {name}: weights are not finite, got NaN or Inf",
                 fix="check the checkpoint; fp16 overflow is the usual cause",
             )
     return SourceModel(origin, model, tokenizer, fingerprint(model))

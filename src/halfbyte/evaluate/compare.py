@@ -14,7 +14,7 @@ from halfbyte.calibration.windows import first_scored
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.naming import download_command, f16_gguf, mixed_gguf, q4km_gguf
 from halfbyte.core.progress import report
-from halfbyte.engines.llamacpp import open_engine
+from halfbyte.engines import open_engine
 from halfbyte.evaluate.quality import LogitsFile, Quality, measure, scratch_folder
 from halfbyte.evaluate.worker import run_worker
 from halfbyte.models.gguf_file import halfbyte_keys

@@ -9,7 +9,7 @@ from halfbyte.calibration.windows import first_scored, scored
 from halfbyte.core.environment import peak_process_memory
 from halfbyte.core.files import check_space, write_error
 from halfbyte.core.progress import report
-from halfbyte.engines.llamacpp import open_engine
+from halfbyte.engines import open_engine
 from halfbyte.evaluate.worker import serve
 
 PROMPT_ROOM = 512  # context kept free for the sample's prompt

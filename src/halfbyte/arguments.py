@@ -24,7 +24,6 @@ def option(
     *,
     choices: tuple[str, ...] | Names = (),
     names: Names | None = None,
-    synonyms: Mapping[str, str] | None = None,
     alias: str | None = None,
     metavar: str | None = None,
 ) -> Any:
@@ -35,7 +34,6 @@ def option(
         group: one of ``GROUPS``.
         choices: allowed values, or what looks them up; empty if any value will do.
         names: looks up what a list of names may hold; the help says them.
-        synonyms: further values -> what they mean.
         alias: another name of the flag, which the help leaves out.
         metavar: what stands for the value in the help.
     """
@@ -44,7 +42,6 @@ def option(
         "group": group,
         "choices": choices,
         "names": names,
-        "synonyms": synonyms or {},
         "alias": alias,
         "metavar": metavar,
     }
@@ -61,12 +58,8 @@ class Options:
 
     def __post_init__(self) -> None:
         for item in fields(self):
-            given = getattr(self, item.name)
-            if given == item.default:
-                continue
-            value = item.metadata["synonyms"].get(given, given)
-            object.__setattr__(self, item.name, value)
-            choices = choices_of(item)
+            value = getattr(self, item.name)
+            choices = choices_of(item) if value != item.default else ()
             if choices and value not in choices:
                 raise HalfbyteError(f"--{item.name}: unknown value, expected one of {', '.join(choices)}, got {value}")
 
@@ -126,7 +119,7 @@ def _add_flag(parser: argparse._ActionsContainer, item: Field[Any]) -> None:
         parser.add_argument(f"--{item.name}", action=action, default=item.default, help=text)
         return
     settings: dict[str, Any] = {
-        "type": _reader(item),
+        "type": type(item.default) if item.default is not None else str,
         "choices": choices_of(item) or None,
         "metavar": item.metadata["metavar"],
     }
@@ -134,14 +127,6 @@ def _add_flag(parser: argparse._ActionsContainer, item: Field[Any]) -> None:
     if item.metadata["alias"]:
         hidden = {"dest": item.name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         parser.add_argument(f"--{item.metadata['alias']}", **hidden, **settings)
-
-
-def _reader(item: Field[Any]) -> Callable[[str], Any]:
-    """What makes a value of the text of a flag."""
-    synonyms = item.metadata["synonyms"]
-    if synonyms:
-        return lambda text: synonyms.get(text, text)
-    return type(item.default) if item.default is not None else str
 
 
 def parse(options: type[Kind], arguments: Sequence[str], *, prog: str | None, about: str) -> Kind:

@@ -8,20 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from halfbyte.arguments import ENGINE, MODEL, OUTPUT, SEARCH, TEXT, WEIGHTS, Options, option
+from halfbyte.core.registry import names_in
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 DEFAULT_PLAN = "mixed_precision_config.pt"
 DEFAULT_PROMPT = "Explain in a few sentences what a binary search does."
 TOP_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
-OLD_SPACES = {"a4a8": "activations", "ggml": "types", "a4a8,ggml": "activations,types"}
 
 
 def _targets() -> tuple[str, ...]:
-    try:
-        from halfbyte.targets import TARGETS  # pyright: ignore[reportAttributeAccessIssue]
-    except ImportError:
-        return "sim", "gguf", "vllm"
-    return tuple(TARGETS)
+    return names_in("halfbyte.targets")  # the package itself imports torch, which --help should not wait for
+
+
+def _menus() -> tuple[str, ...]:
+    return names_in("halfbyte.menus")
 
 
 def _transforms() -> tuple[str, ...]:
@@ -143,11 +143,10 @@ class SearchOptions(ModelOptions):
 
     spaces: str = option(
         "auto",
-        "what to search: activations (their bits), types (of every matrix of a GGUF file), or activations,types; auto "
-        "is both for --target gguf, else activations",
+        "what to search: activations (their bits), types (of every matrix of a GGUF file), or a list of both; auto is "
+        "all that the target has",
         SEARCH,
-        choices=("auto", *OLD_SPACES.values()),
-        synonyms=OLD_SPACES,
+        names=_menus,
         metavar="LIST",
     )
     bpw: float = option(0.0, "mean bits per weight of the GGUF file, instead of --size", SEARCH, metavar="X")

@@ -40,7 +40,7 @@ def around(source: SourceModel, menus: Sequence[TensorMenu]) -> int:
     return header_bytes(source) + METADATA + sum(4 * prod(value.shape) for value in others) + ALIGNMENT * (count + 1)
 
 
-def recipe_types(source: SourceModel, menus: Sequence[TensorMenu], file_type: str) -> dict[str, str]:
+def ftype_types(source: SourceModel, menus: Sequence[TensorMenu], file_type: str) -> dict[str, str]:
     """Matrix -> the type it has in llama.cpp's ``file_type`` with an importance matrix."""
     config, family = source.config, source.family
     heads = config.num_attention_heads
@@ -51,7 +51,7 @@ def recipe_types(source: SourceModel, menus: Sequence[TensorMenu], file_type: st
     return {menu.name: tensor_type(file_type, names[menu.name], menu.columns, shape)[1].name for menu in menus}
 
 
-def rival_of(source: SourceModel, menus: Sequence[TensorMenu], room: int) -> str:
+def largest_ftype(source: SourceModel, menus: Sequence[TensorMenu], room: int) -> str:
     """llama.cpp's largest quantised file type that fits, else its smallest.
 
     Args:
@@ -59,19 +59,19 @@ def rival_of(source: SourceModel, menus: Sequence[TensorMenu], room: int) -> str
     """
     sizes = {
         name: sum(menu.nbytes(kinds[menu.name]) for menu in menus)
-        for name, kinds in ((name, recipe_types(source, menus, name)) for name in FILE_TYPES if name not in FLOATS)
+        for name, kinds in ((name, ftype_types(source, menus, name)) for name in FILE_TYPES if name not in FLOATS)
     }
     fitting = {name: size for name, size in sizes.items() if size <= room + METADATA}
     return max(fitting, key=fitting.__getitem__) if fitting else min(sizes, key=sizes.__getitem__)
 
 
-def capacity_of(source: SourceModel, menus: Sequence[TensorMenu], *, size: str, bpw: float, like: str) -> int:
+def budget_bytes_of(source: SourceModel, menus: Sequence[TensorMenu], *, size: str, bpw: float, ftype: str) -> int:
     """Bytes that the matrices may take together.
 
     Args:
         size: of the whole file, such as ``4.36GiB``; empty: not said.
         bpw: mean bits per weight of the matrices; 0: not said.
-        like: otherwise the size of llama.cpp's file of this type, with what the export says about itself.
+        ftype: otherwise the size of llama.cpp's file of this type, with what the export says about itself.
 
     Raises:
         HalfbyteError: more than one of them is said, or something that is none.
@@ -87,7 +87,7 @@ def capacity_of(source: SourceModel, menus: Sequence[TensorMenu], *, size: str, 
         if not 1 <= bpw <= 16:
             raise HalfbyteError("out of range", where="--bpw", expected="1 to 16 bits per weight", got=bpw)
         return int(bpw * sum(menu.rows * menu.columns for menu in menus) / 8)
-    if like not in FILE_TYPES:
-        raise HalfbyteError("unknown file type", where="--like", expected=", ".join(FILE_TYPES), got=like)
-    types = recipe_types(source, menus, like)
+    if ftype not in FILE_TYPES:
+        raise HalfbyteError("unknown file type", where="--ftype", expected=", ".join(FILE_TYPES), got=ftype)
+    types = ftype_types(source, menus, ftype)
     return sum(menu.nbytes(types[menu.name]) for menu in menus) - METADATA

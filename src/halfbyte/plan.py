@@ -9,16 +9,16 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.files import sha256, whole_file
-from halfbyte.quant.balance import LowRank
-from halfbyte.quant.ggml.encoded import save_tensors
-from halfbyte.quant.int4 import PackedWeight
+
+if TYPE_CHECKING:
+    import torch
+
+    from halfbyte.quant.balance import LowRank
+    from halfbyte.quant.int4 import PackedWeight
 
 PLAN_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1 knew no rotated inputs; what it lacks has defaults
@@ -181,6 +181,8 @@ def types_path(path: str | Path) -> Path:
 
 def save_codes(path: str | Path, codes: Codes) -> str:
     """Write ``codes`` to ``path`` (a ``.safetensors`` name); returns the file's sha256."""
+    from halfbyte.quant.ggml.encoded import save_tensors
+
     tensors = dict(codes.parameters)
     for name, weight in codes.weights.items():
         tensors |= {f"{name}.codes": weight.packed, f"{name}.scales": weight.scales}
@@ -196,6 +198,11 @@ def load_codes(path: str | Path) -> Codes:
     Raises:
         HalfbyteError: the file is missing, truncated or corrupt.
     """
+    from safetensors import SafetensorError, safe_open
+
+    from halfbyte.quant.balance import LowRank
+    from halfbyte.quant.int4 import PackedWeight
+
     codes = Codes({}, {}, {})
     try:
         with safe_open(path, framework="pt") as handle:
@@ -228,6 +235,8 @@ def save_plan(path: str | Path, plan: Plan) -> None:
         if path.suffix == ".json":
             partial.write_text(json.dumps(plan.to_dict(), indent=1), encoding="utf-8")
         else:
+            import torch
+
             torch.save(plan.to_dict(), partial)
 
 
@@ -247,6 +256,8 @@ def load_plan(path: str | Path, *, with_codes: bool = True) -> Plan:
         if path.suffix == ".json":
             data = json.loads(path.read_text(encoding="utf-8"))
         else:
+            import torch
+
             data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise HalfbyteError("refused: the file is damaged or holds code, not only data", where=path) from error

@@ -44,8 +44,8 @@ from halfbyte.options import ExportOptions
 from halfbyte.report.plots import DOTS_PER_INCH, LINE_COLOURS, SEARCH_COLOUR, save_figure, set_title
 from halfbyte.report.tables import Cell, format_bytes, markdown_table, significant
 from halfbyte.results import FRONT_TYPES
-from halfbyte.targets.gguf_export import export_gguf
-from halfbyte.targets.gguf_file import write_gguf
+from halfbyte.targets.gguf_files.export import export_gguf
+from halfbyte.targets.gguf_files.writer import write_gguf
 
 RECIPES = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M")
 REFERENCE, LLAMACPP, OURS = "reference", "llama.cpp", "halfbyte"

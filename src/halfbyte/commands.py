@@ -109,7 +109,7 @@ def _origin(about: Mapping[str, Any]) -> str:
 def export(options: ExportOptions, draw: Drawing) -> dict[str, Any]:
     """Write a plan as a GGUF file and check it."""
     from halfbyte.report.tables import format_bytes, text_table
-    from halfbyte.targets.gguf_export import export_gguf
+    from halfbyte.targets.gguf_files.export import export_gguf
 
     _check_json(options.json, options.force)
     result = export_gguf(options)
@@ -148,7 +148,7 @@ def export_vllm(options: VllmExportOptions, draw: Drawing) -> dict[str, Any]:
     """Write a plan as a folder for vLLM and transformers and check it."""
     from halfbyte.report.model_card import R4_COSTS
     from halfbyte.report.tables import format_bytes, text_table
-    from halfbyte.targets.vllm_export import export_vllm as run
+    from halfbyte.targets.vllm_files.export import export_vllm as run
 
     _check_json(options.json, options.force)
     result = run(options)

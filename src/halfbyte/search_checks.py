@@ -15,7 +15,7 @@ from halfbyte.options import SearchOptions
 from halfbyte.plan import Layer, check_suffix
 from halfbyte.prepare.recipe import recipe_of
 from halfbyte.quant.int4 import fitting_group_size
-from halfbyte.targets.gguf_file import check_exportable
+from halfbyte.targets.gguf_files.writer import check_exportable
 
 
 def spaces_of(options: SearchOptions) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import torch
 from gguf import GGUFReader, LlamaFileType, dequantize
 from transformers import AutoModelForCausalLM
 
-import halfbyte.targets.gguf_tensors as gguf_tensors
+import halfbyte.targets.gguf_files.tensors as gguf_tensors
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.progress import listening
 from halfbyte.engines.llamacpp import open_engine
@@ -17,7 +17,7 @@ from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.loading import find, layers_of, load
 from halfbyte.quant.ggml.types import QUANTISED, encode
 from halfbyte.quant.quantisers.rtn import round_to_nearest
-from halfbyte.targets.gguf_file import check_gguf, write_gguf
+from halfbyte.targets.gguf_files.writer import check_gguf, write_gguf
 from tests.tiny_models import F16, FAMILIES, keys, kl_of_llamacpp, logits_of, some_ids
 
 F32 = {"embedding_type": "F32", "output_type": "F32"}

@@ -16,7 +16,7 @@ from halfbyte.models.gguf_source import pairs_from_halves
 from halfbyte.models.loading import SourceModel
 from halfbyte.quant.ggml.types import Array, check_q4_0, encode, q4_0_blocks, row_bytes
 from halfbyte.quant.int4 import GroupedWeight, PackedWeight
-from halfbyte.targets.gguf_hparams import ROPE_FREQS
+from halfbyte.targets.gguf_files.hparams import ROPE_FREQS
 
 CHUNK_ELEMENTS = 1 << 24  # encoded at a time: 64 MiB of fp32
 

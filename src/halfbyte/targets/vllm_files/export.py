@@ -28,7 +28,7 @@ from halfbyte.options import VllmExportOptions
 from halfbyte.plan import Codes, Plan, codes_path, load_codes, load_plan
 from halfbyte.quant.quant_linear import set_activation_bits_, set_parameters_
 from halfbyte.report.model_card import model_card
-from halfbyte.targets.compressed_tensors import (
+from halfbyte.targets.vllm_files.folder import (
     check_tensors,
     plan_tensors,
     schemes,

@@ -33,8 +33,8 @@ from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import linear
 from halfbyte.quant.ggml.types import QUANTISED, encode
 from halfbyte.report.tables import markdown_table, significant
-from halfbyte.targets.gguf_files.writer import write_gguf
 from halfbyte.targets.gguf_files.tensors import EncodedRows
+from halfbyte.targets.gguf_files.writer import write_gguf
 
 DEPTHS = (4, 16)  # blocks of the two models
 HIDDEN, MLP, HEADS, KV_HEADS, VOCABULARY = 768, 2048, 12, 4, 512  # rows of whole 256-blocks, for every type

@@ -23,8 +23,8 @@ from halfbyte.plan import Plan, codes_path, load_codes, load_plan
 from halfbyte.quant.ggml.types import decode, encode
 from halfbyte.quant.int4 import PackedWeight
 from halfbyte.quant.quant_linear import set_activation_bits_
-from halfbyte.targets.gguf_files.writer import check_gguf, write_gguf
 from halfbyte.targets.gguf_files.tensors import EncodedRows, TensorRow
+from halfbyte.targets.gguf_files.writer import check_gguf, write_gguf
 
 CHECK_TOKENS = 256
 LARGEST_KL = 0.05  # nats; llama.cpp rounds activations per block of 32, the simulation per token: see docs/numbers.md

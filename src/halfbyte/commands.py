@@ -122,7 +122,7 @@ def export(options: ExportOptions, draw: Drawing) -> dict[str, Any]:
     draw.say(
         text_table(["type", "tensors", "size"], [[kind, n, format_bytes(size)] for kind, (n, size) in kinds.items()])
     )
-    what = "the W4A8 simulation" if result.policy != "budget" else "the simulation with these weights"
+    what = "the W4A8 simulation" if result.policy == "exact" else "the simulation with these weights"
     if result.kl is not None and result.top1 is not None:
         draw.say(
             f"checked: {len(result.rows)} tensors read back, {result.exact} matrices hold exactly what was searched; "

@@ -118,15 +118,15 @@ class ExportOptions:
     model_id: str | None = option(None, "the plan's model, if it has moved", metavar="M")
     policy: str = option(
         "auto",
-        "budget: the types that were searched; exact: every layer Q4_0; tiered: A8 layers in Q8_0; auto is budget "
-        "where the plan has types, else exact",
-        choices=("auto", "budget", "exact", "tiered"),
+        "budget: the types that were searched; tiered: A8 layers in Q8_0 from the original weights, A4 layers in Q4_0; "
+        "exact: every layer Q4_0, as simulated; auto is budget where the plan has types, else tiered",
+        choices=("auto", "budget", "tiered", "exact"),
     )
     embedding_type: str = option(
-        "Q8_0", "type of the token embedding (exact, tiered)", choices=("F32", "F16", "BF16", "Q8_0", "Q4_0")
+        "Q8_0", "type of the token embedding (tiered, exact)", choices=("F32", "F16", "BF16", "Q8_0", "Q4_0")
     )
     output_type: str = option(
-        "Q8_0", "type of an untied output head (exact, tiered)", choices=("F32", "F16", "BF16", "Q8_0", "Q4_0")
+        "Q8_0", "type of an untied output head (tiered, exact)", choices=("F32", "F16", "BF16", "Q8_0", "Q4_0")
     )
     engine: str = option("xllamacpp", "llama.cpp binding for the check", choices=("xllamacpp", "llama-cpp-python"))
     check: bool = option(True, "reopen the file, load it in llama.cpp and compare logits with the simulation")

@@ -24,7 +24,7 @@ from halfbyte.targets.vllm_files import export as exporting_vllm
 from halfbyte.targets.vllm_files.export import logits_in_transformers
 from halfbyte.targets.vllm_files.folder import check_tensors, exact_scales, packed_words, plan_tensors
 from tests.command_line import fails, search
-from tests.targets.vllm_plans import PLAN, plan_for
+from tests.targets.plans import PLAN, plan_for
 from tests.tiny_models import logits_of, some_ids
 
 EXPORT = ["--config", PLAN, "--output", "out"]

@@ -258,10 +258,7 @@ def distance(one: Sequence[float], other: Sequence[float]) -> float:
     """
     if len(one) != len(other) or not one:
         raise HalfbyteError(
-            "log-probabilities of other tokens",
-            where="comparison",
-            expected=len(one),
-            got=len(other),
+            f"comparison: log-probabilities of other tokens, expected {len(one)}, got {len(other)}",
             fix="give both folders one prompt",
         )
     return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)

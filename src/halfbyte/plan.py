@@ -144,6 +144,7 @@ class Plan:
 
 
 SUFFIXES = (".pt", ".json")
+CHANNEL_SCALES = "|channel_scales"  # after a layer's name, in a codes file
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,14 @@ class Codes:
         weights: layer name -> codes, two to a byte.
         parameters: name -> a parameter that transforms changed.
         low_rank: first layer of a unit -> transform of the unit's input at run time.
+        channel_scales: first layer of a unit -> what its input was divided by and its weights multiplied with before
+            they were quantised, fp32 ``[in]``. Files of older versions have none.
     """
 
     weights: dict[str, PackedWeight]
     parameters: dict[str, torch.Tensor]
     low_rank: dict[str, LowRank]
+    channel_scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def check_suffix(path: Path) -> None:
@@ -188,6 +192,8 @@ def save_codes(path: str | Path, codes: Codes) -> str:
         tensors |= {f"{name}.codes": weight.packed, f"{name}.scales": weight.scales}
     for name, transform in codes.low_rank.items():
         tensors |= {f"{name}.basis": transform.basis, f"{name}.gain": transform.gain}
+    for name, scales in codes.channel_scales.items():
+        tensors[name + CHANNEL_SCALES] = scales
     save_tensors(path, tensors, "halfbyte.codes.v1")
     return sha256(path)
 
@@ -214,6 +220,8 @@ def load_codes(path: str | Path) -> Codes:
                 elif name.endswith(".basis"):
                     first = name.removesuffix(".basis")
                     codes.low_rank[first] = LowRank(handle.get_tensor(name), handle.get_tensor(f"{first}.gain"))
+                elif name.endswith(CHANNEL_SCALES):
+                    codes.channel_scales[name.removesuffix(CHANNEL_SCALES)] = handle.get_tensor(name)
                 elif not name.endswith((".scales", ".gain")):
                     codes.parameters[name] = handle.get_tensor(name)
     except FileNotFoundError as error:

@@ -21,7 +21,8 @@ NAME, NORM = "model.layers.0.mlp.down_proj", "model.layers.0.input_layernorm.wei
 def saved(request, tmp_path):
     path = tmp_path / f"plan{request.param}"
     weight = round_to_nearest(torch.randn(8, 64), 32).pack()
-    codes = Codes({NAME: weight}, {NORM: torch.randn(8)}, {NAME: LowRank(torch.randn(64, 4), torch.randn(4, 4))})
+    low_rank = LowRank(torch.randn(64, 4), torch.randn(4, 4))
+    codes = Codes({NAME: weight}, {NORM: torch.randn(8)}, {NAME: low_rank}, {NAME: torch.rand(64)})
     digest = save_codes(codes_path(path), codes)
     entry = LayerPlan(4, 8, 32, a4_clip=0.9, rank=4)
     plan = Plan(
@@ -46,13 +47,15 @@ def test_round_trip(saved):
     assert load_plan(path) == plan
     assert load_plan(path).hash == plan.hash
     found = load_codes(codes_path(path))
-    assert [list(part) for part in (found.weights, found.parameters, found.low_rank)] == [[NAME], [NORM], [NAME]]
+    parts = (found.weights, found.parameters, found.low_rank, found.channel_scales)
+    assert [list(part) for part in parts] == [[NAME], [NORM], [NAME], [NAME]]
     assert torch.equal(found.weights[NAME].packed, codes.weights[NAME].packed)
     assert torch.equal(found.weights[NAME].scales, codes.weights[NAME].scales)
     assert torch.equal(found.weights[NAME].decode(), codes.weights[NAME].decode())
     assert torch.equal(found.parameters[NORM], codes.parameters[NORM])
     assert torch.equal(found.low_rank[NAME].basis, codes.low_rank[NAME].basis)
     assert torch.equal(found.low_rank[NAME].gain, codes.low_rank[NAME].gain)
+    assert torch.equal(found.channel_scales[NAME], codes.channel_scales[NAME])
 
 
 def test_a_plan_of_version_1_is_read(tmp_path):

@@ -31,11 +31,11 @@ def sample(batches: Sequence[torch.Tensor], tokens: int) -> torch.Tensor:
 
 def scale_unit_(
     step: TwinStep, family: Family, group: tuple[str, ...], recipe: Recipe, scheme: InputScheme, head_dim: int
-) -> str:
+) -> tuple[str, torch.Tensor]:
     """Choose scales for the unit ``group``, fold them into the original block, and scale what was seen of its input.
 
     Returns:
-        what was chosen, e.g. ``rms 0.5``.
+        what was chosen, e.g. ``rms 0.5``, and the scales themselves, fp32 ``[in]``.
 
     Raises:
         HalfbyteError: activations are not finite.
@@ -65,7 +65,7 @@ def scale_unit_(
         name, scales = min(candidates, key=lambda candidate: error(candidate[1]))
     fold_scales_(block, family, group, scales, head_dim=head_dim)
     step.seen[group[0]] = [(batch.to(device) / scales).to(batch.device) for batch in kept]
-    return name
+    return name, scales
 
 
 def _candidates(recipe: Recipe, known: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from halfbyte.plan import Plan
     from halfbyte.report.doctor import Finding
     from halfbyte.search.found import Found
-    from halfbyte.targets.gguf_export import ExportResult
-    from halfbyte.targets.vllm_export import VllmExportResult
+    from halfbyte.targets.gguf_files.export import ExportResult
+    from halfbyte.targets.vllm_files.export import VllmExportResult
 
 COMPARISON_HEADERS = (
     "model",

@@ -24,6 +24,7 @@ from halfbyte.options import (
     VllmExportOptions,
 )
 from halfbyte.report.terminal import Drawing
+from halfbyte.transforms import in_order
 
 
 def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def search(options: SearchOptions, draw: Drawing) -> dict[str, Any]:
         "preparation_memory": result.activations.preparation_memory if result.activations else None,
         "peak_host": peak_process_memory(),
     }
-    if plan.target == "vllm" and "r4" in plan.transforms:
+    if plan.target == "vllm" and any(known.at_run_time for known in in_order(plan.transforms)):
         draw.say(R4_COSTS)
     draw.say(f"took {sum(draw.seconds.values()):.0f} s, peak memory {format_bytes(result.peak_memory)}")
     draw.files(result.files)
@@ -163,7 +164,7 @@ def export_vllm(options: VllmExportOptions, draw: Drawing) -> dict[str, Any]:
                 else f"transformers against the simulation: logits differ by at most {result.difference:.1g}"
             )
         )
-    if "r4" in result.plan.transforms:
+    if any(known.at_run_time for known in in_order(result.plan.transforms)):
         draw.say(R4_COSTS)
     draw.files([result.path])
     draw.say(f"{result.tensors} tensors, {format_bytes(result.nbytes)}")

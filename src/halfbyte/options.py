@@ -50,7 +50,7 @@ class SearchOptions(ModelOptions):
     )
     transforms: str = option(
         "auto",
-        "function-preserving rewrites before quantisation: smooth, rotate, r1, r2, r3, r4, online, learned, or none; "
+        "function-preserving rewrites before quantisation: smooth, rotate, r1, r2, r4, online, learned, or none; "
         "auto is the best that the target can run",
         metavar="LIST",
     )

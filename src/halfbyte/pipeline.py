@@ -15,21 +15,19 @@ import torch
 from halfbyte.allocation import Allocator
 from halfbyte.calibration.gradients import output_gradient_power
 from halfbyte.calibration.imatrix import importance_for
-from halfbyte.calibration.self_written import write_with
-from halfbyte.calibration.text import Text, load_text
+from halfbyte.calibration.text import Text, load_text, write_with
 from halfbyte.calibration.windows import cut
 from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.distributed import ALONE, Group
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output
 from halfbyte.core.progress import report
-from halfbyte.models.checkpoint import QuantisedFolder
+from halfbyte.models.checkpoint import GivenCodes, QuantisedFolder
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
 from halfbyte.models.modules import is_tied, linear, move_
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Layer, Outcome, Plan
-from halfbyte.prepare.checkpoint import Given, given_codes
 from halfbyte.prepare.menus import TensorMenu
 from halfbyte.prepare.recipe import TARGETS, Recipe, recipe_of
 from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
@@ -89,10 +87,10 @@ def search(options: SearchOptions, group: Group = ALONE) -> SearchResult:
     source = load(origin, device=torch.device("cpu"), dtype=dtype)
     codes = None
     if folder is not None:
-        codes = given_codes(folder, source, TARGETS[options.target].scale_rule, device=_exact(device))
+        codes = GivenCodes(folder, source, TARGETS[options.target].scale_rule)
     check_target = TARGET_CHECKS.get(options.target)
     if check_target:
-        sizes = group.from_first(codes.codes.group_sizes if codes is not None else {})
+        sizes = group.from_first(codes.group_sizes if codes is not None else {})
         check_target(source, layers_of(source.model, source.family), options, sizes)
     room, menus, given, on_rows = 0, [], {}, False
     if "ggml" in spaces:
@@ -142,7 +140,7 @@ class Run:
     stages: Stages
     device: torch.device
     group: Group
-    codes: Given | None = None
+    codes: GivenCodes | None = None
 
     @property
     def used(self) -> dict[str, int]:
@@ -157,8 +155,8 @@ def _search_activations(run: Run, *, packed: bool, gradients: bool) -> Activatio
     layers = layers_of(source.model, source.family)
     units = units_of(layers, source.family, options.granularity)
     known = run.known
-    if known is not None and "r1" in recipe.transforms:
-        known = known.for_rotated(source.model.get_parameter(f"{source.family.final_norm}.weight"))
+    for transform in recipe.applied if known is not None else ():
+        known = transform.reference(known, source.model, source.family)
     head = linear(source.model, source.family.head).weight
     prepared = _prepare(run, recipe, packed=packed)
     preparation_memory = peak_memory(device)
@@ -178,7 +176,7 @@ def _search_activations(run: Run, *, packed: bool, gradients: bool) -> Activatio
         fitness = KLFitness(evaluator, stages_of(evaluator.windows))
     allocator = Allocator(units, fitness, judge, prepared.sensitivity, options, run.stages, run.group)
     found = allocator.best(options.target_compression, options.ga_gen)
-    taken = {"weights_from": run.codes.codes.record()} if run.codes is not None else {}
+    taken = {"weights_from": run.codes.record()} if run.codes is not None else {}
     found = replace(found, about={**run.used, **taken, **found.about})
     front = allocator.front() if options.pareto else []
     return ActivationsFound(recipe.transforms, units, prepared, found, front, preparation_memory)
@@ -260,11 +258,11 @@ def _texts(source: SourceModel, options: SearchOptions, device: torch.device) ->
 
 
 def _settings(
-    options: SearchOptions, source: SourceModel, text: Text, device: torch.device, codes: Given | None
+    options: SearchOptions, source: SourceModel, text: Text, device: torch.device, codes: GivenCodes | None
 ) -> dict[str, Any]:
     ignored = ("resume", "force", "json", "output", "device", "trust_remote_code")
     settings = {key: value for key, value in asdict(options).items() if key not in ignored}
-    taken = {"weights_from": codes.codes.folder.digest} if codes is not None else {}
+    taken = {"weights_from": codes.folder.digest} if codes is not None else {}
     return {**settings, **taken, "device": device.type, "fingerprint": source.fingerprint, "text": text.record()}
 
 
@@ -275,7 +273,7 @@ def _prepare(run: Run, recipe: Recipe, *, packed: bool) -> Prepared:
         made = load_prepared_(source, stages, recipe, device=device, packed=packed) if stages.resumed else None
         if made is None:
             calib, where = run.windows["calib"], _exact(device)
-            made = prepare_(source, calib, recipe, device=where, packed=packed, given=run.codes)
+            made = prepare_(source, calib, recipe, device=where, packed=packed, checkpoint=run.codes)
             save_prepared(stages, made)
     for path in (stages.codes, stages.folder / PREPARED):
         run.group.send_file(path)

@@ -36,7 +36,7 @@ from halfbyte.search.problem import Genome
 from halfbyte.search.reference import Reference
 from halfbyte.search.runner import run_genetic
 from halfbyte.search.type_evaluator import MixedTypes, TypeEvaluator
-from halfbyte.transforms import expand
+from halfbyte.transforms import expand, in_order
 from halfbyte.workdir import Stages
 
 DEFAULT_LIKE = "Q4_K_M"
@@ -115,7 +115,9 @@ class TypeSearch:
 
         def encode() -> Candidates:
             calib, folder = windows["calib"], stages.candidates
-            return encode_candidates_(source, calib, recipe, menus, folder, device=where, given=given, keep_on=keep_on)
+            return encode_candidates_(
+                source, calib, recipe, menus, folder, device=where, imatrix=given, keep_on=keep_on
+            )
 
         made = encode() if group.first else None
         for path in part_files(stages.candidates, menus):
@@ -270,7 +272,7 @@ def transforms_of(options: SearchOptions, *, tied: bool) -> tuple[str, ...] | No
     if options.transforms == "auto":
         return None
     chosen = expand(options.transforms, "gguf", tied=tied)
-    if tied and "r1" in chosen:
+    if tied and any(known.needs_untied_head for known in in_order(chosen)):
         raise HalfbyteError(
             "R1 would need a second vocabulary matrix in the file",
             where="--transforms",

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from halfbyte.calibration.walk import walk_twins
+from halfbyte.calibration.walk import walk_blocks
 from halfbyte.models.modules import head_dim, linear
 from halfbyte.transforms.learned import balance_heads_, learn_low_rank
 
@@ -15,7 +15,7 @@ from halfbyte.transforms.learned import balance_heads_, learn_low_rank
 def test_ranks_and_gain(tiny):
     source = copy.deepcopy(tiny("qwen2"))
     tokens = torch.randint(source.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    step = next(walk_twins(source.model, source.family, tokens, device=source.device))
+    step = next(walk_blocks(source.model, source.family, tokens, device=source.device))
     step.observe([group[0] for group in source.family.groups])
     for group in source.family.groups:
         low_rank = learn_low_rank(step, group)
@@ -29,7 +29,7 @@ def test_ranks_and_gain(tiny):
 def test_heads_are_balanced_and_say_the_same(tiny, family):
     source = copy.deepcopy(tiny(family))
     tokens = torch.randint(source.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    step = next(walk_twins(source.model, source.family, tokens, device=source.device))
+    step = next(walk_blocks(source.model, source.family, tokens, device=source.device))
     part, size = source.family.attention_out, head_dim(source.config)
     step.observe([group[0] for group in source.family.groups])
     before, outputs = torch.cat(step.seen[part]), [output.clone() for output in step.outputs]

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from halfbyte.calibration.walk import walk_twins
+from halfbyte.calibration.walk import walk_blocks
 from halfbyte.models.modules import head_dim, linear
 from halfbyte.prepare.channel_scales import sample, scale_unit_
 from halfbyte.prepare.recipe import Recipe
@@ -18,7 +18,7 @@ from halfbyte.quant.quantisers.rtn import round_to_nearest
 
 def first_step(source):
     tokens = torch.randint(source.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(0))
-    step = next(walk_twins(source.model, source.family, tokens, device=source.device))
+    step = next(walk_blocks(source.model, source.family, tokens, device=source.device))
     step.observe([group[0] for group in source.family.groups])
     return step
 

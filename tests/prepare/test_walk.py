@@ -92,7 +92,7 @@ def test_a_packed_model_says_the_same_bits(tiny, tmp_path, name, dtype):
 
 def test_what_cannot_be_packed_is_refused_before_the_work(tiny, monkeypatch):
     source = tiny("llama", intermediate_size=255)
-    monkeypatch.setattr(walk, "walk_twins", None)
+    monkeypatch.setattr(walk, "walk_blocks", None)
     with pytest.raises(HalfbyteError, match=r"layers\.0\.mlp\.down_proj: an odd number of inputs"):
         prepare_(source, CALIB[:2], Recipe(), device=source.device)
 

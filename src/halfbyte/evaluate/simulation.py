@@ -40,7 +40,6 @@ from halfbyte.quant.quant_linear import (
     set_activation_bits_,
     set_parameters_,
 )
-from halfbyte.transforms.attention import rotate_queries_and_keys_
 
 
 def load_for_plan(
@@ -99,8 +98,6 @@ def become_simulation_(
         packed: keep the codes packed, for the same numbers from a quarter of the memory.
     """
     model, family = source.model, source.family
-    if "r3" in transforms:
-        rotate_queries_and_keys_(model)
     set_parameters_(model, codes.parameters)
     shared = SharedInput()
     device = device or source.device

@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.blocks import block_copy, call_block, capture
-from halfbyte.calibration.walk import TwinStep
+from halfbyte.calibration.walk import BlockStep
 from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, is_tied, linear
-from halfbyte.prepare.candidates import BATCH_TOKENS, fold_, hessian_of
+from halfbyte.prepare.candidates import BATCH_TOKENS, hessian_of
+from halfbyte.prepare.folding import fold_block_
 from halfbyte.prepare.menus import TensorMenu
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.gptq import Job, encode_
 from halfbyte.quant.ggml.stored import StoredMatrix
 from halfbyte.quant.ggml.types import bits_per_weight, decode_tensor
-from halfbyte.quant.hadamard import rotate, rotate_back
 from halfbyte.search.reference import Reference
 
 Variant = tuple[str, ...]
@@ -70,14 +70,13 @@ def screened(
         if index in chosen:
             rounded = _Rounded()
             for variant, recipe in recipes.items():
-                turned = "r1" in variant
-                given = [(rotate(part) if turned else part.float()).to(keep_on or device) for part in hidden]
-                pairs, copied = list(zip(given, given, strict=True)), block_copy(own, device, torch.float32)
-                step = TwinStep(index, copied, pairs, inputs.kwargs, family.attention_out)
-                del given, pairs, copied
+                turned = [_to_stream(part.float(), recipe).to(keep_on or device) for part in hidden]
+                pairs, copied = list(zip(turned, turned, strict=True)), block_copy(own, device, torch.float32)
+                step = BlockStep(index, copied, pairs, inputs.kwargs, family.attention_out)
+                del turned, pairs, copied
                 block = _tried(source, step, recipe, types, rounded)
                 del step
-                states[variant] = [_through(block, part, answers.kwargs, turned=turned) for part in states[variant]]
+                states[variant] = [_through(block, part, answers.kwargs, recipe) for part in states[variant]]
                 del block
             report(STAGE, index, len(layers), f"block {index}")
         else:
@@ -94,20 +93,26 @@ def screened(
 
 
 def _tried(
-    source: SourceModel, step: TwinStep, recipe: Recipe, types: Mapping[str, str], rounded: _Rounded
+    source: SourceModel, step: BlockStep, recipe: Recipe, types: Mapping[str, str], rounded: _Rounded
 ) -> nn.Module:
     """The step's block, transformed and rounded, on its device and in the model's dtype."""
-    fold_(step, source, recipe)
+    fold_block_(step, source, recipe)
     _round_(step, source, types, recipe, rounded)
     return step.original.to(source.dtype)
 
 
-def _through(block: nn.Module, hidden: torch.Tensor, kwargs: Mapping[str, Any], *, turned: bool) -> torch.Tensor:
+def _to_stream(hidden: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    for transform in recipe.applied:
+        hidden = transform.to_stream(hidden)
+    return hidden
+
+
+def _through(block: nn.Module, hidden: torch.Tensor, kwargs: Mapping[str, Any], recipe: Recipe) -> torch.Tensor:
     """``hidden`` ``[windows, length, hidden]`` after a block, whose own residual stream may be a rotated one."""
-    if not turned:
-        return call_block(block, hidden, kwargs)
-    after = call_block(block, rotate(hidden).to(hidden.dtype), kwargs)
-    return rotate_back(after).to(hidden.dtype)
+    after = call_block(block, _to_stream(hidden, recipe), kwargs)
+    for transform in reversed(recipe.applied):
+        after = transform.from_stream(after)
+    return after
 
 
 def _mean_kl(norm: nn.Module, head: StoredMatrix, states: Sequence[torch.Tensor], known: Reference) -> float:
@@ -151,7 +156,7 @@ class _Rounded:
         self._made.setdefault(part, []).append((matrix, weight.cpu()))
 
 
-def _round_(step: TwinStep, source: SourceModel, types: Mapping[str, str], recipe: Recipe, rounded: _Rounded) -> None:
+def _round_(step: BlockStep, source: SourceModel, types: Mapping[str, str], recipe: Recipe, rounded: _Rounded) -> None:
     """Round the original's weights, in place."""
     family = source.family
     for group in family.groups:

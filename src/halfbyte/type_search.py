@@ -25,7 +25,7 @@ from halfbyte.prepare.candidates import Candidates, encode_candidates_, part_fil
 from halfbyte.prepare.menus import TensorMenu, menus_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.screen import screened
-from halfbyte.prepare.size import capacity_of, recipe_types, rival_of
+from halfbyte.prepare.size import budget_bytes_of, ftype_types, ftype_within
 from halfbyte.quant.ggml.encoded import save_encoded
 from halfbyte.results import FRONT_TYPES, TypesFound
 from halfbyte.search.fitness import KLFitness, PricedEvaluator, stages_of
@@ -52,7 +52,7 @@ def capacity(source: SourceModel, options: SearchOptions) -> tuple[int, list[Ten
         HalfbyteError: no mixture of types is that small.
     """
     menus = menus_of(source, mean_bits=4.5)
-    room = capacity_of(source, menus, size=options.size, bpw=options.bpw, like=named_size(options))
+    room = budget_bytes_of(source, menus, size=options.size, bpw=options.bpw, ftype=named_size(options))
     menus = menus_of(source, 8 * room / sum(menu.rows * menu.columns for menu in menus))
     costs = [tuple(sorted(set(own))) for own in _costs(menus)]
     Menu(tuple(costs), tuple(tuple(range(len(own), 0, -1)) for own in costs), room)  # refuses what is too small
@@ -163,8 +163,8 @@ class TypeSearch:
             generations: of the genetic algorithm.
             like: llama.cpp's file type of about that size, to be as fast as, and to start from too.
         """
-        rival = like or named_size(self.options) or rival_of(self.source, self.menus, room)
-        theirs = recipe_types(self.source, self.menus, rival)
+        rival = like or named_size(self.options) or ftype_within(self.source, self.menus, room)
+        theirs = ftype_types(self.source, self.menus, rival)
         limit = self._seconds(theirs) / self.options.speed if self.options.speed else math.inf
         times = [[self._matrix_seconds(menu, kind) for kind in menu.types] for menu in self.menus]
         offer, knapsack = offer_within(_costs(self.menus), self.losses, times, room, limit=limit)
@@ -230,7 +230,7 @@ class TypeSearch:
         sizes = [sum(menu.nbytes(menu.types[end]) for menu in self.menus) for end in (0, -1)]
         found = {}
         for like in FRONT_TYPES:
-            room = capacity_of(self.source, self.menus, size="", bpw=0, like=like)
+            room = budget_bytes_of(self.source, self.menus, size="", bpw=0, ftype=like)
             if room == known.capacity:
                 found[like] = known
             elif sizes[0] < room < sizes[1]:

@@ -19,7 +19,7 @@ from halfbyte.quant.quant_linear import PackedLinear, QuantLinear, set_activatio
 from halfbyte.workdir import Stages
 
 CALIB, HELD_OUT = torch.randint(800, (40, 64), generator=torch.Generator().manual_seed(0)).split([32, 8])
-ALL = ("smooth", "r2", "r3", "online", "learned")
+ALL = ("smooth", "r2", "online", "learned")
 RECIPES = {
     "plain": Recipe(),
     "GGUF": Recipe(("smooth", "r1", "r2"), "gptq", scale_bits=8),
@@ -112,10 +112,9 @@ def kl(tiny, family, recipe, bits):
     return float(kl_per_token(logits(tiny(family)), logits(source)).mean())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_quantisers_in_order(tiny, family):
+def test_quantisers_in_order(tiny):
     """On text that was not calibrated on, weights alone."""
-    found = {name: kl(tiny, family, Recipe((), name), None) for name in ("gptq", "awq", "rtn")}
+    found = {name: kl(tiny, "qwen3", Recipe((), name), None) for name in ("gptq", "awq", "rtn")}
     assert found["gptq"] < 0.9 * found["awq"]
     assert found["awq"] < 0.9 * found["rtn"]
 

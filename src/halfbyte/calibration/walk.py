@@ -98,11 +98,11 @@ class BlockStep:
         if part.startswith(self._attention + "."):  # and will be replaced
             self._mixed, self._attended = [], []
         mixed = []
-        for index, known in enumerate(self.seen[part]):
+        for index, original in enumerate(self.seen[part]):
             of_copy = self._input_of_copy(part, index)
             if part == self._attention_out:
                 mixed.append(of_copy)
-            yield known, of_copy
+            yield original, of_copy
         self._mixed += mixed
 
     def _input_of_copy(self, part: str, index: int) -> torch.Tensor:
@@ -123,7 +123,7 @@ class BlockStep:
         return found[0]
 
     def _run_copy(self, index: int) -> torch.Tensor:
-        """The copy's output for one batch, ``[windows, length, hidden]``; attention as it is known, or anew."""
+        """The copy's output for one batch, ``[windows, length, hidden]``; attention as it is remembered, or anew."""
         hidden = self._hidden[index][1]
         while self._mixed:
             with torch.no_grad():

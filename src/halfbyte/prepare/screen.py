@@ -1,4 +1,4 @@
-"""Which transforms help a mixture of types: tried on some blocks, judged by the whole model's KL on unseen text."""
+"""Which transforms help a mixture of types: tried on some blocks, compared by the whole model's KL on unseen text."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ STAGE = "transforms that help"
 def screened(
     source: SourceModel,
     tokens: torch.Tensor,
-    judged: torch.Tensor,
-    known: Reference,
+    search_tokens: torch.Tensor,
+    reference: Reference,
     menus: Sequence[TensorMenu],
     mean_bits: float,
     weights: str,
@@ -43,7 +43,7 @@ def screened(
     device: torch.device,
     keep_on: torch.device | None = None,
 ) -> dict[str, float]:
-    """KL of each variant on the text ``judged``, nats per token: its names joined by commas -> KL.
+    """KL of each variant on ``search_tokens``, nats per token: its names joined by commas -> KL.
 
     ``BLOCKS`` blocks are quantised to the types nearest to ``mean_bits``, the others are not. One walk over the blocks
     carries all variants, so a block is on the device once. A residual stream that R1 rotates is turned back behind
@@ -51,7 +51,7 @@ def screened(
 
     Args:
         tokens: calibration text, int64 ``[windows, length]``; some of it is used.
-        known: the unquantised model's answers on ``judged``.
+        reference: the unquantised model's answers on ``search_tokens``.
         weights: name of the weight quantiser.
         keep_on: where calibration activations are kept, by default on ``device``.
     """
@@ -63,7 +63,7 @@ def screened(
     recipes = {variant: Recipe(variant, weights, group_size=32, scale_bits=8) for variant in variants}
     at_once = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
     inputs = capture(model, family, tokens[: max(1, TOKENS // tokens.shape[1])], device=device, batch=at_once)
-    answers = capture(model, family, judged, device=device, batch=at_once)
+    answers = capture(model, family, search_tokens, device=device, batch=at_once)
     hidden, states = inputs.hidden, dict.fromkeys(variants, answers.hidden)
     for index, layer in enumerate(layers):
         own = layer if next(layer.parameters()).device == device else block_copy(layer, device)
@@ -87,7 +87,7 @@ def screened(
             hidden = [call_block(own, part, inputs.kwargs) for part in hidden]
     norm = copy.deepcopy(model.get_submodule(family.final_norm)).to(device)
     head = StoredMatrix(linear(model, family.head).weight.detach(), device)
-    found = {",".join(variant): _mean_kl(norm, head, parts, known) for variant, parts in states.items()}
+    found = {",".join(variant): _mean_kl(norm, head, parts, reference) for variant, parts in states.items()}
     report(STAGE, 1, 1, ", ".join(f"{name or 'none'} {loss:.4g}" for name, loss in found.items()))
     return found
 
@@ -115,15 +115,15 @@ def _through(block: nn.Module, hidden: torch.Tensor, kwargs: Mapping[str, Any], 
     return after
 
 
-def _mean_kl(norm: nn.Module, head: StoredMatrix, states: Sequence[torch.Tensor], known: Reference) -> float:
+def _mean_kl(norm: nn.Module, head: StoredMatrix, states: Sequence[torch.Tensor], reference: Reference) -> float:
     """Over all tokens, from what the last block made of each batch."""
     total, start = 0.0, 0
     with torch.no_grad():
         for part in states:
             windows = torch.arange(start, start + len(part), device=part.device)
-            total += float(known.kl(head, norm(part).flatten(0, 1), windows).double().sum())
+            total += float(reference.kl(head, norm(part).flatten(0, 1), windows).double().sum())
             start += len(part)
-    return total / known.negentropy.numel()
+    return total / reference.negentropy.numel()
 
 
 class _Matrix(NamedTuple):
@@ -160,7 +160,7 @@ def _round_(step: BlockStep, source: SourceModel, types: Mapping[str, str], reci
     """Round the original's weights, in place."""
     family = source.family
     for group in family.groups:
-        seen, known = step.seen.pop(group[0]), None
+        seen, hessian = step.seen.pop(group[0]), None
         device = linear(step.original, group[0]).weight.device
         power = torch.stack([batch.to(device).square().sum(0) for batch in seen]).sum(0)
         for part in group:
@@ -169,9 +169,9 @@ def _round_(step: BlockStep, source: SourceModel, types: Mapping[str, str], reci
             matrix = _Matrix(layer.weight.square().mean(1), layer.weight.square().mean(0), power)
             weight = rounded.find(part, matrix)
             if weight is None:
-                known = known or hessian_of(seen, name, device)
+                hessian = hessian or hessian_of(seen, name, device)
                 job = Job(layer.weight.float(), types[name], name)
-                encode_([job], known[1], known[0], plain=not recipe.quantiser.looks_at_inputs)
+                encode_([job], hessian[1], hessian[0], plain=not recipe.quantiser.looks_at_inputs)
                 weight = decode_tensor(job.rows, job.type, source.dtype)
                 rounded.add(part, matrix, weight)
             with torch.no_grad():

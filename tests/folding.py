@@ -36,8 +36,7 @@ def fold_(model, family, folds):
             forward = orthogonal(heads, size, size)
             transform_heads_(block, family, forward, forward.mT, size)
         for group in family.groups:
-            behind_norm = any(group == readers for _, readers in family.norm_readers)
-            if "smooth" in folds or ("norms" in folds and behind_norm):
+            if "smooth" in folds:
                 scales = (0.5 * torch.randn(linear(block, group[0]).in_features, generator=generator)).exp()
                 if group == (family.attention_out,):
                     scales = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -21,7 +20,7 @@ from halfbyte.prepare.folding import changed_ends, fold_block_, fold_ends_
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.units import STREAM_BITS, QuantisedUnit, quantise_unit
 from halfbyte.quant.int4 import GroupedWeight, check_packable
-from halfbyte.quant.quant_linear import InputScheme, SharedInput, pack_linear_, replace_linear_, set_activation_bits_
+from halfbyte.quant.quant_linear import SharedInput, pack_linear_, replace_linear_, set_activation_bits_
 from halfbyte.search.sensitivity import LayerSensitivity
 from halfbyte.workdir import Stages
 
@@ -74,37 +73,23 @@ def prepare_(
     family, model = source.family, source.model
     for layer in layers_of(model, family):
         check_packable(layer.in_features, where=layer.name)
-    made = Prepared(Codes({}, {}, {}))
     expected = original_answers(source, tokens, device=device) if checkpoint is not None else None
     if checkpoint is None:
         fold_ends_(source, recipe, device)
     else:
         take_ends_(source, checkpoint)
-    shared = SharedInput()
+    work = _Preparation(source, recipe, checkpoint)
     batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
     outputs = tokens
-
-    def pack(step: BlockStep) -> None:
-        for part in family.linears:
-            pack_linear_(step.quantised, part, made.codes.weights[f"{family.blocks}.{step.index}.{part}"])
-
-    for step in walk_blocks(model, family, tokens, device=device, batch=batch, leave=pack if packed else None):
-        codes = take_block_(step, source, checkpoint) if checkpoint is not None else {}
-        folded = fold_block_(step, source, recipe)
-        made.scales |= {f"{family.blocks}.{step.index}.{part}": chosen for part, chosen in folded.scales.items()}
-        if checkpoint is None:  # otherwise nothing depends on what quantised blocks make: the original is the copy
-            step.split()
-        for group, scheme in folded.schemes.items():
-            _quantise_(
-                step, source, group, recipe, scheme, shared, made, {part: codes[part] for part in group if codes}
-            )
+    for step in walk_blocks(model, family, tokens, device=device, batch=batch, leave=work.pack_ if packed else None):
+        work.block_(step)
         outputs = step.outputs[0]
         report("transforms and W4 codes", step.index + 1, source.config.num_hidden_layers, f"block {step.index}")
+    made = work.made
     set_activation_bits_(model, dict.fromkeys(made.layers, None))
-    if checkpoint is None:
+    if checkpoint is None or expected is None:
         made.codes = replace(made.codes, parameters=_changed_parameters(source, recipe))
         return made
-    assert expected is not None
     check_same_model(source, expected, outputs, device=device, where=checkpoint.folder.path)
     made.codes = replace(made.codes, parameters=checkpoint.parameters)
     for name, entry in made.layers.items():
@@ -112,29 +97,45 @@ def prepare_(
     return made
 
 
-def _quantise_(
-    step: BlockStep,
-    source: SourceModel,
-    group: tuple[str, ...],
-    recipe: Recipe,
-    scheme: InputScheme,
-    shared: SharedInput,
-    made: Prepared,
-    codes: Mapping[str, GroupedWeight],
-) -> None:
-    """Quantise one unit, with ``codes`` if there are any, note what became of it, and put it into the copy."""
-    prefix = f"{source.family.blocks}.{step.index}."
-    unit = quantise_unit(step, group, recipe, scheme, where=prefix + group[0], codes=codes)
-    low_rank = unit.scheme.low_rank
-    if low_rank is not None:
-        made.codes.low_rank[prefix + group[0]] = low_rank.to("cpu")
-    for part in group:
-        name, chosen = prefix + part, unit.codes[part]
-        made.codes.weights[name] = chosen.pack().to("cpu")
-        made.layers[name] = _entry(unit, chosen, recipe)
-        made.sensitivity[name] = _sensitivity(name, unit.errors[part])
-        replace_linear_(step.quantised, part, chosen, shared, unit.scheme)
-    set_activation_bits_(step.quantised, dict.fromkeys(group, STREAM_BITS))
+class _Preparation:
+    """What is done to each block, and what was made of those before."""
+
+    def __init__(self, source: SourceModel, recipe: Recipe, checkpoint: GivenCodes | None) -> None:
+        self.source, self.recipe, self.checkpoint = source, recipe, checkpoint
+        self.made = Prepared(Codes({}, {}, {}))
+        self._shared = SharedInput()
+
+    def block_(self, step: BlockStep) -> None:
+        """Fold, then quantise unit by unit."""
+        taken = {} if self.checkpoint is None else take_block_(step, self.source, self.checkpoint)
+        folded = fold_block_(step, self.source, self.recipe)
+        prefix = f"{self.source.family.blocks}.{step.index}."
+        self.made.scales |= {prefix + part: chosen for part, chosen in folded.scales.items()}
+        if self.checkpoint is None:  # otherwise nothing depends on what quantised blocks make, and no copy is needed
+            step.split()
+        for group, scheme in folded.schemes.items():
+            codes = {part: taken[part] for part in group if taken}
+            unit = quantise_unit(step, group, self.recipe, scheme, where=prefix + group[0], codes=codes)
+            self._keep_(step, prefix, unit)
+
+    def _keep_(self, step: BlockStep, prefix: str, unit: QuantisedUnit) -> None:
+        """Note what became of a unit, and put it into the copy."""
+        low_rank = unit.scheme.low_rank
+        if low_rank is not None:
+            self.made.codes.low_rank[prefix + next(iter(unit.codes))] = low_rank.to("cpu")
+        for part, codes in unit.codes.items():
+            name = prefix + part
+            self.made.codes.weights[name] = codes.pack().to("cpu")
+            self.made.layers[name] = _entry(unit, codes, self.recipe)
+            self.made.sensitivity[name] = _sensitivity(name, unit.errors[part])
+            replace_linear_(step.quantised, part, codes, self._shared, unit.scheme)
+        set_activation_bits_(step.quantised, dict.fromkeys(unit.codes, STREAM_BITS))
+
+    def pack_(self, step: BlockStep) -> None:
+        """Let the block's layers keep the packed codes that are kept for the result."""
+        for part in self.source.family.linears:
+            name = f"{self.source.family.blocks}.{step.index}.{part}"
+            pack_linear_(step.quantised, part, self.made.codes.weights[name])
 
 
 def _entry(unit: QuantisedUnit, codes: GroupedWeight, recipe: Recipe) -> LayerPlan:

@@ -83,7 +83,7 @@ def test_rotations_are_those_of_the_cpu(width):
 
 def test_what_was_saved_runs_on_the_device(tiny, tmp_path):
     """A resumed search starts from the model that an undisturbed one has."""
-    recipe = Recipe(("smooth", "r3", "online", "learned"), "gptq")
+    recipe = Recipe(("smooth", "r2", "online", "learned"), "gptq")
     tokens = torch.randint(800, (4, 64), generator=torch.Generator().manual_seed(0))
     source, fresh = copy.deepcopy(tiny("qwen2-tied")), copy.deepcopy(tiny("qwen2-tied"))
     stages = Stages(tmp_path / "plan.pt", {}, resume=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from halfbyte.targets.gguf_files.size import parse_size
 from transformers import AutoModelForCausalLM
 
 from halfbyte import cli, type_search
@@ -18,7 +19,6 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.evaluate.simulation import become_types_, load_for_plan, load_types
 from halfbyte.plan import load_plan
-from halfbyte.prepare.size import parse_size
 from tests.command_line import EVAL, changed, fails, search
 
 TYPES = ["--spaces", "ggml"]

@@ -29,7 +29,7 @@ from halfbyte.models.loading import find, load
 from halfbyte.prepare.menus import menus_of
 from halfbyte.prepare.size import recipe_types
 from halfbyte.report.terminal import Drawing
-from halfbyte.targets.gguf_file import write_gguf
+from halfbyte.targets.gguf_files.writer import write_gguf
 
 
 class MemoryWatch:

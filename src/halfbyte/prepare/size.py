@@ -11,7 +11,7 @@ from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied
 from halfbyte.prepare.menus import TensorMenu
 from halfbyte.quant.ggml.ftypes import FILE_TYPES, Shape, tensor_type
-from halfbyte.targets.gguf_file import header_bytes
+from halfbyte.targets.gguf_files.writer import header_bytes
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 ALIGNMENT = 32  # of a tensor's data in the file

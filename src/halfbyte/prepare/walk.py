@@ -139,7 +139,8 @@ def _scheme(step: TwinStep, source: SourceModel, group: tuple[str, ...], recipe:
     behind_norm = any(group == readers for _, readers in family.norm_readers)
     if recipe.scales_channels and not (behind_norm and "r1" in recipe.transforms):  # R1 needs norms without scales
         name = f"{family.blocks}.{step.index}.{group[0]}"
-        made.scales[name] = scale_unit_(step, family, group, recipe, scheme, head_dim(source.config))
+        made.scales[name], scales = scale_unit_(step, family, group, recipe, scheme, head_dim(source.config))
+        made.codes.channel_scales[name] = scales.cpu()
     if "learned" in recipe.transforms:
         if group == (family.attention_out,):
             balance_heads_(step, family, head_dim(source.config))

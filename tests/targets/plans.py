@@ -1,7 +1,8 @@
-"""Plans for vLLM without a search: prepared on random tokens, every other unit A4."""
+"""Plans without a search: prepared on random tokens, with given activation bits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,18 @@ from halfbyte.quant.quant_linear import set_activation_bits_
 PLAN = "plan.json"
 
 
-def plan_for(folder: Path, path: str | Path = PLAN, target: str = "vllm", **options: Any) -> tuple[SourceModel, Plan]:
-    """Write a plan; returns the simulation that a search would have scored, with the plan's bits, and the plan."""
+def plan_for(
+    folder: Path,
+    path: str | Path = PLAN,
+    target: str = "vllm",
+    a_bits: Sequence[int] = (8, 4),
+    **options: Any,
+) -> tuple[SourceModel, Plan]:
+    """Write a plan; returns the simulation that a search would have scored, with the plan's bits, and the plan.
+
+    Args:
+        a_bits: of the units in turn, again and again.
+    """
     asked = SearchOptions(model_id=str(folder), target=target, **options)
     source = load(find(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
     fingerprint = source.fingerprint
@@ -31,7 +42,7 @@ def plan_for(folder: Path, path: str | Path = PLAN, target: str = "vllm", **opti
     recipe = recipe_of(asked, tied=is_tied(source.model, source.family))
     tokens = torch.randint(0, len(source.tokenizer), (2, 64), generator=torch.Generator().manual_seed(0))
     prepared = prepare_(source, tokens, recipe, device=source.device)
-    genome = [4 if index % 2 else 8 for index in range(len(units))]
+    genome = [a_bits[index % len(a_bits)] for index in range(len(units))]
     bits = {layer.name: width for unit, width in zip(units, genome, strict=True) for layer in unit.layers}
     save_codes(codes_path(path), prepared.codes)
     plan = Plan(

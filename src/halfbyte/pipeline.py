@@ -14,7 +14,7 @@ import torch
 
 from halfbyte.calibration.text import Text, load_text, write_with
 from halfbyte.calibration.windows import cut
-from halfbyte.core.device import made_with, peak_memory, resolve_device, resolve_dtype
+from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output
@@ -24,7 +24,7 @@ from halfbyte.menus._checks import check_options, menus_of, weights_of, with_tok
 from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.layers import Outcome, layers_of
-from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.models.loading import SourceModel, find, load, made_with
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, save_plan
 from halfbyte.search.found import Found

@@ -10,8 +10,8 @@ import torch
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import kl_per_token
-from halfbyte.models.checkpoint import GivenCodes, QuantisedFolder
-from halfbyte.models.loading import layers_of, units_of
+from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
+from halfbyte.models.layers import layers_of, units_of
 from halfbyte.models.modules import linear
 from halfbyte.prepare import checkpoint as limits
 from halfbyte.prepare.recipe import A4_CLIPS, Recipe
@@ -52,7 +52,7 @@ def folded(tiny, tmp_path_factory):
 
 def prepared(source, folder, rule=ANY_FP16, **more):
     own = replace(source, model=copy.deepcopy(source.model))
-    codes = GivenCodes(QuantisedFolder(folder), own, rule)
+    codes = CheckpointCodes(QuantisedFolder(folder), own, rule)
     return own, prepare_(own, TOKENS, Recipe(group_size=32), device=CPU, checkpoint=codes, **more)
 
 

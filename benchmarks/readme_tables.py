@@ -46,10 +46,11 @@ SHORT_RECIPES = ("plain", "smooth", "online", "gptq", "clip", "sim", "gguf", "vl
 SHORT_METHODS = ("random", "rule", "Fisher knapsack", "KL knapsack", "KL + Fisher knapsack", "plain genetic", "search")
 HEADLINE_TYPE = "Q4_K_M"
 HEADLINE = {
-    "en": "**SmolLM2-135M-Instruct as a file of the size of {type}: KL to the original {ours} with halfbyte, {theirs} with "
-    "llama.cpp**\n({ratio}; KL says how far predictions are from the original's, in nats per token; unseen text).",
-    "zh": "**SmolLM2-135M-Instruct，文件大小与 {type} 相同：与原始模型的 KL，halfbyte 为 {ours}，llama.cpp 为 {theirs}**\n"
-    "（前者是后者的 {ratio}；KL 表示预测偏离原始模型多少，单位为每 token 的 nat，在未用于任何选择的文本上）。",
+    "en": "**SmolLM2-135M-Instruct as a file of the size of {type}: KL to the original {ours} with halfbyte, {theirs} "
+    "with llama.cpp**\n({ratio}; KL says how far predictions are from the original's, in nats per token; unseen text).",
+    "zh": "**SmolLM2-135M-Instruct，文件大小与 {type} 相同：与原始模型的 KL，halfbyte 为 {ours}，"
+    "llama.cpp 为 {theirs}**\n（前者是后者的 {ratio}；KL 表示预测偏离原始模型多少，单位为每 token 的 nat，"
+    "在未用于任何选择的文本上）。",
 }
 
 # hidden size, MLP, blocks, heads, key/value heads, vocabulary, whether the head is tied to the embedding

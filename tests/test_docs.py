@@ -88,7 +88,7 @@ def anchors(text: str) -> set[str]:
 
 
 def shape(text: str) -> dict[str, list]:
-    """What does not depend on the language: levels of headings, code without comments, and rows and columns of tables."""
+    """What does not depend on the language: levels of headings, code without comments, sizes of tables, links."""
     lines = text.splitlines()
     code = [line.partition("  #")[0].rstrip() for line in lines if line.startswith("    ")]
     fenced = [block.strip() for block in re.findall(r"```.*?```", text, flags=re.S)]

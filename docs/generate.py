@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
+from halfbyte.arguments import choices_of, help_of, in_groups
 from halfbyte.cli import COMMANDS
 from halfbyte.report.tables import markdown_table
 
@@ -17,19 +17,22 @@ SCRIPTS = {
 
 
 def option_tables() -> str:
-    """One section per command: flag, default, meaning."""
+    """One section per command, one table per group: flag, default, meaning."""
     sections = ["# Options\n\nMade by `docs/generate.py` from `src/halfbyte/options.py`; a test keeps it true."]
     for command, (options, work) in COMMANDS.items():
         also = f" (`{SCRIPTS[command]}`)" if command in SCRIPTS else ""
-        rows = []
-        for item in fields(options):
-            choices = item.metadata["choices"]
-            meaning = item.metadata["help"] + (f" (`{'`, `'.join(choices)}`)" if choices else "")
-            default = "off" if item.default is False else "on" if item.default is True else item.default
-            rows.append([f"`--{item.name}`", "—" if default is None else f"`{default}`", meaning])
-        table = markdown_table(["flag", "default", "meaning"], rows, "lll")
-        sections.append(f"## halfbyte {command}{also}\n\n{work.__doc__}\n\n{table}")
+        sections.append(f"## halfbyte {command}{also}\n\n{work.__doc__}")
+        for group, items in in_groups(options).items():
+            table = markdown_table(["flag", "default", "meaning"], [_row(item) for item in items], "lll")
+            sections.append(f"**{group.capitalize()}**\n\n{table}" if group else table)
     return "\n\n".join(sections) + "\n"
+
+
+def _row(item) -> list[str]:
+    choices = choices_of(item)
+    meaning = help_of(item) + (f" (`{'`, `'.join(choices)}`)" if choices else "")
+    default = ("on" if item.default else "off") if isinstance(item.default, bool) else item.default
+    return [f"`--{item.name}`", "—" if default in (None, "") else f"`{default}`", meaning]
 
 
 if __name__ == "__main__":

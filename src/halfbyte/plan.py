@@ -1,7 +1,4 @@
-"""Frozen values that every part of halfbyte speaks: formats, layers, units, plans, outcomes.
-
-Nothing here computes on tensors, so the search and the reports can import it without torch.
-"""
+"""The plan: what was chosen for every layer and how, and the files that hold it."""
 
 from __future__ import annotations
 
@@ -9,60 +6,22 @@ import hashlib
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from safetensors import SafetensorError, safe_open
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.files import sha256, whole_file
-from halfbyte.quant.balance import LowRank
-from halfbyte.quant.ggml.encoded import save_tensors
-from halfbyte.quant.int4 import PackedWeight
+
+if TYPE_CHECKING:
+    import torch
+
+    from halfbyte.quant.balance import LowRank
+    from halfbyte.quant.int4 import PackedWeight
 
 PLAN_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 1 knew no rotated inputs; what it lacks has defaults
 ACTIVATION_BITS = (4, 8)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One linear module.
-
-    Attributes:
-        name: dotted module path, e.g. ``model.layers.3.mlp.down_proj``.
-        block: index of the transformer block it belongs to.
-        kind: the last part of the name, e.g. ``down_proj``.
-        in_features, out_features: weight shape is ``[out_features, in_features]``.
-    """
-
-    name: str
-    block: int
-    kind: str
-    in_features: int
-    out_features: int
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per token."""
-        return self.in_features * self.out_features
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Layers that share one choice, because they share one input tensor (``fused``) or by request (``layer``)."""
-
-    name: str
-    block: int
-    layers: tuple[Layer, ...]
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per token of all layers in the unit."""
-        return sum(layer.macs for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -90,16 +49,6 @@ class LayerPlan:
     rotated: bool = False
     rank: int = 0
     rotation_block: int = 0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One row of the outcome table: what was asked for a layer and what was done."""
-
-    layer: str
-    asked: str
-    done: str
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -145,12 +94,7 @@ class Plan:
     @property
     def hash(self) -> str:
         """First 12 hex digits of the digest of the choice itself: the same plan has the same hash."""
-        # what older plans do not have: their hashes stay
-        later = {"a4_clip": 1.0, "rotated": False, "rank": 0, "rotation_block": 0}
-        choice = {
-            name: {key: value for key, value in asdict(entry).items() if later.get(key, ...) != value}
-            for name, entry in self.layers.items()
-        }
+        choice = {name: asdict(entry) for name, entry in self.layers.items()}
         parts = [self.fingerprint, self.codes_sha256, choice]
         if self.tensors:
             parts += [dict(self.tensors), self.file["sha256"]]
@@ -175,9 +119,10 @@ class Plan:
         """
         if not isinstance(data, Mapping) or "layers" not in data:
             raise HalfbyteError("not a halfbyte plan", where=where, fix="make one with mixed_precision_ptq.py")
-        if data.get("version") not in READABLE_VERSIONS:
+        if data.get("version") != PLAN_VERSION:
             raise HalfbyteError(
-                "plan version is not readable", where=where, expected=PLAN_VERSION, got=data.get("version")
+                f"{where}: plan version is not readable, expected {PLAN_VERSION}, got {data.get('version')}",
+                fix="make the plan again with mixed_precision_ptq.py",
             )
         try:
             layers = {str(name): LayerPlan(**entry) for name, entry in data["layers"].items()}
@@ -193,13 +138,8 @@ class Plan:
         return plan
 
 
-def mean_bits_fraction(units: Sequence[Unit], bits: Sequence[int]) -> float:
-    """Mean activation bits / 8 over units, weighted by multiply-accumulates (the budget's measure)."""
-    total = sum(unit.macs for unit in units)
-    return sum(unit.macs * b for unit, b in zip(units, bits, strict=True)) / (8 * total)
-
-
 SUFFIXES = (".pt", ".json")
+CHANNEL_SCALES = "|channel_scales"  # after a layer's name, in a codes file
 
 
 @dataclass(frozen=True)
@@ -210,11 +150,14 @@ class Codes:
         weights: layer name -> codes, two to a byte.
         parameters: name -> a parameter that transforms changed.
         low_rank: first layer of a unit -> transform of the unit's input at run time.
+        channel_scales: first layer of a unit -> what its input was divided by and its weights multiplied with before
+            they were quantised, fp32 ``[in]``. Files of older versions have none.
     """
 
     weights: dict[str, PackedWeight]
     parameters: dict[str, torch.Tensor]
     low_rank: dict[str, LowRank]
+    channel_scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def check_suffix(path: Path) -> None:
@@ -237,11 +180,15 @@ def types_path(path: str | Path) -> Path:
 
 def save_codes(path: str | Path, codes: Codes) -> str:
     """Write ``codes`` to ``path`` (a ``.safetensors`` name); returns the file's sha256."""
+    from halfbyte.quant.ggml.encoded import save_tensors
+
     tensors = dict(codes.parameters)
     for name, weight in codes.weights.items():
         tensors |= {f"{name}.codes": weight.packed, f"{name}.scales": weight.scales}
     for name, transform in codes.low_rank.items():
         tensors |= {f"{name}.basis": transform.basis, f"{name}.gain": transform.gain}
+    for name, scales in codes.channel_scales.items():
+        tensors[name + CHANNEL_SCALES] = scales
     save_tensors(path, tensors, "halfbyte.codes.v1")
     return sha256(path)
 
@@ -252,6 +199,11 @@ def load_codes(path: str | Path) -> Codes:
     Raises:
         HalfbyteError: the file is missing, truncated or corrupt.
     """
+    from safetensors import SafetensorError, safe_open
+
+    from halfbyte.quant.balance import LowRank
+    from halfbyte.quant.int4 import PackedWeight
+
     codes = Codes({}, {}, {})
     try:
         with safe_open(path, framework="pt") as handle:
@@ -263,6 +215,8 @@ def load_codes(path: str | Path) -> Codes:
                 elif name.endswith(".basis"):
                     first = name.removesuffix(".basis")
                     codes.low_rank[first] = LowRank(handle.get_tensor(name), handle.get_tensor(f"{first}.gain"))
+                elif name.endswith(CHANNEL_SCALES):
+                    codes.channel_scales[name.removesuffix(CHANNEL_SCALES)] = handle.get_tensor(name)
                 elif not name.endswith((".scales", ".gain")):
                     codes.parameters[name] = handle.get_tensor(name)
     except FileNotFoundError as error:
@@ -284,6 +238,8 @@ def save_plan(path: str | Path, plan: Plan) -> None:
         if path.suffix == ".json":
             partial.write_text(json.dumps(plan.to_dict(), indent=1), encoding="utf-8")
         else:
+            import torch
+
             torch.save(plan.to_dict(), partial)
 
 
@@ -303,6 +259,8 @@ def load_plan(path: str | Path, *, with_codes: bool = True) -> Plan:
         if path.suffix == ".json":
             data = json.loads(path.read_text(encoding="utf-8"))
         else:
+            import torch
+
             data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise HalfbyteError("refused: the file is damaged or holds code, not only data", where=path) from error

@@ -35,7 +35,7 @@ def refuse_waiting(output: Path) -> None:
         )
 
 
-class Stages:
+class Workdir:
     """Intermediate results in a folder beside the output, valid for one set of settings.
 
     Args:
@@ -98,7 +98,7 @@ class Stages:
         """The encoded matrices of the winner, or of another point of a front, until the plan stands."""
         return self.folder / f"types{like and '-'}{like}.safetensors"
 
-    def __enter__(self) -> Stages:
+    def __enter__(self) -> Workdir:
         return self
 
     def __exit__(self, failed: object, *_: object) -> None:

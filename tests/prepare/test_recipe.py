@@ -28,14 +28,15 @@ def test_vllm_gets_what_compressed_tensors_can_say():
     made = recipe_of(SearchOptions(target="vllm", online_transforms=True), tied=True)
     assert (made.symmetric, made.clip, made.scale_bits) == (True, False, 4)
     assert (made.scale_rule.bf16, made.scale_rule.signed) == (True, False)
-    assert [made.rotation_block(part, "down", 1536) for part in ("q", "down")] == [0, 512]
-    assert Recipe(("r4",)).rotation_block("down", "down", 1536) == 0
+    assert made.block_rotations
+    assert made.transforms == ("smooth", "r2", "r4")
 
 
-def test_who_is_rotated_and_scaled():
-    assert Recipe(("online",)).rotated("q", "down")
-    assert [Recipe(("r4",)).rotated(part, "down") for part in ("q", "down")] == [False, True]
-    assert not Recipe(("r1", "r2", "r3")).rotated("down", "down")
-    assert Recipe(("smooth",)).scales_channels
-    assert Recipe((), "awq").scales_channels
-    assert not Recipe(("r1",), "gptq").scales_channels
+def test_what_is_applied():
+    def names(recipe):
+        return [type(transform).__name__ for transform in recipe.applied]
+
+    assert names(Recipe(("r2", "smooth", "r1"))) == ["Smooth", "R1", "R2"]  # in their order, not in that of the names
+    assert names(Recipe((), "awq")) == ["Smooth"]  # brings its own channel scales
+    assert names(Recipe(("smooth",), "awq")) == ["Smooth"]
+    assert names(Recipe(("r1",), "gptq")) == ["R1"]

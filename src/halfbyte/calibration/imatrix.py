@@ -16,7 +16,8 @@ from halfbyte.calibration.windows import cut
 from halfbyte.core.device import resolve_device, resolve_dtype
 from halfbyte.core.files import check_output
 from halfbyte.core.progress import report
-from halfbyte.models.loading import SourceModel, find, layers_of, load
+from halfbyte.models.layers import layers_of
+from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import blocks, is_tied, linear
 from halfbyte.options import ImatrixOptions
 
@@ -49,10 +50,10 @@ def importance_for(source: SourceModel, path: str | Path, names: Sequence[str]) 
     Raises:
         HalfbyteError: the file cannot be read, or is of another model.
     """
-    given, family = read_imatrix(path), source.family
+    imatrix, family = read_imatrix(path), source.family
     top = {family.gguf_name(f"{part}.weight") for part in (family.embedding, family.head)}
-    check_for(given, {name: width for name, width in matrices(source).items() if name not in top}, where=path)
-    found = {name: given.values.get(family.gguf_name(f"{name}.weight")) for name in names}
+    check_for(imatrix, {name: width for name, width in matrices(source).items() if name not in top}, where=path)
+    found = {name: imatrix.values.get(family.gguf_name(f"{name}.weight")) for name in names}
     return {name: torch.from_numpy(value) for name, value in found.items() if value is not None}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,60 +13,72 @@ import torch
 from halfbyte.calibration.windows import first_scored
 from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.progress import report
+from halfbyte.evaluate.measured import Measured, OriginalRequest
 from halfbyte.evaluate.quality import LogitsFile, model_logits, sample_text, windows_for
 from halfbyte.evaluate.worker import serve
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import vocabulary
-from halfbyte.targets.gguf_file import write_gguf
+from halfbyte.targets.gguf_files.writer import write_gguf
 
 SPEED_TOKENS = 32
 
 
-def measure(request: dict[str, Any]) -> dict[str, Any]:
-    """Measure ``request["path"]`` (a model id).
+def measure(request: OriginalRequest) -> Measured:
+    """Measure the model ``request.path``, and leave logits ``[windows, ctx / 2 - 1, vocab]`` in its logits file.
 
-    Keys of the request: path, device, dtype, trust_remote_code, threads, ctx, chunks, text_file, text_name,
-    logits_file, prompt, max_tokens (0: no sample and no speed), f16_path
-    (written if it is not there), stage.
+    Raises:
+        HalfbyteError: the model cannot be loaded, the text is too short, or the disk is full.
     """
-    if request["threads"]:
-        torch.set_num_threads(request["threads"])
-    stage, ctx, max_tokens = request["stage"], request["ctx"], request["max_tokens"]
-    device = resolve_device(request["device"])
-    dtype = resolve_dtype(request["dtype"], device)
-    origin = find(request["path"], trust_remote_code=request["trust_remote_code"])
-    check_memory(estimate_load(origin.config, origin.family, dtype), device)
-    report(stage, 0, 1, "load")
-    started = time.perf_counter()
-    source = load(origin, device=device, dtype=dtype)
-    result: dict[str, Any] = {
-        "engine": f"transformers ({str(dtype).removeprefix('torch.')}, {device.type})",
-        "load_seconds": time.perf_counter() - started,
-        "fingerprint": source.fingerprint,
-        "bytes": sum(parameter.numel() * parameter.element_size() for parameter in source.model.parameters()),
-    }
-    if max_tokens:
-        report(stage, 0, 1, "speed")
-        result.update(_speed(source, ctx, min(SPEED_TOKENS, max_tokens)))
-        report(stage, 0, 1, "sample text")
-        result["sample"] = sample_text(source, request["prompt"], max_tokens)
-    result["peak_memory"] = peak_memory(device)
-    text = Path(request["text_file"]).read_text(encoding="utf-8")
-    windows = windows_for(source, text, ctx, request["chunks"], where=request["text_name"])
+    if request.threads:
+        torch.set_num_threads(request.threads)
+    device = resolve_device(request.device)
+    source, load_seconds = _load(request, device)
+    generated = _generate(source, request) if request.max_tokens else {}
+    peak = peak_memory(device)
+    text = Path(request.text_file).read_text(encoding="utf-8")
+    windows = windows_for(source, text, request.ctx, request.chunks, where=request.text_name)
     vocab = vocabulary(source.model, source.family)
-    kept = LogitsFile(Path(request["logits_file"]), vocab, ctx - first_scored(ctx) - 1)
-    kept.write(windows, model_logits(source.model), stage)
-    result["windows"], result["vocab"] = windows, vocab
-    if not Path(request["f16_path"]).exists():
+    kept = LogitsFile(Path(request.logits_file), vocab, request.ctx - first_scored(request.ctx) - 1)
+    kept.write(windows, model_logits(source.model), request.stage)
+    if not Path(request.f16_path).exists():
         write_gguf(
-            request["f16_path"],
+            request.f16_path,
             source,
             embedding_type="F16",
             output_type="F16",
             metadata={"halfbyte.fingerprint": source.fingerprint},
         )
-    return result
+    return Measured(
+        engine=f"transformers ({str(source.dtype).removeprefix('torch.')}, {device.type})",
+        bytes=sum(parameter.numel() * parameter.element_size() for parameter in source.model.parameters()),
+        load_seconds=load_seconds,
+        peak_memory=peak,
+        windows=windows,
+        vocab=vocab,
+        logits_file=request.logits_file,
+        fingerprint=source.fingerprint,
+        **generated,
+    )
+
+
+def _load(request: OriginalRequest, device: torch.device) -> tuple[SourceModel, float]:
+    """The model, and the seconds that it took to load it."""
+    dtype = resolve_dtype(request.dtype, device)
+    origin = find(request.path, trust_remote_code=request.trust_remote_code)
+    check_memory(estimate_load(origin.config, origin.family, dtype), device)
+    report(request.stage, 0, 1, "load")
+    started = time.perf_counter()
+    source = load(origin, device=device, dtype=dtype)
+    return source, time.perf_counter() - started
+
+
+def _generate(source: SourceModel, request: OriginalRequest) -> dict[str, Any]:
+    """Speed and the sample text."""
+    report(request.stage, 0, 1, "speed")
+    speed = _speed(source, request.ctx, min(SPEED_TOKENS, request.max_tokens))
+    report(request.stage, 0, 1, "sample text")
+    return {**speed, "sample": sample_text(source, request.prompt, request.max_tokens)}
 
 
 def _speed(source: SourceModel, prompt_tokens: int, generate_tokens: int) -> dict[str, float]:
@@ -106,4 +119,4 @@ def _seconds(work: Callable[[], None], device: torch.device) -> float:
 
 
 if __name__ == "__main__":
-    serve(measure)
+    serve(lambda request: asdict(measure(OriginalRequest(**request))))

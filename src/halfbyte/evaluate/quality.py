@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from halfbyte.calibration.text import SOURCES, load_text
 from halfbyte.calibration.windows import first_scored, scored
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_space, write_error
@@ -89,10 +90,7 @@ def measure(
         theirs = next(reference) if reference is not None else None
         if theirs is not None and theirs.shape[-1] != ours.shape[-1]:
             raise HalfbyteError(
-                "vocabularies differ",
-                where="evaluation",
-                expected=theirs.shape[-1],
-                got=ours.shape[-1],
+                f"evaluation: vocabularies differ, expected {theirs.shape[-1]}, got {ours.shape[-1]}",
                 fix="compare files of the same model",
             )
         targets = targets_of(window).to(ours.device)
@@ -183,6 +181,21 @@ class QualityMeter:
             top1_agreement=float(torch.cat(self._same).float().mean()),
             kld_error=float(kl.std() / kl.numel() ** 0.5),
         )
+
+
+def evaluation_text(name: str, searched: str | None) -> tuple[str, str]:
+    """(name, text) to evaluate on: not what a plan's search has seen.
+
+    A named source gives its ``eval`` part. A file is used whole, or, if the plan was searched on it, its ``eval`` part.
+
+    Args:
+        name: as for :func:`halfbyte.calibration.text.load_text`.
+        searched: digest of the plan's search text (``plan.text["search"]``), or None.
+    """
+    text = load_text(name)
+    if text.name in SOURCES or text.record()["search"] == searched:
+        return f"{text.name} (eval part)", text.parts["eval"]
+    return text.name, Path(text.name).read_text(encoding="utf-8")
 
 
 def windows_for(source: SourceModel, text: str, ctx: int, chunks: int, *, where: str) -> list[list[int]]:

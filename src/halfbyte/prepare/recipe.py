@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from halfbyte.core.errors import HalfbyteError
-from halfbyte.options import SearchOptions
 from halfbyte.quant.base import QUANTISERS, WeightQuantiser
-from halfbyte.quant.hadamard import largest_block
 from halfbyte.quant.int4 import ANY_FP16, ScaleRule
-from halfbyte.transforms import expand
+from halfbyte.transforms import TRANSFORMS, Transform, in_order
 
 A4_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
@@ -48,64 +45,14 @@ class Recipe:
         return QUANTISERS[self.weights]
 
     @property
-    def scales_channels(self) -> bool:
-        """Whether channel scales are folded: by ``smooth``, or because AWQ brings its own."""
-        return "smooth" in self.transforms or self.quantiser.scales_for_weights
+    def applied(self) -> tuple[Transform, ...]:
+        """The transforms in order; with one that folds channel scales if the quantiser cannot do without (AWQ)."""
+        names = list(self.transforms)
+        if self.quantiser.scales_for_weights:
+            names += [name for name, known in TRANSFORMS.items() if known.folds_channel_scales]
+        return in_order(names)
 
-    def rotated(self, part: str, down: str) -> bool:
-        """Whether the input of the linear at ``part`` is rotated at run time."""
-        return "online" in self.transforms or ("r4" in self.transforms and part == down)
-
-    def rotation_block(self, part: str, down: str, width: int) -> int:
-        """Channels of that input, ``width`` in all, that are rotated together; 0 if all are, or none."""
-        return largest_block(width) if self.block_rotations and self.rotated(part, down) else 0
-
-
-# Engines that read compressed-tensors want symmetric codes of a token's whole range. vLLM keeps scales in the model's
-# dtype, mostly bf16; where its Marlin kernel makes them integers it divides by their maximum, as if none were negative.
-TARGETS = {
-    "sim": Recipe(),
-    "gguf": Recipe(scale_bits=8),
-    "vllm": Recipe(
-        symmetric=True,
-        clip=False,
-        scale_rule=ScaleRule(bf16=True, signed=False),
-        block_rotations=True,
-        ends_as_stored=True,
-    ),
-}
-
-
-def parse_alpha(text: str) -> float | None:
-    """``--alpha``: a number from 0 to 1, or ``auto``."""
-    if text == "auto":
-        return None
-    try:
-        alpha = float(text)
-    except ValueError:
-        alpha = -1.0
-    if not 0 <= alpha <= 1:
-        raise HalfbyteError("out of range", where="--alpha", expected="0 to 1, or auto", got=text)
-    return alpha
-
-
-def recipe_of(options: SearchOptions, *, tied: bool) -> Recipe:
-    """The recipe that the options ask for.
-
-    Args:
-        tied: the model's output head is its embedding.
-
-    Raises:
-        HalfbyteError: something the target cannot run.
-    """
-    start = TARGETS[options.target]
-    given = options.weights_from is not None  # then codes are as they are, and nothing can be folded into them
-    names = "none" if given else options.transforms
-    return replace(
-        start,
-        transforms=expand(names, options.target, tied=tied, online=options.online_transforms and not given),
-        weights="rtn" if given else options.weights,
-        alpha=parse_alpha(options.alpha),
-        group_size=options.group_size,
-        symmetric=start.symmetric or options.symmetric,
-    )
+    @property
+    def needs_plain_norms(self) -> bool:
+        """Whether nothing may be folded into the norms of blocks."""
+        return any(transform.needs_plain_norms for transform in self.applied)

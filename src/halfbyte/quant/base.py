@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from halfbyte.core.registry import Registry
-from halfbyte.quant.int4 import GroupedWeight, ScaleRule
-from halfbyte.quant.moments import InputMoments
 
-Encode = Callable[[InputMoments, int, object, ScaleRule], tuple[GroupedWeight, str]]
+if TYPE_CHECKING:  # the names of the quantisers are asked for without torch
+    from halfbyte.quant.int4 import GroupedWeight, ScaleRule
+    from halfbyte.quant.moments import InputMoments
+
+    Encode = Callable[[InputMoments, int, object, ScaleRule], tuple[GroupedWeight, str]]
 
 
 @dataclass(frozen=True)

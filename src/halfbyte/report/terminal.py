@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
-from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,17 +16,26 @@ PLAIN_SECONDS = 10.0  # between plain lines of one stage
 
 
 class Drawing:
-    """Draws reports on standard error; results go to standard output."""
+    """Draws what the library reports, and adds up the time of its stages.
 
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
+    Args:
+        stream: where to draw; by default standard error, so that results have standard output for themselves.
+
+    Attributes:
+        seconds: spent in each stage so far.
+        quiet: draw nothing: one of several processes, and not the one that speaks.
+    """
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self._console = Console(file=self._stream)
         self._bar: Bar | None = None
         self._task: TaskID | None = None
         self._stage = ""
         self._started = self._said = time.monotonic()
         self._since = self._started
-        self.seconds: dict[str, float] = {}  # spent in each stage so far
-        self.quiet = False  # one of several processes, and not the one that speaks
+        self.seconds: dict[str, float] = {}
+        self.quiet = False
 
     def report(self, progress: Progress) -> None:
         """Show one report."""
@@ -70,20 +78,11 @@ class Drawing:
             left = spent / progress.done * (progress.total - progress.done) if progress.done else None
             when = f"{spent:.0f} s" if finished or left is None else f"{spent:.0f} s, {left:.0f} s left"
             share = f"{100 * progress.done / max(progress.total, 1):3.0f}%"
-            print(f"[{share}] {progress.stage}: {progress.note} ({when})", file=sys.stderr, flush=True)
+            self._stream.write(f"[{share}] {progress.stage}: {progress.note} ({when})\n")
+            self._stream.flush()
 
     def finish(self) -> None:
         """Leave the bar as it stands."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = self._task = None
-
-    def say(self, text: str) -> None:
-        """A result, on standard output."""
-        if not self.quiet:
-            print(text, flush=True)
-
-    def files(self, paths: Iterable[Path]) -> None:
-        """The files that were written."""
-        for path in paths:
-            self.say(f"wrote {path}")

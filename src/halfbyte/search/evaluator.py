@@ -19,8 +19,8 @@ from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.estimate import BATCH_TOKENS
 from halfbyte.models.families import Family
+from halfbyte.models.layers import Unit
 from halfbyte.models.modules import blocks, linear
-from halfbyte.plan import Unit
 from halfbyte.quant.quant_linear import set_activation_bits_
 from halfbyte.search.problem import Genome
 from halfbyte.search.reference import Reference
@@ -44,6 +44,7 @@ class KLEvaluator:
         units: one gene per unit.
         tokens: search text, int64 ``[windows, length]``.
         reference: of the unquantised model on the same tokens.
+        a_bits: activation bits of each format.
         rows: windows that go through the model at once; always the same, so that scores are reproducible.
 
     Attributes:
@@ -59,10 +60,11 @@ class KLEvaluator:
         units: Sequence[Unit],
         tokens: torch.Tensor,
         reference: Reference,
+        a_bits: Sequence[int] = (4, 8),
         *,
         rows: int | None = None,
     ) -> None:
-        self.model, self.family, self.units = model, family, list(units)
+        self.model, self.family, self.units, self.a_bits = model, family, list(units), tuple(a_bits)
         self.reference, self.head = reference, linear(model, family.head)
         self.windows, self.length = tokens.shape
         self.segments = self.length // max(size for size in range(1, SEGMENT_TOKENS + 1) if self.length % size == 0)
@@ -97,17 +99,17 @@ class KLEvaluator:
         """Mean KL(reference ‖ genome) over all windows in nats per token."""
         return float(self.losses([genome]).mean())
 
-    def one_at_a_time(self, base_bits: int, other_bits: int) -> Iterator[float]:
-        """For each unit in order: KL with that unit at ``other_bits`` and all others at ``base_bits``.
+    def one_at_a_time(self, base_format: int, other_format: int) -> Iterator[float]:
+        """For each unit in order: KL with that unit at one format (its index) and all others at another.
 
         Up to its own block each such genome equals the base, so only the blocks from there on are run: half the work
         of whole evaluations, and the same numbers.
         """
-        base = (base_bits,) * len(self.units)
+        base = (base_format,) * len(self.units)
         current = self._embedded
         for index, block in enumerate(blocks(self.model, self.family)):
             genomes = [
-                (*base[:at], other_bits, *base[at + 1 :]) for at, unit in enumerate(self.units) if unit.block == index
+                (*base[:at], other_format, *base[at + 1 :]) for at, unit in enumerate(self.units) if unit.block == index
             ]
             rows = [Row(genome, window) for genome in genomes for window in range(self.windows)]
             self._run([row for row in rows if row not in self._known], current, start=index)
@@ -173,7 +175,11 @@ class KLEvaluator:
     def _set(self, batch: Sequence[Row]) -> torch.Tensor:
         """Give every row its activation bits; returns the window of each, ``[rows]``."""
         full = [*batch, *[batch[-1]] * (self.rows - len(batch))]
-        table = torch.tensor([row.genome for row in full], dtype=torch.int32).T.contiguous().to(self.device)
+        table = (
+            torch.tensor([[self.a_bits[gene] for gene in row.genome] for row in full], dtype=torch.int32)
+            .T.contiguous()
+            .to(self.device)
+        )
         for unit, bits in zip(self.units, table, strict=True):
             one = int(bits) if self.rows == 1 else bits  # the same numbers, a little quicker
             set_activation_bits_(self.model, dict.fromkeys((layer.name for layer in unit.layers), one))

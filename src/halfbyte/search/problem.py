@@ -1,76 +1,67 @@
-"""The search problem in numbers: one choice of activation bits per unit, a budget, and how to keep to it.
+"""The search problem: for each unit choose one format from its menu; the costs share a budget.
 
-Costs are integers, so a genome's cost is exact and "fits" has no rounding in it.
+This is the multiple-choice knapsack problem, were it not that losses of several units together only nearly add up. So
+the knapsack is where a search starts, and what breeding changes is repaired and filled to keep to the same budget.
+Nothing here knows what a format is: a cost may be bytes, or multiply-accumulates times activation bits.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from scipy.stats import rankdata
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.search.knapsack import best_subset
-from halfbyte.search.space import Genome, full_genomes, one_per_unit, sampled_order
 
+Genome = tuple[int, ...]  # the index of the chosen format of each unit; 0 is the cheapest
+
+SPREAD = 0.5  # sd of the logarithm of a unit's random factor in repair and fill: about what predictions are wrong by
+STATES_LIMIT = 2_000_000  # budgets that the knapsack's table tells apart
 BUDGET_EPSILON = 1e-12  # relative: 0.7 is not a binary fraction, and a genome that meets it exactly must fit
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Which genomes are legal, and which legal genome is near one that is not: a :class:`.space.SearchSpace`.
+    """For each unit one format from its menu; the costs share a budget.
 
-    A gene is a unit's bits. The line through the scores reads 1 where a unit is at the smaller of two choices.
+    A genome is full when it keeps to the budget and no unit can be raised by one format.
 
     Attributes:
-        costs: multiply-accumulates per token of each unit.
-        budget: largest allowed mean of bits / 8, weighted by costs; from ``choices[0] / 8`` to ``choices[-1] / 8``.
-        choices: activation bits to choose from, ascending.
-        priority: how much each unit wants more bits (its sensitivity, in any unit of measurement); only the order of
-            ``priority / cost`` is used, by repair, fill and mutation. None: no unit is preferred.
+        costs: ``[unit][format]`` integers, not negative, ascending.
+        losses: ``[unit][format]`` what each format alone is predicted to lose (nats per token, or any other unit); not
+            negative, not rising with the cost. See :func:`pruned`.
+        budget: the most that a genome may cost.
 
     Raises:
-        HalfbyteError: no units, a cost below one, choices out of order, the budget out of range, or a priority that is
-            not finite or not one per unit.
+        HalfbyteError: no units, a menu that is empty or out of order, or a budget below the cheapest genome.
     """
 
-    costs: tuple[int, ...]
-    budget: float
-    choices: tuple[int, ...] = (4, 8)
-    priority: tuple[float, ...] | None = None
+    costs: tuple[tuple[int, ...], ...]
+    losses: tuple[tuple[float, ...], ...]
+    budget: int
 
     def __post_init__(self) -> None:
-        # Plain numbers, also from NumPy: integers of any size, and values that JSON can hold.
-        object.__setattr__(self, "costs", tuple(int(cost) for cost in self.costs))
-        object.__setattr__(self, "choices", tuple(int(bits) for bits in self.choices))
-        if self.priority is not None:
-            object.__setattr__(self, "priority", tuple(float(value) for value in self.priority))
-        if not self.costs or min(self.costs) < 1:
-            raise HalfbyteError("costs must be positive, one per unit", where="Problem.costs", got=self.costs[:8])
-        if not self.choices or self.choices[0] < 1 or list(self.choices) != sorted(set(self.choices)):
-            raise HalfbyteError("choices must be ascending bits", where="Problem.choices", got=self.choices)
-        low, high = self.choices[0] / 8, self.choices[-1] / 8
-        if not low <= self.budget <= high:
+        # Plain numbers, also from NumPy: values that JSON can hold.
+        object.__setattr__(self, "costs", tuple(tuple(int(cost) for cost in menu) for menu in self.costs))
+        object.__setattr__(self, "losses", tuple(tuple(float(loss) for loss in menu) for menu in self.losses))
+        if not self.costs:
+            raise HalfbyteError("problem: there are no units to choose formats for")
+        if len(self.losses) != self.size:
+            raise HalfbyteError(f"problem: expected losses of {self.size} units, got {len(self.losses)}")
+        for unit, (costs, losses) in enumerate(zip(self.costs, self.losses, strict=True)):
+            _check_menu(costs, losses, f"unit {unit}")
+        least, most = (sum(menu[end] for menu in self.costs) for end in (0, -1))
+        if not (math.isfinite(self.budget) and self.budget >= least):
             raise HalfbyteError(
-                "budget is out of range",
-                where="target_compression",
-                expected=f"{low:g} (all A{self.choices[0]}) to {high:g} (all A{self.choices[-1]})",
-                got=self.budget,
+                f"budget: too small, expected {least} (all units at their cheapest) to {most}, got {self.budget}",
+                fix="allow more, or offer cheaper formats",
             )
-        if self.priority is not None:
-            if len(self.priority) != self.size:
-                raise HalfbyteError(
-                    "one priority per unit is needed",
-                    where="Problem.priority",
-                    expected=self.size,
-                    got=len(self.priority),
-                )
-            if not all(math.isfinite(value) for value in self.priority):
-                raise HalfbyteError("priority is not finite", where="Problem.priority", fix="look at the sensitivities")
+        object.__setattr__(self, "budget", math.floor(self.budget))
 
     @property
     def size(self) -> int:
@@ -78,179 +69,263 @@ class Problem:
         return len(self.costs)
 
     @cached_property
-    def total_cost(self) -> int:
-        """Multiply-accumulates per token of all units."""
-        return sum(self.costs)
+    def tops(self) -> np.ndarray:
+        """``[units]``: the index of the last format of each menu."""
+        return np.array([len(menu) - 1 for menu in self.costs])
 
     @property
-    def capacity(self) -> int:
-        """The budget in multiply-accumulate bits: the most that :meth:`spent` may be."""
-        return math.floor(8 * self.budget * self.total_cost * (1 + BUDGET_EPSILON))
+    def cheapest(self) -> Genome:
+        """The first format everywhere."""
+        return (0,) * self.size
 
     @property
+    def dearest(self) -> Genome:
+        """The last format everywhere, whether or not the budget allows it."""
+        return tuple(self.tops.tolist())
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        """``[units, formats]``: what the next format costs more; 0 from the last one on."""
+        costs = self._table(self.costs)
+        return np.diff(costs, append=costs[:, -1:])
+
+    @cached_property
+    def _wishes(self) -> np.ndarray:
+        """``[units, formats]``: loss that the next format saves per cost; 0 from the last one on."""
+        losses = self._table(self.losses)
+        return -np.diff(losses, append=losses[:, -1:]) / np.maximum(self.steps, 1)
+
+    @cached_property
     def rank(self) -> np.ndarray:
-        """``[units]`` in 0…1: place of each unit by ``priority / cost``; ties share the mean, 0.5 without priority."""
-        return self._rank
-
-    @cached_property
-    def _rank(self) -> np.ndarray:
-        if self.priority is None or self.size == 1:
-            return np.full(self.size, 0.5)
-        return (rankdata(self._wish) - 1) / (self.size - 1)
-
-    @cached_property
-    def _wish(self) -> np.ndarray:
-        """``[units]``: priority per multiply-accumulate."""
-        return np.zeros(self.size) if self.priority is None else np.array(self.priority) / np.array(self.costs)
-
-    @cached_property
-    def _lowering_order(self) -> list[int]:
-        """Units in the order in which they give up bits: least wish, then largest cost, then last."""
-        return sorted(range(self.size), key=lambda unit: (self._wish[unit], -self.costs[unit], -unit))
+        """``[units]`` in 0…1: place of each unit by what its whole menu saves per cost; ties share the mean."""
+        if self.size == 1:
+            return np.full(1, 0.5)
+        saved = [
+            (losses[0] - losses[-1]) / max(costs[-1] - costs[0], 1)
+            for costs, losses in zip(self.costs, self.losses, strict=True)
+        ]
+        _, place, count = np.unique(saved, return_inverse=True, return_counts=True)
+        middle = np.cumsum(count) - (count + 1) / 2
+        return middle[place] / (self.size - 1)
 
     def check(self, genome: Sequence[int]) -> Genome:
         """``genome`` as a tuple of plain ints.
 
         Raises:
-            HalfbyteError: the length is not the number of units, or a value is not among the choices.
+            HalfbyteError: the length is not the number of units, or a value is not an index into its unit's menu.
         """
         if len(genome) != self.size:
-            raise HalfbyteError("genome has the wrong length", where="genome", expected=self.size, got=len(genome))
-        bad = next((unit for unit, bits in enumerate(genome) if bits not in self.choices), None)
-        if bad is not None:
-            raise HalfbyteError(
-                "bits are not among the choices", where=f"unit {bad}", expected=self.choices, got=genome[bad]
-            )
-        return tuple(int(bits) for bits in genome)
+            raise HalfbyteError(f"genome: wrong length, expected {self.size} units, got {len(genome)}")
+        for unit, (choice, menu) in enumerate(zip(genome, self.costs, strict=True)):
+            if choice not in range(len(menu)):
+                raise HalfbyteError(f"unit {unit}: no such format, expected 0 to {len(menu) - 1}, got {choice}")
+        return tuple(int(choice) for choice in genome)
 
     def spent(self, genome: Sequence[int]) -> int:
-        """Multiply-accumulate bits of ``genome``: the sum of cost × bits."""
-        return sum(cost * bits for cost, bits in zip(self.costs, self.check(genome), strict=True))
-
-    def fraction(self, genome: Sequence[int]) -> float:
-        """Mean bits / 8 weighted by costs, the measure of the budget."""
-        return self.spent(genome) / (8 * self.total_cost)
+        """What ``genome`` costs."""
+        return sum(menu[choice] for menu, choice in zip(self.costs, self.check(genome), strict=True))
 
     def feasible(self, genome: Sequence[int]) -> bool:
-        """Whether ``genome`` keeps to the budget, up to a relative 1e-12."""
-        return self.spent(genome) <= self.capacity
+        """Whether ``genome`` keeps to the budget."""
+        return self.spent(genome) <= self.budget
+
+    def predicted(self, genome: Sequence[int]) -> float:
+        """The sum of the losses of ``genome``'s formats, each alone, in the unit of ``losses``."""
+        return math.fsum(menu[choice] for menu, choice in zip(self.losses, self.check(genome), strict=True))
+
+    def with_budget(self, budget: int) -> Problem:
+        """The same menus under another budget."""
+        return replace(self, budget=budget)
+
+    def with_losses(self, losses: Sequence[Sequence[float]]) -> Problem:
+        """The same costs and budget with other predicted losses."""
+        return replace(self, losses=tuple(tuple(menu) for menu in losses))
 
     def repair(self, genome: Sequence[int], rng: np.random.Generator | None = None) -> Genome:
-        """Lower units until the genome keeps to the budget; a feasible genome comes back unchanged.
+        """Lower formats step by step, where least loss is saved per cost, until the genome keeps to the budget.
 
-        With :meth:`fill` this is the drop and add of Chu and Beasley, "A genetic algorithm for the multidimensional
-        knapsack problem", Journal of Heuristics 4, 1998.
+        A feasible genome comes back unchanged. With :meth:`fill` this is the drop and add of Chu and Beasley, "A
+        genetic algorithm for the multidimensional knapsack problem", Journal of Heuristics 4, 1998.
 
         Args:
-            genome: bits per unit, over the budget or not.
-            rng: None lowers the units with the least priority per cost first. With a generator the order is drawn at
-                random, and the more a unit wants its bits, the later it tends to come.
+            genome: over the budget or not.
+            rng: with a generator the losses of each unit are first multiplied by a log-normal factor of its own.
         """
-        bits = list(self.check(genome))
-        over = self.spent(bits) - self.capacity
+        chosen = list(self.check(genome))
+        over = self.spent(chosen) - self.budget
         if over <= 0:
-            return tuple(bits)
-        order = self._lowering_order if rng is None else sampled_order(1 - self.rank, rng)
-        for unit in order:
-            while over > 0 and bits[unit] > self.choices[0]:
-                lower = self.choices[self.choices.index(bits[unit]) - 1]
-                over -= self.costs[unit] * (bits[unit] - lower)
-                bits[unit] = lower
-        return tuple(bits)
+            return tuple(chosen)
+        wishes, steps = self._drawn_wishes(rng), self.steps.tolist()
+        # The least loss per cost first, then the largest step, then the last unit.
+        heap = [(wishes[u][at - 1], -steps[u][at - 1], -u) for u, at in enumerate(chosen) if at > 0]
+        heapq.heapify(heap)
+        while over > 0:
+            _, saved, unit = heapq.heappop(heap)
+            over, unit = over + saved, -unit
+            chosen[unit] -= 1
+            if (at := chosen[unit]) > 0:
+                heapq.heappush(heap, (wishes[unit][at - 1], -steps[unit][at - 1], -unit))
+        return tuple(chosen)
 
     def fill(self, genome: Sequence[int], rng: np.random.Generator | None = None) -> Genome:
-        """Raise units while the budget has room: more bits never hurt beyond noise, and unused budget is wasted.
+        """Raise formats step by step, where most loss is saved per cost, while something fits.
 
-        No unit of the result can be raised by one choice without breaking the budget. A genome that is over the
-        budget comes back unchanged.
-
-        Args:
-            genome: bits per unit.
-            rng: None raises the units with the most priority per cost first. With a generator the order is drawn at
-                random, and the more a unit wants bits, the earlier it tends to come.
-        """
-        bits = list(self.check(genome))
-        room = self.capacity - self.spent(bits)
-        if room <= 0:
-            return tuple(bits)
-        order = reversed(self._lowering_order) if rng is None else sampled_order(self.rank, rng)
-        for unit in order:
-            while bits[unit] < self.choices[-1]:
-                higher = self.choices[self.choices.index(bits[unit]) + 1]
-                if self.costs[unit] * (higher - bits[unit]) > room:
-                    break
-                room -= self.costs[unit] * (higher - bits[unit])
-                bits[unit] = higher
-        return tuple(bits)
-
-    def space(self, limit: int) -> tuple[Genome, ...] | None:
-        """Every full genome (it keeps to the budget and no unit can be raised), in a fixed order.
-
-        Returns:
-            None when there are more than ``limit``, or when counting them would take too long.
-        """
-        costs = [[cost * bits for bits in self.choices] for cost in self.costs]
-        found = full_genomes(costs, self.capacity, limit)
-        return None if found is None else tuple(tuple(self.choices[level] for level in levels) for levels in found)
-
-    @property
-    def tops(self) -> np.ndarray:
-        """``[units]``: the highest level of each unit; a level is a place among the choices."""
-        return np.full(self.size, len(self.choices) - 1)
-
-    @property
-    def raise_costs(self) -> np.ndarray:
-        """``[units, choices]``, multiply-accumulate bits: what the next choice costs more; 0 at the largest."""
-        return np.multiply.outer(np.array(self.costs), np.diff(np.array((*self.choices, self.choices[-1]))))
-
-    def levels(self, genome: Sequence[int]) -> np.ndarray:
-        """``[units]``: the place of each unit's bits among the choices."""
-        return np.array([self.choices.index(bits) for bits in genome])
-
-    def of_levels(self, levels: np.ndarray) -> Genome:
-        """The genome with these levels ``[units]``."""
-        return tuple(self.choices[level] for level in levels.tolist())
-
-    @property
-    def has_line(self) -> bool:
-        """Whether there are two choices: a line knows nothing of more."""
-        return len(self.choices) == 2
-
-    @property
-    def prior(self) -> np.ndarray:
-        """``[units]``: the priority, 0 without one: what a unit adds to the score at the smaller choice."""
-        return np.zeros(self.size) if self.priority is None else np.array(self.priority)
-
-    def features(self, genomes: Iterable[Genome]) -> np.ndarray:
-        """``[genomes, units]``: 1 where a unit is at the smaller choice."""
-        return (np.array(list(genomes), dtype=int).reshape(-1, self.size) != self.choices[-1]).astype(float)
-
-    def solve(self, weights: np.ndarray) -> Genome:
-        """The full genome that loses least where ``weights`` ``[units]``, lost at the smaller choice, add up."""
-        return self.fill(self.knapsack(weights.tolist()))
-
-    def knapsack(self, gain: Sequence[float]) -> Genome:
-        """The units whose raise from the smallest to the largest choice gains most in sum, under the budget, exactly.
-
-        Units that gain nothing stay at the smallest choice even where the budget has room; :meth:`fill` would raise
-        them. Costs are integers and there is no solver tolerance: only the sums of gains are rounded, to float64.
+        The result is full. A genome that is over the budget comes back unchanged.
 
         Args:
-            gain: what each unit gains from the raise (KL saved), in any unit of measurement; may be negative.
+            genome: within the budget.
+            rng: with a generator the losses of each unit are first multiplied by a log-normal factor of its own.
+        """
+        chosen = list(self.check(genome))
+        left = self.budget - self.spent(chosen)
+        if left <= 0:
+            return tuple(chosen)
+        wishes, steps = self._drawn_wishes(rng), self.steps.tolist()
+        # The most loss per cost first, then the smallest step, then the first unit.
+        heap = [(-wishes[u][at], steps[u][at], u) for u, at in enumerate(chosen) if steps[u][at] > 0]
+        heapq.heapify(heap)
+        while heap:
+            _, step, unit = heapq.heappop(heap)
+            if step > left:
+                continue  # and it never will fit: what is left only shrinks
+            left -= step
+            chosen[unit] += 1
+            if steps[unit][at := chosen[unit]] > 0:
+                heapq.heappush(heap, (-wishes[unit][at], steps[unit][at], unit))
+        return tuple(chosen)
+
+    def knapsack(self, losses: Sequence[Sequence[float]] | None = None) -> Genome:
+        """A full genome with the least predicted loss, by dynamic programming over what it costs.
+
+        Kellerer, Pferschy and Pisinger, "Knapsack Problems", Springer 2004, chapter 11. What formats cost above the
+        cheapest is divided by the greatest common divisor first, and the answer is exact. Only where more than
+        ``STATES_LIMIT`` budgets would remain, it is divided by a multiple and rounded up: the answer keeps to the
+        budget, and is no worse than any that leaves (number of units) / ``STATES_LIMIT`` of the budget unspent.
+
+        Args:
+            losses: ``[unit][format]`` in place of the problem's own, under the same conditions.
 
         Raises:
-            HalfbyteError: not one gain per unit, a gain is not finite, or the costs are so odd (no common divisor,
-                gains almost in proportion) that more than ``knapsack.SUMS_LIMIT`` sums would have to be kept.
+            HalfbyteError: the losses are negative, rise with the cost, or are not one for each format.
         """
-        one_per_unit(gain, self.size, "gain")
-        if not all(math.isfinite(value) for value in gain):
-            raise HalfbyteError("gain is not finite", where="knapsack", fix="look at the sensitivities")
-        low, high = self.choices[0], self.choices[-1]
-        room = (self.capacity - low * self.total_cost) // (high - low)  # multiply-accumulates that may be raised
-        useful = [unit for unit in range(self.size) if gain[unit] > 0 and self.costs[unit] <= room]
-        useful.sort(key=lambda unit: (-gain[unit] / self.costs[unit], unit))
-        raised = best_subset([self.costs[unit] for unit in useful], [float(gain[unit]) for unit in useful], room)
-        bits = [low] * self.size
-        for item in raised:
-            bits[useful[item]] = high
-        return tuple(bits)
+        problem = self if losses is None else self.with_losses(losses)
+        if self.feasible(self.dearest):
+            return self.dearest
+        raises = [[cost - menu[0] for cost in menu] for menu in self.costs]
+        left = self.budget - self.spent(self.cheapest)
+        divisor = math.gcd(*itertools.chain(*raises))
+        divisor *= max(1, math.ceil(left // divisor / STATES_LIMIT))
+        rounded = [[-(-cost // divisor) for cost in menu] for menu in raises]
+        return problem.fill(_least_loss(rounded, problem.losses, left // divisor))
+
+    def _drawn_wishes(self, rng: np.random.Generator | None) -> list[list[float]]:
+        """``[unit][format]``: loss that the next format saves per cost, times a factor per unit if there is ``rng``."""
+        if rng is None:
+            return self._wishes.tolist()
+        return (self._wishes * np.exp(SPREAD * rng.standard_normal((self.size, 1)))).tolist()
+
+    def _table(self, menus: Sequence[Sequence[float]]) -> np.ndarray:
+        """``[units, formats]``; a shorter menu goes on with its last value."""
+        width = max(map(len, menus))
+        return np.array([[*menu, *[menu[-1]] * (width - len(menu))] for menu in menus])
+
+
+def activation_problem(
+    macs: Sequence[int], budget_fraction: float, gains: Sequence[float], bits: tuple[int, int] = (4, 8)
+) -> Problem:
+    """The choice between two activation widths for each unit.
+
+    Args:
+        macs: multiply-accumulates per token of each unit.
+        budget_fraction: largest allowed mean of bits / 8, weighted by ``macs``.
+        gains: what each unit gains by the larger width alone (KL saved); a negative one counts as 0.
+        bits: the smaller and the larger width.
+
+    Raises:
+        HalfbyteError: the budget is outside what the two widths can reach, a gain is not finite, or the numbers of
+            units differ.
+    """
+    low, high = bits
+    if not low / 8 <= budget_fraction <= high / 8:
+        raise HalfbyteError(
+            f"target_compression: budget is out of range, expected {low / 8:g} (all A{low}) to {high / 8:g} "
+            f"(all A{high}), got {budget_fraction}"
+        )
+    if not all(math.isfinite(gain) for gain in gains):
+        raise HalfbyteError("gains: a gain is not finite", fix="look at the sensitivities")
+    budget = math.floor(8 * budget_fraction * sum(int(count) for count in macs) * (1 + BUDGET_EPSILON))
+    costs = tuple((int(count) * low, int(count) * high) for count in macs)
+    return Problem(costs, tuple((max(gain, 0.0), 0.0) for gain in gains), budget)
+
+
+def pruned(costs: Sequence[int], losses: Sequence[float]) -> list[int]:
+    """Indices of the formats worth offering, by rising cost: each loses less than every other that costs no more.
+
+    Args:
+        costs, losses: of each format of one unit, in any order.
+
+    Raises:
+        HalfbyteError: not one loss per cost, or a loss is NaN.
+    """
+    check_values(losses, len(costs), "losses")
+    kept: list[int] = []
+    for index in sorted(range(len(costs)), key=lambda index: (costs[index], losses[index], index)):
+        if not kept or losses[index] < losses[kept[-1]]:
+            kept.append(index)
+    return kept
+
+
+def check_values(values: Sequence[float], count: int, name: str) -> None:
+    """Refuse ``values`` that are not ``count`` in number, or that hold a NaN.
+
+    Raises:
+        HalfbyteError: they are.
+    """
+    if len(values) != count:
+        raise HalfbyteError(f"{name}: expected {count} values, got {len(values)}")
+    if any(math.isnan(value) for value in values):
+        raise HalfbyteError(f"{name}: a value is NaN", fix="look at the sensitivities")
+
+
+def _check_menu(costs: Sequence[int], losses: Sequence[float], where: str) -> None:
+    """Refuse a menu that a :class:`Problem` cannot offer."""
+    if not costs or costs[0] < 0 or any(after <= before for before, after in itertools.pairwise(costs)):
+        raise HalfbyteError(f"{where}: expected ascending costs, got {costs}", fix="prune the menu")
+    if len(losses) != len(costs):
+        raise HalfbyteError(f"{where}: expected one loss per format, {len(costs)}, got {len(losses)}")
+    if not all(math.isfinite(loss) for loss in losses):
+        raise HalfbyteError(f"{where}: a loss is not finite, got {losses}", fix="look at the sensitivities")
+    if losses[-1] < 0 or any(after > before for before, after in itertools.pairwise(losses)):
+        raise HalfbyteError(
+            f"{where}: losses must not be negative, nor rise with the cost, got {losses}", fix="prune the menu"
+        )
+
+
+def _least_loss(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> list[int]:
+    """The format of each unit, with the least sum of losses among those that cost at most ``budget`` together.
+
+    Args:
+        costs: ``[unit][format]`` integers, ascending from 0.
+        losses: ``[unit][format]``.
+        budget: not negative; the table has a column for each budget up to it.
+    """
+    least = np.zeros(budget + 1)  # [budgets]: the least loss of the units so far that each budget allows
+    kind = np.uint8 if max(map(len, costs)) <= 256 else np.uint16
+    chosen = np.zeros((len(costs), budget + 1), dtype=kind)  # [units, budgets]: the format it has there
+    for row, menu, unit_losses in zip(chosen, costs, losses, strict=True):
+        best = least + unit_losses[0]
+        for choice in range(1, len(menu)):
+            cost = menu[choice]
+            if cost > budget:
+                break
+            with_choice = least[: budget + 1 - cost] + unit_losses[choice]
+            better = with_choice < best[cost:]
+            np.copyto(best[cost:], with_choice, where=better)
+            np.copyto(row[cost:], choice, where=better)
+        least = best
+    genome = []
+    for row, menu in zip(reversed(chosen), reversed(costs), strict=True):
+        choice = int(row[budget])
+        genome.append(choice)
+        budget -= menu[choice]
+    return genome[::-1]

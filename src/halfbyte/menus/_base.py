@@ -1,0 +1,173 @@
+"""What every menu has in common: made from options, checked against a model, prepared, searched, written."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from halfbyte.models.checkpoint import CheckpointCodes
+from halfbyte.models.layers import Outcome
+from halfbyte.models.loading import Origin, SourceModel, load
+from halfbyte.options import SearchOptions
+from halfbyte.plan import Plan
+from halfbyte.prepare.recipe import Recipe
+from halfbyte.search.found import Found
+from halfbyte.search.genetic import GeneticSettings
+from halfbyte.search.reference import Reference
+from halfbyte.search.run import Searchable, search_menu
+from halfbyte.targets import Target
+from halfbyte.workdir import Workdir
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known before a model is loaded.
+
+    Attributes:
+        options: of the command.
+        target: where the plan will run.
+        origin: the model, not read yet.
+        device, dtype: where and in what it will run.
+    """
+
+    options: SearchOptions
+    target: Target
+    origin: Origin
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def recipe(self) -> Recipe:
+        """What preparation has to do, apart from transforms."""
+        return self.target.recipe_for(self.options)
+
+    @property
+    def exact_device(self) -> torch.device:
+        """Where to prepare: MPS has neither fp64 nor the factorisations of GPTQ."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
+
+
+@dataclass(frozen=True)
+class Model:
+    """What all menus of one command share.
+
+    Attributes:
+        source: the model, unquantised, in main memory.
+        windows: ``calib``, ``search`` and ``valid`` text, int64 ``[windows, length]``.
+        reference: the unquantised model's answers on search and validation text; None if no score needs them.
+        workdir: where intermediate results are kept.
+        checkpoint: whose codes are taken over, in the process that prepares the model.
+    """
+
+    source: SourceModel
+    windows: Mapping[str, torch.Tensor]
+    reference: Reference | None
+    workdir: Workdir
+    checkpoint: CheckpointCodes | None = None
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens of each part of the text, for the plan."""
+        return {f"{part}_tokens": windows.numel() for part, windows in self.windows.items()}
+
+    def loaded_anew(self, setting: Setting) -> Model:
+        """The same with the model as it is in its files: preparation changes it in place."""
+        return replace(self, source=load(setting.origin, device=torch.device("cpu"), dtype=setting.dtype))
+
+
+class Menu(Searchable):
+    """One problem of a search: its units, the formats that each may have, and what a choice of them costs and loses.
+
+    Used in this order: made from the options, :meth:`check`, :meth:`prepare`, :meth:`search`, then the plan and files.
+
+    Args:
+        setting: options, target, model that is not read yet.
+
+    Raises:
+        HalfbyteError: there is too little memory.
+    """
+
+    needs_reference = True
+    preparation_memory: int | None = None  # bytes on the device until the W4 codes stood
+    front_share: ClassVar[int] = 5  # of the generations, for each budget of a front
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.options = setting, setting.options
+
+    @abstractmethod
+    def check(self, source: SourceModel) -> None:
+        """Refuse, before any work, what this menu cannot do with the model.
+
+        Raises:
+            HalfbyteError: anything the user can put right.
+        """
+
+    @abstractmethod
+    def prepare(self, model: Model) -> None:
+        """The long work: candidates for every unit, and what each format loses alone. Changes ``model.source``."""
+
+    @abstractmethod
+    def front_budgets(self) -> Sequence[tuple[str, int]]:
+        """(name, budget) of the points of a front."""
+
+    def search(self, workdir: Workdir) -> Found:
+        """The best choice under the budget, and if asked for those of a front of budgets."""
+        options = self.options
+        settings = GeneticSettings(population=max(2, options.ga_pop), generations=options.ga_gen)
+
+        def run(settings: GeneticSettings, name: str, budget: int | None = None) -> Found:
+            return search_menu(
+                self,
+                settings,
+                seed=options.seed,
+                state_file=workdir.folder / f"genetic-{self.name}{name}.json",
+                resume=workdir.resumed,
+                budget=budget,
+            )
+
+        best = run(settings, "")
+        if not options.pareto:
+            return best
+        shorter = replace(settings, generations=max(1, options.ga_gen // self.front_share))
+        front = {
+            name: best if budget == best.budget else run(shorter, f"-{name}", budget)
+            for name, budget in self.front_budgets()
+        }
+        return replace(best, front=front)
+
+    @abstractmethod
+    def into_plan(self, plan: Plan, found: Found, workdir: Workdir) -> Plan:
+        """The plan with what this menu decided."""
+
+    @abstractmethod
+    def outcomes(self, plan: Plan, found: Found) -> list[Outcome]:
+        """Per layer or matrix what was asked and what was done."""
+
+    @classmethod
+    @abstractmethod
+    def output_paths(cls, output: Path, *, front: bool) -> list[Path]:
+        """What :meth:`write` will write beside the plan at ``output``."""
+
+    @abstractmethod
+    def write(self, output: Path, plan: Plan, outcomes: Sequence[Outcome], found: Found, workdir: Workdir) -> Written:
+        """Write the reports; say which files of the work folder belong beside the plan."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a menu leaves.
+
+    Attributes:
+        reports: files that were written.
+        moved: (file in the work folder, where it goes when all reports are written).
+        plans: more plans, path -> plan.
+    """
+
+    reports: list[Path]
+    moved: list[tuple[Path, Path]]
+    plans: dict[Path, Plan]

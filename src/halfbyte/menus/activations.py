@@ -1,0 +1,254 @@
+"""The menu of activation bits: W4 codes for every layer, and 4 or 8 activation bits for every unit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from halfbyte.calibration.gradients import output_gradient_power
+from halfbyte.core.device import peak_memory
+from halfbyte.core.distributed import processes
+from halfbyte.core.files import sha256
+from halfbyte.core.progress import report
+from halfbyte.menus._base import Menu, Model, Setting, Written
+from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_search, fits
+from halfbyte.models.layers import Outcome, Unit, layers_of, mean_bits_fraction, units_of
+from halfbyte.models.loading import SourceModel
+from halfbyte.models.modules import is_tied, linear, move_
+from halfbyte.plan import Plan, codes_path
+from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
+from halfbyte.report.search_reports import ACTIVATION_REPORTS, FRONT_REPORTS, beside, write_activation_reports
+from halfbyte.search.baselines import rule_genome
+from halfbyte.search.evaluator import KLEvaluator
+from halfbyte.search.found import Found
+from halfbyte.search.problem import Genome, Problem, activation_problem
+from halfbyte.search.sensitivity import unit_errors, unit_ratios
+from halfbyte.workdir import Workdir
+
+A_BITS = (4, 8)
+FISHER_WINDOWS = 4  # of calibration text, for loss gradients
+FRONT = tuple(step / 20 for step in range(10, 21))  # budgets of a front: 0.5, 0.55 … 1
+SCORES = {
+    "kl": "KL(reference ‖ quantised), nats per token",
+    "fisher": "Fisher-weighted squared error",
+    "mse": "MAC-weighted mean squared error",
+}
+
+
+class ActivationMenu(Menu):
+    """Two formats for every unit, int4/a4 and int4/a8; the budget is the mean of activation bits / 8."""
+
+    name, title = "activations", "activation bits"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.packed, self.gradients = _memory_modes(setting)
+        self.score_label = SCORES[self.options.fitness]
+        self.needs_reference = self.options.fitness == "kl"
+        self.recipe = setting.recipe
+        self.on_search_text = self.on_validation_text = None
+
+    def check(self, source: SourceModel) -> None:
+        transforms = self.setting.target.transforms(self.options, tied=is_tied(source.model, source.family))
+        self.recipe = replace(self.setting.recipe, transforms=transforms)
+        self.units = units_of(layers_of(source.model, source.family), source.family, self.options.granularity)
+
+    def prepare(self, model: Model) -> None:
+        source, device, workdir = model.source, self.setting.device, model.workdir
+        reference = model.reference
+        if reference is not None:
+            for transform in self.recipe.applied:
+                reference = transform.reference(reference, source.model, source.family)
+        head = linear(source.model, source.family.head).weight
+        self.prepared = self._prepared(model)
+        self.preparation_memory = peak_memory(device)
+        move_(source.model, source.family, device, without_embedding=self.packed and not self.gradients)
+        head_name = f"{source.family.head}.weight"
+        if self.options.weights_from is not None and head_name in self.prepared.codes.parameters:
+            assert reference is not None
+            reference = reference.for_head(head.to(device), linear(source.model, source.family.head).weight)
+        if self.gradients:
+            self._measure_gradients(model)
+        if reference is not None:
+            parts = reference.split(len(model.windows["search"]))
+            self.on_search_text, self.on_validation_text = (
+                KLEvaluator(source.model, source.family, self.units, model.windows[part], answers, A_BITS)
+                for part, answers in zip(("search", "valid"), parts, strict=True)
+            )
+        self._record = self._search_record(model)
+        gains = workdir.value("unit_gains", self._gains)
+        self.problem = activation_problem(
+            [unit.macs for unit in self.units], self.options.target_compression, gains, A_BITS
+        )
+
+    def starts(self, problem: Problem) -> dict[str, Genome]:
+        """The sensitivity rule, and exact knapsacks over KL of single units, over Fisher-weighted errors, and both."""
+        rows, last = self.prepared.sensitivity, max(unit.block for unit in self.units)
+        ratios = unit_ratios(self.units, rows)
+        edges = [unit.block in (0, last) for unit in self.units]
+        by_ratio = problem.with_losses([(ratio, 0.0) for ratio in ratios])  # brought to the budget by the same ratios
+        found = {
+            "rule": by_ratio.fill(by_ratio.repair(rule_genome(problem, ratios, edges))),
+            "KL knapsack": problem.knapsack(),
+        }
+        if any(row.grad_power for row in rows.values()):
+            fisher = self._table_gains("fisher")
+            found["Fisher knapsack"] = problem.knapsack([(gain, 0.0) for gain in fisher])
+            measured = [losses[0] for losses in problem.losses]
+            total, total_fisher = sum(measured) or 1.0, sum(fisher) or 1.0
+            both = [(a / total + b / total_fisher, 0.0) for a, b in zip(measured, fisher, strict=True)]
+            found["KL + Fisher knapsack"] = problem.knapsack(both)
+        return found
+
+    def ends(self, problem: Problem) -> dict[str, Genome]:
+        return {"all A8": problem.dearest, "all A4": problem.cheapest}
+
+    def choice(self, genome: Genome) -> dict[str, int | str]:
+        return {unit.name: A_BITS[gene] for unit, gene in zip(self.units, genome, strict=True)}
+
+    def front_budgets(self) -> Sequence[tuple[str, int]]:
+        macs = [unit.macs for unit in self.units]
+        gains = [losses[0] for losses in self.problem.losses]
+        return [(f"{share:.2f}", activation_problem(macs, share, gains, A_BITS).budget) for share in FRONT]
+
+    def into_plan(self, plan: Plan, found: Found, workdir: Workdir) -> Plan:
+        options, bits = self.options, _layer_bits(self.units, found)
+        return replace(
+            plan,
+            layers={name: replace(entry, a_bits=bits[name]) for name, entry in self.prepared.layers.items()},
+            budget_asked=options.target_compression,
+            budget_reached=mean_bits_fraction(self.units, [A_BITS[gene] for gene in found.genome]),
+            transforms=self.recipe.transforms,
+            search={**self._record, **_summary(found), "generations": len(found.history)},
+            codes_sha256=sha256(workdir.codes),
+        )
+
+    def outcomes(self, plan: Plan, found: Found) -> list[Outcome]:
+        asked = f"W4 g{self.options.group_size}"
+        return [
+            Outcome(name, asked, f"W{entry.w_bits} g{entry.group_size} A{entry.a_bits}", entry.note)
+            for name, entry in plan.layers.items()
+        ]
+
+    @classmethod
+    def output_paths(cls, output: Path, *, front: bool) -> list[Path]:
+        kinds = (*ACTIVATION_REPORTS, *(FRONT_REPORTS if front else ()))
+        return [codes_path(output), *(beside(output, kind) for kind in kinds)]
+
+    def write(self, output: Path, plan: Plan, outcomes: Sequence[Outcome], found: Found, workdir: Workdir) -> Written:
+        own = [outcome for outcome in outcomes if outcome.layer in plan.layers]
+        rows = self.prepared.sensitivity
+        written = write_activation_reports(output, plan, own, rows, self.units, found)
+        return Written(written, [(workdir.codes, codes_path(output))], {})
+
+    def _prepared(self, model: Model) -> Prepared:
+        """The W4 simulation: made by the first process, or read from where an interrupted run left it."""
+        made, source, workdir, device = None, model.source, model.workdir, self.setting.device
+        if processes().first:
+            if workdir.resumed:
+                made = load_prepared_(source, workdir, self.recipe, device=device, packed=self.packed)
+            if made is None:
+                made = prepare_(
+                    source,
+                    model.windows["calib"],
+                    self.recipe,
+                    device=self.setting.exact_device,
+                    packed=self.packed,
+                    checkpoint=model.checkpoint,
+                )
+                save_prepared(workdir, made)
+        for path in (workdir.codes, workdir.folder / PREPARED):
+            processes().send_file(path)
+        made = made or load_prepared_(source, workdir, self.recipe, device=device, packed=self.packed)
+        assert made is not None
+        return made
+
+    def _measure_gradients(self, model: Model) -> None:
+        """Add the loss gradients at the W4 simulation's outputs, which transforms have scaled, to the sensitivity."""
+        source, windows = model.source, model.windows["calib"][:FISHER_WINDOWS]
+        layers = [layer for unit in self.units for layer in unit.layers]
+
+        def measure() -> dict[str, float]:
+            power: dict[str, float] = {}
+            for done, power in enumerate(output_gradient_power(source.model, layers, windows), start=1):  # noqa: B007
+                report("loss gradients", done, len(windows), f"window {done}")
+            return power
+
+        power = model.workdir.value("gradients", measure)
+        for name, row in self.prepared.sensitivity.items():
+            self.prepared.sensitivity[name] = replace(row, grad_power=power[name])
+
+    def _gains(self) -> list[float]:
+        """What each unit gains by A8 on its own, all others at A8."""
+        if not isinstance(self.on_search_text, KLEvaluator):
+            return self._table_gains(self.options.fitness)
+        base = self.on_search_text.score((len(A_BITS) - 1,) * len(self.units))
+        found = []
+        for loss in self.on_search_text.one_at_a_time(len(A_BITS) - 1, 0):
+            found.append(loss - base)
+            report("KL of each unit at A4", len(found), len(self.units), self.units[len(found) - 1].name)
+        return found
+
+    def _table_gains(self, name: str) -> list[float]:
+        """The same by layer errors, ``mse`` or ``fisher``; no unit gains less than nothing."""
+        errors = unit_errors(self.units, self.prepared.sensitivity, name)
+        return [max(0.0, error[A_BITS[0]] - error[A_BITS[-1]]) for error in errors]
+
+    def _search_record(self, model: Model) -> dict[str, object]:
+        options = self.options
+        taken = {"weights_from": model.checkpoint.record()} if model.checkpoint is not None else {}
+        return {
+            "algorithm": "genetic",
+            "fitness": options.fitness,
+            "population": options.ga_pop,
+            "ctx": options.ctx,
+            "alpha": options.alpha,
+            "channel_scales": self.prepared.scales,
+            **model.tokens,
+            **taken,
+        }
+
+
+def _summary(found: Found) -> dict[str, object]:
+    return {
+        "scores": dict(found.search_scores),
+        "validation": dict(found.validation_scores),
+        "winner": found.winner,
+        "evaluations": found.evaluations,
+        "finalists": found.finalists,
+        "ties": found.ties,
+        "noise_floor": found.noise_floor,
+    }
+
+
+def _layer_bits(units: Sequence[Unit], found: Found) -> Mapping[str, int]:
+    return {layer.name: A_BITS[gene] for unit, gene in zip(units, found.genome, strict=True) for layer in unit.layers}
+
+
+def _memory_modes(setting: Setting) -> tuple[bool, bool]:
+    """Whether codes stay packed while the model runs, and whether the loss is differentiated.
+
+    ``fisher`` needs gradients; ``kl`` starts from them too, where they fit.
+
+    Raises:
+        HalfbyteError: there is too little memory.
+    """
+    options, origin, device = setting.options, setting.origin, setting.device
+    tokens = max(options.calib_tokens, 2 * options.search_tokens)
+
+    def need(*, gradients: bool, packed: bool) -> MemoryEstimate:
+        return estimate_search(
+            origin.config, origin.family, setting.dtype, tokens, options.ctx, gradients=gradients, packed=packed
+        )
+
+    fisher = options.fitness == "fisher"
+    packed = options.codes == "packed"
+    if options.codes == "auto":
+        packed = not fits(need(gradients=fisher, packed=False), device)
+    check_memory(need(gradients=fisher, packed=packed), device)
+    wanted = fisher or (options.fitness == "kl" and fits(need(gradients=True, packed=packed), device))
+    return packed, wanted
+
+
+MENU = ActivationMenu

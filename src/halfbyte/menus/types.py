@@ -1,0 +1,346 @@
+"""The menu of ggml types: one for every matrix of a GGUF file, embedding and output head too; the budget is bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from halfbyte.calibration.imatrix import importance_for
+from halfbyte.core.distributed import processes
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import check_space, sha256
+from halfbyte.core.progress import report
+from halfbyte.menus._base import Menu, Model, Setting, Written
+from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_types, fits
+from halfbyte.models.layers import Outcome
+from halfbyte.models.loading import SourceModel
+from halfbyte.models.modules import is_tied, linear
+from halfbyte.options import SearchOptions
+from halfbyte.plan import Plan, types_path
+from halfbyte.prepare.candidates import Candidates, encode_candidates_, part_files
+from halfbyte.prepare.menus import TensorMenu, menus_of
+from halfbyte.prepare.recipe import Recipe
+from halfbyte.prepare.screen import screened
+from halfbyte.quant.ggml.encoded import save_encoded
+from halfbyte.report.search_reports import TYPE_FRONT_REPORTS, TYPE_REPORTS, beside, write_type_reports
+from halfbyte.search.found import Found
+from halfbyte.search.problem import Genome, Problem, pruned
+from halfbyte.search.type_evaluator import MixedTypes, TypeEvaluator
+from halfbyte.targets.gguf_files.size import budget_bytes_of, ftype_types, ftype_within
+from halfbyte.transforms import TRANSFORMS
+from halfbyte.workdir import Workdir
+
+DEFAULT_FTYPE = "Q4_K_M"
+FRONT_FTYPES = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")  # llama.cpp's, whose sizes make a front
+GROUP_SIZE = 32  # weights that share a scale in most types; for the choice of channel scales
+TINY = 1e-12  # nats: no matrix is free
+
+
+@dataclass(frozen=True)
+class MatrixRow:
+    """One row of the table of types.
+
+    Attributes:
+        matrix: module path.
+        rows, columns: of the matrix.
+        type: that was chosen.
+        bytes: that it takes.
+        kl_alone: predicted, nats per token, with all other matrices unquantised.
+    """
+
+    matrix: str
+    rows: int
+    columns: int
+    type: str
+    bytes: int
+    kl_alone: float
+
+
+class TypeMenu(Menu):
+    """A ggml type for every matrix under a file size."""
+
+    name, title, score_label = "types", "ggml types", "KL(reference ‖ quantised), nats per token"
+    front_share: ClassVar[int] = 2
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        load = estimate_load(setting.origin.config, setting.origin.family, setting.dtype, packed=True)
+        check_memory(load, torch.device("cpu"))
+
+    def check(self, source: SourceModel) -> None:
+        self.transforms, self.transforms_tried = self._asked_transforms(source), {}
+        self.budget, self.menus = _budget(source, self.options)
+        self.packed = _stays_packed(self.setting, self.budget)
+        names = [menu.name for menu in self.menus]
+        self.imatrix = importance_for(source, self.options.imatrix, names) if self.options.imatrix else {}
+
+    def prepare(self, model: Model) -> None:
+        assert model.reference is not None
+        source, device = model.source, self.setting.device
+        references = model.reference.split(len(model.windows["search"]))
+        if self.transforms is None:
+            self.transforms = self._transforms_that_help(model)
+        head = linear(source.model, source.family.head).weight  # that the reference was made with
+        made = self._encoded(model, self.transforms)
+        self.encoded = made.encoded
+        self.menus = [_pruned(menu, made.errors[menu.name]) for menu in self.menus]
+        self.mixed = MixedTypes(source.model, source.family, self.menus, made.encoded, device, packed=self.packed)
+        self.on_search_text, self.on_validation_text = (
+            TypeEvaluator(self.mixed, model.windows[part], answers, head=head)
+            for part, answers in zip(("search", "valid"), references, strict=True)
+        )
+        smallest = model.workdir.value("matrix_losses", self._smallest_losses)
+        losses = [
+            _losses_by_error(menu, loss, made.errors[menu.name])
+            for menu, loss in zip(self.menus, smallest, strict=True)
+        ]
+        self.problem = Problem(_costs(self.menus), tuple(losses), self.budget)
+        self._source, self._tokens = source, model.tokens
+
+    def starts(self, problem: Problem) -> dict[str, Genome]:
+        """The exact knapsack over the losses, and llama.cpp's own types of about that size."""
+        ftype = _named_ftype(self.options) if problem.budget == self.budget else ""
+        ftype = ftype or ftype_within(self._source, self.menus, problem.budget)
+        theirs = self._no_larger(ftype_types(self._source, self.menus, ftype))
+        return {"KL knapsack": problem.knapsack(), f"types of {ftype}": problem.fill(problem.repair(theirs))}
+
+    def choice(self, genome: Genome) -> dict[str, int | str]:
+        return {menu.name: menu.types[gene] for menu, gene in zip(self.menus, genome, strict=True)}
+
+    def front_budgets(self) -> Sequence[tuple[str, int]]:
+        """The sizes of llama.cpp's common file types that the menus reach."""
+        smallest, largest = (sum(menu.nbytes(menu.types[end]) for menu in self.menus) for end in (0, -1))
+        sizes = [
+            (ftype, budget_bytes_of(self._source, self.menus, size="", bpw=0, ftype=ftype)) for ftype in FRONT_FTYPES
+        ]
+        return [(ftype, size) for ftype, size in sizes if size == self.budget or smallest < size < largest]
+
+    def into_plan(self, plan: Plan, found: Found, workdir: Workdir) -> Plan:
+        return self._plan_of(plan, found, self._save(found, workdir, ""))
+
+    def outcomes(self, plan: Plan, found: Found) -> list[Outcome]:
+        return [Outcome(name, "a ggml type", str(kind)) for name, kind in found.choice.items()]
+
+    @classmethod
+    def output_paths(cls, output: Path, *, front: bool) -> list[Path]:
+        paths = [types_path(output), *(beside(output, kind) for kind in TYPE_REPORTS)]
+        if front:
+            plans = [_point_path(output, ftype) for ftype in FRONT_FTYPES]
+            paths += [*plans, *map(types_path, plans), *(beside(output, kind) for kind in TYPE_FRONT_REPORTS)]
+        return paths
+
+    def write(self, output: Path, plan: Plan, outcomes: Sequence[Outcome], found: Found, workdir: Workdir) -> Written:
+        moved, plans = [(workdir.types(), types_path(output))], {}
+        for ftype, point in found.front.items():
+            path = _point_path(output, ftype)
+            encoded = self._save(point, workdir, ftype)
+            bare = replace(
+                plan, layers={}, codes_sha256="", search={}, transforms=(), budget_asked=1.0, budget_reached=1.0
+            )
+            plans[path] = self._plan_of(bare, point, encoded)
+            moved.append((encoded, types_path(path)))
+        rows = [asdict(row) for row in self._rows(found)]
+        return Written(write_type_reports(output, plan, rows, found), moved, plans)
+
+    def _rows(self, found: Found) -> list[MatrixRow]:
+        return [
+            MatrixRow(menu.name, menu.rows, menu.columns, kind, menu.nbytes(kind), losses[gene])
+            for menu, losses, gene in zip(self.menus, self.problem.losses, found.genome, strict=True)
+            for kind in (menu.types[gene],)
+        ]
+
+    def _plan_of(self, plan: Plan, found: Found, encoded: Path) -> Plan:
+        record = {
+            "transforms": list(self.transforms or ()),
+            "capacity": found.budget,
+            "nbytes": found.cost,
+            "losses": dict(found.validation_scores),
+            "winner": found.winner,
+            "evaluations": found.evaluations,
+            "finalists": found.finalists,
+            "ties": found.ties,
+            "noise_floor": found.noise_floor,
+            "transforms_tried": self.transforms_tried,
+            **self._tokens,
+            "sha256": sha256(encoded),
+        }
+        return replace(plan, tensors={name: str(kind) for name, kind in found.choice.items()}, file=record)
+
+    def _save(self, found: Found, workdir: Workdir, ftype: str) -> Path:
+        """Write the encoded matrices of a mixture, and the parameters that transforms changed."""
+        rows = {(name, str(kind)): self.encoded.rows(name, str(kind)) for name, kind in found.choice.items()}
+        path = workdir.types(ftype)
+        save_encoded(path, rows, self.encoded.extra)
+        return path
+
+    def _asked_transforms(self, source: SourceModel) -> tuple[str, ...] | None:
+        """What is folded before matrices are encoded; None: what helps.
+
+        Raises:
+            HalfbyteError: a transform that the model's file cannot hold.
+        """
+        if self.options.transforms == "auto":
+            return None
+        tied = is_tied(source.model, source.family)
+        chosen = self.setting.target.transforms(self.options, tied=tied)
+        if tied and any(TRANSFORMS[name].needs_untied_head for name in chosen):
+            raise HalfbyteError(
+                "--transforms: R1 would need a second vocabulary matrix in the file, expected smooth, r2 or none, got "
+                "an output head that is tied to the embedding",
+                fix="leave it out, or search with --spaces activations",
+            )
+        return chosen
+
+    def _transforms_that_help(self, model: Model) -> tuple[str, ...]:
+        bits = 8 * self.budget / sum(menu.rows * menu.columns for menu in self.menus)
+        assert model.reference is not None
+        reference = model.reference.split(len(model.windows["search"]))[0]
+
+        def try_them() -> dict[str, float]:
+            return screened(
+                model.source,
+                model.windows["calib"],
+                model.windows["search"],
+                reference,
+                self.menus,
+                bits,
+                self.options.weights,
+                device=self.setting.exact_device,
+                keep_on=self._keep_on,
+            )
+
+        self.transforms_tried = model.workdir.value("screen", try_them)
+        best = min(self.transforms_tried, key=self.transforms_tried.__getitem__)
+        return tuple(name for name in best.split(",") if name)
+
+    @property
+    def _keep_on(self) -> torch.device:
+        """Where calibration activations are kept."""
+        return torch.device("cpu") if self.packed else self.setting.exact_device
+
+    def _encoded(self, model: Model, transforms: tuple[str, ...]) -> Candidates:
+        """Every matrix in every type of its menu, encoded by the first process into the work folder."""
+        folder, files = model.workdir.candidates, part_files(model.workdir.candidates, self.menus)
+        there = sum(path.stat().st_size for path in files if path.exists())
+        check_space(folder, sum(menu.nbytes(kind) for menu in self.menus for kind in menu.types) - there)
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = Recipe(transforms, self.options.weights, group_size=GROUP_SIZE, scale_bits=8)
+
+        def encode() -> Candidates:
+            return encode_candidates_(
+                model.source,
+                model.windows["calib"],
+                recipe,
+                self.menus,
+                folder,
+                device=self.setting.exact_device,
+                imatrix=self.imatrix,
+                keep_on=self._keep_on,
+            )
+
+        made = encode() if processes().first else None
+        for path in files:
+            processes().send_file(path)
+        return made or encode()  # reads the files
+
+    def _smallest_losses(self) -> list[float]:
+        """KL of each matrix at its smallest type, all others unquantised.
+
+        What the model in its dtype loses by folding alone is subtracted: in bf16 it would count in every matrix.
+        """
+        evaluator = self.on_search_text
+        assert isinstance(evaluator, TypeEvaluator)
+        found = [0.0] * len(self.menus)
+        folding = evaluator.score(self.mixed.original)
+        for done, (at, loss) in enumerate(evaluator.each_alone([0] * len(self.menus)), start=1):
+            found[at] = loss - folding
+            report("KL of each matrix", done, len(found), self.menus[at].name)
+        return found
+
+    def _no_larger(self, types: Mapping[str, str]) -> Genome:
+        """A mixture in types on the menus that are no larger than these."""
+        genome = []
+        for menu in self.menus:
+            wanted = menu.nbytes(types[menu.name])
+            fitting = [gene for gene, kind in enumerate(menu.types) if menu.nbytes(kind) <= wanted]
+            genome.append(fitting[-1] if fitting else 0)
+        return tuple(genome)
+
+
+def _budget(source: SourceModel, options: SearchOptions) -> tuple[int, list[TensorMenu]]:
+    """Bytes that the matrices may take together, and the types to choose from.
+
+    Raises:
+        HalfbyteError: no mixture of types is that small.
+    """
+    menus = menus_of(source, mean_bits=4.5)
+    ftype = _named_ftype(options)
+    budget = budget_bytes_of(source, menus, size=options.size, bpw=options.bpw, ftype=ftype)
+    menus = menus_of(source, 8 * budget / sum(menu.rows * menu.columns for menu in menus))
+    smallest, largest = (sum(menu.nbytes(menu.types[end]) for menu in menus) for end in (0, -1))
+    if budget < smallest:
+        raise HalfbyteError(
+            f"the matrices do not fit, expected at least {smallest} bytes for them (all at their largest take "
+            f"{largest}), got {budget}",
+            fix="allow a larger file",
+        )
+    return budget, menus
+
+
+def _named_ftype(options: SearchOptions) -> str:
+    """llama.cpp's file type whose size is the budget; empty where bytes or bits are."""
+    return options.ftype or ("" if options.size or options.bpw else DEFAULT_FTYPE)
+
+
+def _stays_packed(setting: Setting, budget: int) -> bool:
+    """Whether candidates stay encoded on the device.
+
+    Raises:
+        HalfbyteError: there is too little memory.
+    """
+    options, origin = setting.options, setting.origin
+    tokens = options.calib_tokens, 2 * options.search_tokens
+
+    def need(*, packed: bool) -> MemoryEstimate:
+        return estimate_types(
+            origin.config, origin.family, setting.dtype, tokens, options.ctx, nbytes=budget, packed=packed
+        )
+
+    packed = options.codes == "packed"
+    if options.codes == "auto":
+        packed = not fits(need(packed=False), setting.device)
+    check_memory(need(packed=packed), setting.device)
+    return packed
+
+
+def _costs(menus: Sequence[TensorMenu]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(menu.nbytes(kind) for kind in menu.types) for menu in menus)
+
+
+def _pruned(menu: TensorMenu, errors: Mapping[str, float]) -> TensorMenu:
+    """Without types for which another one is no larger and no worse."""
+    kept = pruned([menu.nbytes(kind) for kind in menu.types], [errors[kind] for kind in menu.types])
+    return replace(menu, types=tuple(menu.types[at] for at in kept))
+
+
+def _losses_by_error(menu: TensorMenu, smallest: float, errors: Mapping[str, float]) -> tuple[float, ...]:
+    """What each type of a matrix adds to the KL: measured for the smallest, by output error for the others.
+
+    KL is quadratic in a small error of one matrix, and so is the output error; the measured KL of a type that changes
+    little would be noise.
+    """
+    found = [errors[kind] for kind in menu.types]
+    largest = found[0] or 1.0  # a matrix of zeros has no errors
+    return tuple(max(smallest, TINY) * error / largest for error in found)
+
+
+def _point_path(output: Path, ftype: str) -> Path:
+    """Where the plan of one point of a front of types goes."""
+    return output.with_name(f"{output.stem}.{ftype}{output.suffix}")
+
+
+MENU = TypeMenu

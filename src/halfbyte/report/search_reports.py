@@ -1,0 +1,136 @@
+"""The reports that a search leaves beside its plan: JSON, CSV and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from halfbyte.core.files import write_text
+from halfbyte.core.naming import short_name
+from halfbyte.models.layers import Outcome, Unit, mean_bits_fraction
+from halfbyte.plan import Plan
+from halfbyte.report.front import front_plot, size_front_plot
+from halfbyte.report.plots import convergence_plot, sensitivity_heatmap
+from halfbyte.report.tables import csv_text
+from halfbyte.search.found import Found
+from halfbyte.search.sensitivity import LayerSensitivity
+
+ACTIVATION_REPORTS = (
+    "sensitivity.json",
+    "sensitivity.csv",
+    "sensitivity.png",
+    "outcome.csv",
+    "history.json",
+    "convergence.png",
+)
+FRONT_REPORTS = ("front.json", "front.csv", "front.png")
+TYPE_REPORTS = ("types.csv", "types.json")
+TYPE_FRONT_REPORTS = ("types-front.csv", "types-front.png")
+
+
+def beside(output: Path, kind: str) -> Path:
+    """Where the report ``kind`` of the plan at ``output`` goes."""
+    return output.with_name(f"{output.stem}.{kind}")
+
+
+def write_activation_reports(
+    output: Path,
+    plan: Plan,
+    outcomes: Sequence[Outcome],
+    sensitivity: Mapping[str, LayerSensitivity],
+    units: Sequence[Unit],
+    found: Found,
+) -> list[Path]:
+    """Layer sensitivity, outcomes, history of the search, and if there is one the front of budgets."""
+    rows = [
+        {**asdict(row), "ratio": row.ratio, "a_bits": plan.layers[row.layer].a_bits} for row in sensitivity.values()
+    ]
+    kinds = (*ACTIVATION_REPORTS, *FRONT_REPORTS) if found.front else ACTIVATION_REPORTS
+    named = {kind: beside(output, kind) for kind in kinds}
+    write_text(named["sensitivity.json"], json.dumps({"made_by": _made_by(plan), "layers": rows}, indent=1))
+    write_text(named["sensitivity.csv"], _table(rows))
+    write_text(named["outcome.csv"], _table([asdict(row) for row in outcomes]))
+    write_text(named["history.json"], json.dumps(_history(plan, found), indent=1))
+    _draw(named["sensitivity.png"], named["convergence.png"], plan, rows, found)
+    if found.front:
+        points = [
+            {
+                "budget": float(name),
+                "mean_bits": 8 * mean_bits_fraction(units, [int(point.choice[unit.name]) for unit in units]),
+                "kl_search": point.search_scores["plan"],
+                **_validated(point),
+            }
+            for name, point in found.front.items()
+        ]
+        write_text(named["front.json"], json.dumps({"made_by": _made_by(plan), "points": points}, indent=1))
+        write_text(named["front.csv"], _table(points))
+        title = f"{short_name(plan.model_id)}: KL against activation bits"
+        front_plot(named["front.png"], points, title=title, chosen=8 * plan.budget_reached)
+    return list(named.values())
+
+
+def write_type_reports(output: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], found: Found) -> list[Path]:
+    """Matrix, type, bytes, what it loses alone; the history; and a front of sizes."""
+    table, history = (beside(output, kind) for kind in TYPE_REPORTS)
+    write_text(table, _table(rows))
+    write_text(history, json.dumps(_history(plan, found), indent=1))
+    if not found.front:
+        return [table, history]
+    points = [
+        {"ftype": ftype, "bytes": point.cost, **_validated(point)}
+        for ftype, point in sorted(found.front.items(), key=lambda item: item[1].cost)
+    ]
+    numbers, picture = (beside(output, kind) for kind in TYPE_FRONT_REPORTS)
+    write_text(numbers, _table(points))
+    size_front_plot(picture, points, title=f"{short_name(plan.model_id)}: KL against size", chosen=found.cost)
+    return [table, history, numbers, picture]
+
+
+def _made_by(plan: Plan) -> dict[str, Any]:
+    return {"plan": plan.hash, "model": plan.model_id, "text": dict(plan.text), "seed": plan.seed, **plan.versions}
+
+
+def _history(plan: Plan, found: Found) -> dict[str, Any]:
+    return {
+        "made_by": _made_by(plan),
+        "scores": dict(found.search_scores),
+        "validation": dict(found.validation_scores),
+        "winner": found.winner,
+        "evaluations": found.evaluations,
+        "finalists": found.finalists,
+        "ties": found.ties,
+        "noise_floor": found.noise_floor,
+        "generations": [asdict(generation) for generation in found.history],
+    }
+
+
+def _validated(found: Found) -> dict[str, float]:
+    return {
+        "kl_validation": found.validation_scores["plan"],
+        "kl_knapsack": found.validation_scores["KL knapsack"],
+        "noise_floor": found.noise_floor,
+    }
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    return csv_text(list(rows[0]), [list(row.values()) for row in rows])
+
+
+def _draw(heatmap: Path, convergence: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], found: Found) -> None:
+    kinds = list(dict.fromkeys(row["layer"].rpartition(".")[2] for row in rows))
+    blocks = [rows[at : at + len(kinds)] for at in range(0, len(rows), len(kinds))]
+    ratios = [[row["ratio"] for row in block] for block in blocks]
+    bits = [[row["a_bits"] for row in block] for block in blocks]
+    name = short_name(plan.model_id)
+    title = f"{name}: what 4-bit activations cost"
+    sensitivity_heatmap(heatmap, kinds, list(range(len(ratios))), ratios, title=title, chosen_bits=bits)
+    convergence_plot(
+        convergence,
+        [asdict(generation) for generation in found.history],
+        baselines={label: score for label, score in found.search_scores.items() if label != "plan"},
+        title=f"{name}: genetic search, budget {plan.budget_asked:g}",
+        score_label=found.score_label,
+    )

@@ -1,0 +1,228 @@
+"""What is said of each result: text for the terminal, made of values alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from halfbyte.report.model_card import R4_COSTS
+from halfbyte.report.tables import (
+    Cell,
+    format_bytes,
+    format_ratio,
+    format_seconds,
+    significant,
+    text_table,
+)
+
+if TYPE_CHECKING:
+    from halfbyte.calibration.imatrix_file import Importance
+    from halfbyte.evaluate.compare import CompareRow, Comparison
+    from halfbyte.evaluate.evaluate import Evaluation
+    from halfbyte.evaluate.simulate import SimulationResult
+    from halfbyte.pipeline import SearchResult
+    from halfbyte.plan import Plan
+    from halfbyte.report.doctor import Finding
+    from halfbyte.search.found import Found
+    from halfbyte.targets.gguf_files.export import ExportResult
+    from halfbyte.targets.vllm_files.export import VllmExportResult
+
+COMPARISON_HEADERS = (
+    "model",
+    "engine",
+    "size",
+    "load",
+    "prompt tok/s",
+    "gen tok/s",
+    "speed-up",
+    "peak memory",
+    "ppl",
+    "KLD",
+    "same top",
+)
+
+
+def search_summary(result: SearchResult, seconds: Mapping[str, float]) -> str:
+    """What was found and what it had to beat, what it costs, and what it took.
+
+    Args:
+        seconds: spent in each stage.
+    """
+    plan = result.plan
+    lines = []
+    if "activations" in result.found:
+        lines += [*_found(result.found["activations"]), _activation_bits(plan)]
+    if "types" in result.found:
+        found = result.found["types"]
+        heading = "\nggml types, activations left alone" if lines else "ggml types"
+        lines += [heading, *_found(found), _file_types(plan, found)]
+    note = f" ({plan.text['note']})" if plan.text.get("note") else ""
+    lines.append(f"plan {plan.hash}, text {plan.text['name']}{note}")
+    notes = Counter(outcome.note for outcome in result.outcomes if outcome.note)
+    lines += [f"{count} layers: {note}" for note, count in notes.items()]
+    if plan.target == "vllm" and "r4" in plan.transforms:
+        lines.append(R4_COSTS)
+    lines.append(f"took {sum(seconds.values()):.0f} s, peak memory {format_bytes(result.peak_memory)}")
+    return "\n".join(lines)
+
+
+def _found(found: Found) -> list[str]:
+    """Scores of the winner and of what it had to beat, on both texts, and how sure the choice is."""
+    headers = ["choice", "search text"]
+    rows: list[list[Cell]] = [[label, score] for label, score in found.search_scores.items()]
+    if not found.validation_scores:
+        return [found.score_label, text_table(headers, rows)]
+    labels = dict.fromkeys([*found.search_scores, *found.validation_scores])
+    rows = [[label, found.search_scores.get(label), found.validation_scores.get(label)] for label in labels]
+    return [
+        found.score_label,
+        text_table([*headers, "validation text"], rows),
+        f"the plan is from: {found.winner}; {found.ties} of {found.finalists} finalists are ties on the validation "
+        f"text (noise floor {found.noise_floor:.2g})",
+    ]
+
+
+def _activation_bits(plan: Plan) -> str:
+    a8 = sum(entry.a_bits == 8 for entry in plan.layers.values())
+    return (
+        f"{a8} of {len(plan.layers)} layers A8, mean activation bits {8 * plan.budget_reached:.2f} "
+        f"(budget {8 * plan.budget_asked:.2f})"
+    )
+
+
+def _file_types(plan: Plan, found: Found) -> str:
+    counts = Counter(plan.tensors.values())
+    return f"{format_bytes(found.cost)} of {format_bytes(found.budget)} for {len(plan.tensors)} matrices: " + ", ".join(
+        f"{count} {kind}" for kind, count in counts.most_common()
+    )
+
+
+def export_summary(result: ExportResult) -> str:
+    """Types and sizes of a GGUF file, and what the check saw."""
+    kinds: dict[str, list[int]] = {}
+    for row in result.rows:
+        kinds.setdefault(row.type, []).append(row.nbytes)
+    rows = [[kind, len(sizes), format_bytes(sum(sizes))] for kind, sizes in kinds.items()]
+    lines = [text_table(["type", "tensors", "size"], rows)]
+    what = "the W4A8 simulation" if result.policy != "budget" else "the simulation with these weights"
+    if result.kl is not None and result.top1 is not None:
+        lines.append(
+            f"checked: {len(result.rows)} tensors read back, {result.exact} matrices hold exactly what was searched; "
+            f"llama.cpp against {what}: KL {result.kl:.2g} nats per token, same top token {_percent(result.top1)}"
+        )
+    lines.append(
+        "llama.cpp computes with 8-bit activations, whatever the plan's A4/A8 choice: a file chooses weight types."
+    )
+    lines.append(f"policy {result.policy}, {format_bytes(result.path.stat().st_size)}")
+    return "\n".join(lines)
+
+
+def vllm_export_summary(result: VllmExportResult) -> str:
+    """Config groups of a folder, its size, and what the check saw."""
+    lines = [text_table(["config group", "layers"], [[group, count] for group, count in result.groups.items()])]
+    if result.checked:
+        logits = (
+            f"logits not compared: {result.skipped}"
+            if result.difference is None
+            else f"transformers against the simulation: logits differ by at most {result.difference:.1g}"
+        )
+        lines.append(f"checked: {result.checked} tensors read back; {logits}")
+    if "r4" in result.plan.transforms:
+        lines.append(R4_COSTS)
+    lines.append(f"{result.tensors} tensors, {format_bytes(result.nbytes)}")
+    return "\n".join(lines)
+
+
+def comparison_summary(comparison: Comparison) -> str:
+    """One line per model that was measured, the reason for each one that is missing, and the sample texts."""
+    rows = comparison.rows
+    against = (
+        "; KLD and top-1 against the F16 original in llama.cpp, speed-up over its generation"
+        if comparison.against_original
+        else ""
+    )
+    scored = f"{comparison.chunks} windows of {comparison.ctx}, second half scored"
+    return "\n".join(
+        [
+            text_table(COMPARISON_HEADERS, [_comparison_cells(row) for row in rows if row.measured]),
+            *(f"{row.name}: {row.missing}" for row in rows if row.missing),
+            *(f"{row.name}: {row.note}" for row in rows if row.note),
+            f"text {comparison.text}, {scored}{against}",
+            f"prompt: {comparison.prompt}",
+            *(
+                f"\n[{row.name}, {row.engine}] {row.measured.sample.strip()}"
+                for row in rows
+                if row.measured and row.measured.sample
+            ),
+        ]
+    )
+
+
+def _comparison_cells(row: CompareRow) -> list[str | None]:
+    measured, quality = row.measured, row.quality
+    assert measured is not None
+    return [
+        row.name,
+        row.engine,
+        format_bytes(measured.bytes),
+        format_seconds(measured.load_seconds),
+        significant(measured.prompt_tokens_per_second),
+        significant(measured.generation_tokens_per_second),
+        format_ratio(row.speed_up),
+        format_bytes(measured.peak_memory),
+        significant(quality.ppl if quality else None, 4),
+        significant(quality.kld_mean if quality else None),
+        _percent(quality.top1_agreement if quality else None),
+    ]
+
+
+def simulation_summary(result: SimulationResult) -> str:
+    """The table of simulations, what made it, and the sample texts."""
+    rows: list[list[Cell]] = [
+        [
+            row.name,
+            row.mean_bits,
+            row.quality.ppl,
+            row.quality.kld_mean,
+            row.quality.kld_p99,
+            _percent(row.quality.top1_agreement),
+        ]
+        for row in result.rows
+    ]
+    plan, tokens = result.plan, result.rows[0].quality.tokens
+    return "\n".join(
+        [
+            text_table(["simulation", "mean A bits", "ppl", "KLD", "KLD 99%", "same top"], rows),
+            f"plan {plan.hash}, text {result.text}, {tokens} tokens, seed {plan.seed}, {result.versions['device']}",
+            *(f"\n[{row.name}] {row.sample}" for row in result.rows),
+        ]
+    )
+
+
+def evaluation_summary(result: Evaluation) -> str:
+    """The numbers on one line, and what they are about."""
+    quality = result.quality
+    keys = ("ppl", "ppl_reference", "kld_mean", "kld_p99", "top1_agreement", "tokens")
+    lines = [
+        text_table(keys, [[getattr(quality, key) for key in keys]]),
+        f"{result.evaluated} in {result.engine}, text {result.text}",
+    ]
+    if result.tokenizers_agree is False:
+        lines.append("note: llama.cpp and the tokenizer split this text differently; llama.cpp's tokens were scored")
+    return "\n".join(lines)
+
+
+def imatrix_summary(made: Importance) -> str:
+    """How many matrices, of which text."""
+    return f"{len(made.values)} matrices, {made.tokens} tokens of {', '.join(made.texts)}"
+
+
+def doctor_summary(findings: Sequence[Finding]) -> str:
+    """One line per finding."""
+    width = max(len(finding.topic) for finding in findings)
+    return "\n".join(f"{finding.topic:<{width}}  {finding.text}" for finding in findings)
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else f"{100 * share:.1f}%"

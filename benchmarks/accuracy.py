@@ -25,7 +25,8 @@ from halfbyte.calibration.windows import cut, first_scored
 from halfbyte.core.device import device_name, resolve_device
 from halfbyte.core.files import check_output, write_text
 from halfbyte.evaluate.quality import LogitsFile, Quality, live, measure, model_logits, windows_for
-from halfbyte.models.loading import find, layers_of, load, units_of
+from halfbyte.models.layers import layers_of, units_of
+from halfbyte.models.loading import find, load
 from halfbyte.models.modules import is_tied, vocabulary
 from halfbyte.prepare.recipe import TARGETS, Recipe
 from halfbyte.prepare.walk import prepare_

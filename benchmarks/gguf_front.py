@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from agreement import by_tool, by_us
+from halfbyte.results import FRONT_TYPES
 from matplotlib.figure import Figure
 from transformers.utils.logging import disable_progress_bar
 
@@ -37,13 +38,12 @@ from halfbyte.calibration.windows import cut, first_scored
 from halfbyte.core.environment import cores, cpu_name
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, write_text
-from halfbyte.engines.llamacpp import open_engine
+from halfbyte.engines import open_engine
 from halfbyte.evaluate.quality import LogitsFile, measure
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.options import ExportOptions
 from halfbyte.report.plots import DOTS_PER_INCH, LINE_COLOURS, SEARCH_COLOUR, save_figure, set_title
 from halfbyte.report.tables import Cell, format_bytes, markdown_table, significant
-from halfbyte.results import FRONT_TYPES
 from halfbyte.targets.gguf_export import export_gguf
 from halfbyte.targets.gguf_file import write_gguf
 

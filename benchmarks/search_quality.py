@@ -36,7 +36,8 @@ from halfbyte.calibration.windows import cut
 from halfbyte.core.device import device_name, resolve_device, resolve_dtype
 from halfbyte.core.distributed import ALONE
 from halfbyte.core.files import check_output, write_text
-from halfbyte.models.loading import find, layers_of, load, units_of
+from halfbyte.models.layers import layers_of, units_of
+from halfbyte.models.loading import find, load
 from halfbyte.options import SearchOptions
 from halfbyte.pipeline import FISHER_WINDOWS
 from halfbyte.prepare.recipe import recipe_of

@@ -33,7 +33,7 @@ from halfbyte.core.device import device_name, peak_memory
 from halfbyte.core.distributed import Group, joined
 from halfbyte.core.files import check_output, write_text
 from halfbyte.models.families import Family, family_of
-from halfbyte.models.loading import layers_of, units_of
+from halfbyte.models.layers import layers_of, units_of
 from halfbyte.quant.int4 import PackedWeight
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_activation_bits_
 from halfbyte.report.tables import markdown_table

@@ -25,53 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils.logging import disable_progress_bar
 
 from halfbyte.calibration.text import load_text
 from halfbyte.calibration.windows import cut
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.models.families import Family
 from halfbyte.models.loading import DTYPES, SourceModel, find, load
-from halfbyte.models.modules import blocks, head_dim, is_tied, linear
+from halfbyte.models.rescale import SPREAD, rescale_
 from halfbyte.report.tables import significant
-from halfbyte.transforms.smooth import fold_scales_
 
-SPREAD = 0.1  # standard deviation of the factors' logarithm
 TOLERANCE = 1e-4  # relative difference of logits
 TEXT, CHECK_WINDOWS, CHECK_LENGTH = "pydoc", 2, 256
-
-
-def unaligned_(model: nn.Module, family: Family, rng: torch.Generator, spread: float = SPREAD) -> None:
-    """Multiply input channels by random factors and divide what makes them, in the parameters of ``model``.
-
-    Args:
-        model: in fp32 on the host, so that the function is kept to rounding.
-        rng: what the factors are drawn from, block by block.
-        spread: standard deviation of their logarithm.
-    """
-    width = head_dim(model.config)  # pyright: ignore[reportArgumentType]
-    for block in blocks(model, family):
-        for group in family.groups:
-            features = linear(block, group[0]).in_features
-            if group == (family.attention_out,):
-                value_heads = linear(block, family.value).out_features // width
-                scales = _factors(value_heads * width, rng, spread).view(value_heads, 1, width)
-                scales = scales.expand(-1, features // (value_heads * width), -1).flatten()  # as o reads its heads
-            else:
-                scales = _factors(features, rng, spread)
-            fold_scales_(block, family, group, scales, head_dim=width)
-    if not is_tied(model, family):
-        norm, head = model.get_submodule(family.final_norm), linear(model, family.head)
-        scales = _factors(head.in_features, rng, spread)
-        with torch.no_grad():
-            for parameter in norm.parameters():
-                parameter.div_(scales)
-            head.weight.mul_(scales)
-
-
-def _factors(count: int, rng: torch.Generator, spread: float) -> torch.Tensor:
-    return (torch.randn(count, generator=rng) * spread).exp()
 
 
 def logits_on_text(source: SourceModel) -> torch.Tensor:
@@ -110,7 +74,7 @@ def main() -> int:
     disable_progress_bar()
     source = load(find(options.model), device=torch.device("cpu"), dtype=torch.float32)
     before = logits_on_text(source)
-    unaligned_(source.model, source.family, torch.Generator().manual_seed(options.seed), options.spread)
+    rescale_(source.model, source.family, torch.Generator().manual_seed(options.seed), options.spread)
     after = logits_on_text(source)
     difference = float((after - before).norm() / before.norm())
     print(f"logits differ by {significant(difference, 2)} (relative, fp32)")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from halfbyte.models.folding import fold_scales_
 from halfbyte.models.modules import blocks, head_dim, linear
 from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, transform_heads_
-from halfbyte.transforms.smooth import fold_scales_
 
 TOKENS = torch.randint(800, (4, 48), generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")

@@ -84,7 +84,7 @@ def test_a_gguf_source_tokenises_as_llamacpp_does(tmp_path):
     """transformers' own conversion drops SmolLM2's digit split; ours must not."""
     import torch
 
-    from halfbyte.engines.llamacpp import open_engine
+    from halfbyte.engines import open_engine
 
     origin = find("demo")
     source = load(origin, device=torch.device("cpu"), dtype=torch.float32)

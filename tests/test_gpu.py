@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from halfbyte import cli
-from halfbyte.models.loading import layers_of, units_of
+from halfbyte.models.layers import layers_of, units_of
 from halfbyte.plan import load_plan
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import load_prepared_, prepare_, save_prepared
@@ -19,8 +19,8 @@ from halfbyte.quant.ggml.block_scales import choose_rows
 from halfbyte.quant.ggml.grid import GRIDS
 from halfbyte.quant.ggml.types import QUANTISED, decode_tensor, row_bytes
 from halfbyte.quant.hadamard import rotate
+from halfbyte.quant.kernels import forced
 from halfbyte.quant.kernels.activations import fake_quantise_rows
-from halfbyte.quant.kernels.choice import forced
 from halfbyte.quant.kernels.codes import decode_packed
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_activation_bits_
 from halfbyte.quant.quantisers.gptq import Ordered, improve_codes, output_error, round_with_feedback

@@ -23,7 +23,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from halfbyte.engines.llamacpp import open_engine
+from halfbyte.engines import open_engine
 from halfbyte.models.gguf_pre import LLAMA3, QWEN2, TEKKEN
 from halfbyte.models.loading import SourceModel
 

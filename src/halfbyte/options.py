@@ -37,9 +37,9 @@ def _quantisers() -> tuple[str, ...]:
 
 
 def _engines() -> tuple[str, ...]:
-    from halfbyte.engines.llamacpp import ENGINES
+    from halfbyte.engines import ENGINES
 
-    return tuple(ENGINES)
+    return ENGINES.names()
 
 
 @dataclass(frozen=True)

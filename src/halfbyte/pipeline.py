@@ -24,9 +24,10 @@ from halfbyte.menus._base import Menu, Model, Setting
 from halfbyte.menus._checks import check_options, menus_of, weights_of, with_tokens
 from halfbyte.models.checkpoint import QuantisedFolder
 from halfbyte.models.estimate import check_memory, estimate_load
-from halfbyte.models.loading import SourceModel, find, layers_of, load
+from halfbyte.models.layers import Outcome, layers_of
+from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.options import SearchOptions
-from halfbyte.plan import Outcome, Plan, save_plan
+from halfbyte.plan import Plan, save_plan
 from halfbyte.prepare.checkpoint import Given, given_codes
 from halfbyte.search.found import Found
 from halfbyte.search.reference import reference

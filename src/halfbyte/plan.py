@@ -1,8 +1,4 @@
-"""Frozen values that every part of halfbyte speaks: formats, layers, units, plans, outcomes.
-
-Nothing here computes on tensors, and torch is imported where a file needs it: the search, the reports and the process
-that measures a GGUF file do without.
-"""
+"""The plan: what was chosen for every layer and how, and the files that hold it."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import hashlib
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,43 +23,6 @@ if TYPE_CHECKING:
 PLAN_VERSION = 2
 READABLE_VERSIONS = (1, 2)  # 1 knew no rotated inputs; what it lacks has defaults
 ACTIVATION_BITS = (4, 8)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One linear module.
-
-    Attributes:
-        name: dotted module path, e.g. ``model.layers.3.mlp.down_proj``.
-        block: index of the transformer block it belongs to.
-        kind: the last part of the name, e.g. ``down_proj``.
-        in_features, out_features: weight shape is ``[out_features, in_features]``.
-    """
-
-    name: str
-    block: int
-    kind: str
-    in_features: int
-    out_features: int
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per token."""
-        return self.in_features * self.out_features
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Layers that share one choice, because they share one input tensor (``fused``) or by request (``layer``)."""
-
-    name: str
-    block: int
-    layers: tuple[Layer, ...]
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates per token of all layers in the unit."""
-        return sum(layer.macs for layer in self.layers)
 
 
 @dataclass(frozen=True)
@@ -91,16 +50,6 @@ class LayerPlan:
     rotated: bool = False
     rank: int = 0
     rotation_block: int = 0
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One row of the outcome table: what was asked for a layer and what was done."""
-
-    layer: str
-    asked: str
-    done: str
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -192,12 +141,6 @@ class Plan:
                     "activation bits out of range", where=f"{where}, {name}", expected="4 or 8", got=entry.a_bits
                 )
         return plan
-
-
-def mean_bits_fraction(units: Sequence[Unit], bits: Sequence[int]) -> float:
-    """Mean activation bits / 8 over units, weighted by multiply-accumulates (the budget's measure)."""
-    total = sum(unit.macs for unit in units)
-    return sum(unit.macs * b for unit, b in zip(units, bits, strict=True)) / (8 * total)
 
 
 SUFFIXES = (".pt", ".json")

@@ -11,7 +11,7 @@ from halfbyte.calibration.imatrix_file import check_for, read_imatrix, write_ima
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import sha256
 from halfbyte.core.progress import listening
-from halfbyte.engines.llamacpp import open_engine
+from halfbyte.engines import open_engine
 from halfbyte.models.gguf_file import open_gguf
 from halfbyte.models.loading import SourceModel
 from halfbyte.targets.gguf_file import write_gguf

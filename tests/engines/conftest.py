@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.engines.llamacpp import ENGINES, Engine, open_engine
+from halfbyte.engines import ENGINES, open_engine
+from halfbyte.engines.llamacpp import Engine
 from tests.tiny_gguf import write_tiny_gguf
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.engines.chat import render
+from halfbyte.engines.llamacpp.model import render
 from tests.tiny_models import CHAT_TEMPLATE
 
 QWEN = (

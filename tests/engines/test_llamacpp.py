@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import subprocess
 import sys
@@ -13,8 +14,8 @@ import numpy as np
 import pytest
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.engines import llamacpp, llamacpp_abi, llamacpp_quantize
-from halfbyte.engines.llamacpp import Engine, Generation, GGUFModel, Speed, open_engine
+from halfbyte.engines import llama_cpp_python, open_engine, xllamacpp
+from halfbyte.engines.llamacpp import Engine, Generation, GGUFModel, Speed
 from tests.tiny_gguf import VOCAB
 
 
@@ -132,7 +133,7 @@ def test_wrong_arguments(engine: Engine, tiny: Path) -> None:
 
 
 def test_a_process_that_forgets_to_close_ends_quietly(tiny: Path) -> None:
-    code = f"from halfbyte.engines.llamacpp import open_engine\nm = open_engine().load({str(tiny)!r})\nm.logits([1, 2])"
+    code = f"from halfbyte.engines import open_engine\nm = open_engine().load({str(tiny)!r})\nm.logits([1, 2])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -152,28 +153,28 @@ def test_importing_loads_no_library() -> None:
 def test_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_engine() is open_engine("xllamacpp")
     assert open_engine().version.startswith("xllamacpp 20")
-    with pytest.raises(HalfbyteError, match="xllamacpp or llama-cpp-python"):
+    with pytest.raises(HalfbyteError, match="expected one of llama-cpp-python, xllamacpp"):
         open_engine("vllm")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(HalfbyteError, match=r"pip install xllamacpp==2026"):
-        llamacpp_abi.load.__wrapped__()
+        xllamacpp.load.__wrapped__()
     with pytest.raises(HalfbyteError, match="pip install llama-cpp-python"):
-        llamacpp._llama_cpp_python()
+        llama_cpp_python.load()
 
 
 def test_a_library_without_the_c_functions_names_the_other_engine() -> None:
     with pytest.raises(HalfbyteError, match=r"does not export llama_backend_init.*llama-cpp-python"):
-        llamacpp_abi.bind(types.SimpleNamespace(), where="xllamacpp 1.0")
+        xllamacpp.bind(types.SimpleNamespace(), where="xllamacpp 1.0")
 
 
 def test_another_struct_layout_is_refused() -> None:
-    params = llamacpp_abi.load().llama_context_default_params()
-    llamacpp_abi.check_defaults(params, llamacpp_abi._CONTEXT_PARAMS, where="here")
+    params = xllamacpp.load().llama_context_default_params()
+    xllamacpp.check_defaults(params, xllamacpp._CONTEXT_PARAMS, where="here")
     for field, value in (("n_batch", 512), ("flash_attn_type", 0), ("kv_unified", True)):
         other = type(params).from_buffer_copy(params)
         setattr(other, field, value)
         with pytest.raises(HalfbyteError, match=rf"llama_context_params\.{field}.*pip install"):
-            llamacpp_abi.check_defaults(other, llamacpp_abi._CONTEXT_PARAMS, where="here")
+            xllamacpp.check_defaults(other, xllamacpp._CONTEXT_PARAMS, where="here")
 
 
 def test_the_model_runs_on_another_namespace(monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_the_model_runs_on_another_namespace(monkeypatch: pytest.MonkeyPatch, ti
         return 0
 
     fake = types.ModuleType("llama_cpp")
-    fake.__dict__.update(vars(llamacpp_abi.load()))
+    fake.__dict__.update(vars(xllamacpp.load()))
     fake.__dict__.update(
         __version__="0.0.1",
         __spec__=ModuleSpec("llama_cpp", None),
@@ -197,8 +198,8 @@ def test_the_model_runs_on_another_namespace(monkeypatch: pytest.MonkeyPatch, ti
         llama_model_quantize=quantize,
     )
     monkeypatch.setitem(sys.modules, "llama_cpp", fake)
-    monkeypatch.setattr(llamacpp_quantize.ctypes, "byref", lambda params: params)
-    other = Engine("llama-cpp-python", "0.0.1", llamacpp._llama_cpp_python())
+    monkeypatch.setattr(ctypes, "byref", lambda params: params)
+    other = Engine("llama-cpp-python", "0.0.1", llama_cpp_python.load())
     with other.load(tiny, n_ctx=16) as loaded, open_engine().load(tiny, n_ctx=16) as same:
         np.testing.assert_array_equal(loaded.logits([1, 2, 3]), same.logits([1, 2, 3]))
     assert other.quantize(tiny, tmp_path / "out.gguf", "Q4_K_M", n_threads=3) == ()
@@ -211,7 +212,7 @@ def test_the_model_runs_on_another_namespace(monkeypatch: pytest.MonkeyPatch, ti
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.gguf", "out.gguf"]
     fake.__dict__["llama_context_default_params"] = lambda: types.SimpleNamespace(n_ctx=0, n_batch=0)
     with pytest.raises(HalfbyteError, match="disagree"):
-        llamacpp._llama_cpp_python()
+        llama_cpp_python.load()
 
 
 # The real model

@@ -13,8 +13,9 @@ import torch
 from halfbyte.core import environment as hub
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import sha256
-from halfbyte.models.families import families
-from halfbyte.models.loading import find, fingerprint, layers_of, load, units_of
+from halfbyte.models import families
+from halfbyte.models.layers import layers_of, units_of
+from halfbyte.models.loading import find, fingerprint, load
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import prepare_
 from tests.tiny_models import FAMILIES
@@ -40,8 +41,10 @@ def test_layers_and_units(tiny, family):
     assert sum(unit.macs for unit in fused) == sum(linear.weight.numel() for linear in linears)
 
 
-def test_every_family_is_found():
-    assert {"qwen2", "qwen3", "llama", "mistral"} <= set(families())
+def test_every_family_is_found_under_its_model_type():
+    assert {"qwen2", "qwen3", "llama", "mistral"} <= set(families.FAMILIES)
+    for name, family in families.FAMILIES.items():
+        assert family.model_type.replace("_", "-") == name
 
 
 def test_fingerprint_ignores_dtype_and_sees_weights(tiny_folder):

@@ -14,7 +14,7 @@ import torch
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.models.checkpoint import QuantisedFolder
-from halfbyte.models.loading import layers_of, units_of
+from halfbyte.models.layers import layers_of, units_of
 from halfbyte.models.modules import blocks, linear
 from halfbyte.prepare.checkpoint import adopt_block_, adopt_ends_, given_codes
 from halfbyte.prepare.recipe import A4_CLIPS, Recipe

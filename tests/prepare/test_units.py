@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from halfbyte.models.loading import layers_of
+from halfbyte.models.layers import layers_of
 from halfbyte.prepare.recipe import A4_CLIPS, Recipe
 from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.affine import fake_quantise

@@ -10,7 +10,7 @@ import torch
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import kl_per_token
-from halfbyte.models.loading import layers_of
+from halfbyte.models.layers import layers_of
 from halfbyte.prepare import walk
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import load_prepared_, prepare_, save_prepared

@@ -9,7 +9,7 @@ import torch
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import kl_per_token
-from halfbyte.models.loading import layers_of, units_of
+from halfbyte.models.layers import layers_of, units_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_

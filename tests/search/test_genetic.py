@@ -223,11 +223,11 @@ def test_a_population_of_two_still_has_children():
 
 
 def test_mutation_gives_more_to_sensitive_units():
-    """Scores that say nothing: what remains is the tendency of mutation, repair and fill."""
-    problem = activation_problem((1,) * 40, 0.75, np.linspace(1.0, 1.5, 40))
-    found = run(problem, lambda genome: 1.0, patience=25, mutation_rate=0.2)[0]
+    """Scores say nothing, and losses differ too little for repair and fill to care: only the rank speaks."""
+    problem = activation_problem((1,) * 40, 0.75, np.linspace(1.0, 1.0001, 40))
+    found = run(problem, lambda genome: 1.0, patience=25, mutation_rate=0.3)[0]
     share = np.mean(list(found.scores)[200:], axis=0)
-    assert share[-10:].mean() > share[:10].mean() + 0.2
+    assert share[-10:].mean() > share[:10].mean() + 0.1
 
 
 def test_history_tells_the_story():

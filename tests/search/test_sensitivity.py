@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from halfbyte.calibration.gradients import output_gradient_power
-from halfbyte.models.loading import layers_of, units_of
+from halfbyte.models.layers import layers_of, units_of
 from halfbyte.search.sensitivity import LayerSensitivity, unit_errors, unit_ratios
 
 

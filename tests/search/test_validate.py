@@ -79,9 +79,10 @@ def test_the_lowest_score_is_of_the_whole_text_or_above_the_best(seed, known):
 
 
 def test_a_difference_lost_in_rounding_still_scores_above_the_best():
-    base = np.full((4, 2), 1e9)
-    losses = Table({genome(0): base, genome(1): base + 1.2e-7})
-    assert two_rungs([genome(1)], genome(0), losses, 4)[genome(1)] > 1e9
+    best = np.array([[1.0, 1.0], [1e9, 1e9], [1e9, 1e9], [1e9, 1e9]])
+    other = best + np.array([[1e-9], [0.0], [0.0], [0.0]])
+    losses = Table({genome(0): best, genome(1): other})
+    assert two_rungs([genome(1)], genome(0), losses, 4)[genome(1)] > best.mean()
     assert losses.windows(genome(1)) == 1
 
 

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 import halfbyte.targets.gguf_tensors as gguf_tensors
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.progress import listening
-from halfbyte.engines.llamacpp import open_engine
+from halfbyte.engines import open_engine
 from halfbyte.models.gguf_source import halves_from_pairs
-from halfbyte.models.loading import find, layers_of, load
+from halfbyte.models.layers import layers_of
+from halfbyte.models.loading import find, load
 from halfbyte.quant.ggml.types import QUANTISED, encode
 from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.targets.gguf_file import check_gguf, write_gguf

@@ -9,7 +9,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import PreTrainedTokenizerFast
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.engines.llamacpp import open_engine
+from halfbyte.engines import open_engine
 from halfbyte.models.gguf_pre import PRE_TOKENIZERS, pre_tokenizer_name
 from halfbyte.models.loading import find, load
 from halfbyte.targets.gguf_file import write_gguf

@@ -10,10 +10,11 @@ import torch
 
 from halfbyte.core.files import sha256
 from halfbyte.evaluate.simulation import plan_bits
-from halfbyte.models.loading import SourceModel, find, layers_of, load, units_of
+from halfbyte.models.layers import layers_of, mean_bits_fraction, units_of
+from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import is_tied
 from halfbyte.options import SearchOptions
-from halfbyte.plan import Plan, codes_path, mean_bits_fraction, save_codes, save_plan
+from halfbyte.plan import Plan, codes_path, save_codes, save_plan
 from halfbyte.prepare.recipe import recipe_of
 from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import set_activation_bits_

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import nn
 
-from halfbyte.plan import Layer
+from halfbyte.models.layers import Layer
 
 
 def output_gradient_power(

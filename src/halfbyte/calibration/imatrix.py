@@ -16,7 +16,8 @@ from halfbyte.calibration.windows import cut
 from halfbyte.core.device import resolve_device, resolve_dtype
 from halfbyte.core.files import check_output
 from halfbyte.core.progress import report
-from halfbyte.models.loading import SourceModel, find, layers_of, load
+from halfbyte.models.layers import layers_of
+from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import blocks, is_tied, linear
 from halfbyte.options import ImatrixOptions
 

@@ -93,9 +93,7 @@ class _TorchGroup(Group):
     def same(self, value: T) -> T:
         if any(other != value for other in self._gather(value)):
             raise HalfbyteError(
-                "processes disagree",
-                where="search",
-                expected="the same state in every process",
+                "search: processes disagree, expected the same state in every process",
                 fix="use the same software and files on every machine",
             )
         return value
@@ -126,8 +124,7 @@ def _talk(exchange: Callable[[], object]) -> None:
         exchange()
     except RuntimeError as error:
         raise HalfbyteError(
-            "another process of the group has stopped",
-            where=f"process {dist.get_rank()} of {dist.get_world_size()}",
+            f"process {dist.get_rank()} of {dist.get_world_size()}: another process of the group has stopped",
             fix="see its output; then start all of them again with --resume",
         ) from error
 

@@ -114,10 +114,7 @@ def check_space(path: str | Path, nbytes: int) -> None:
     free = shutil.disk_usage(Path(path).parent).free
     if nbytes > free:
         raise HalfbyteError(
-            "disk is too small for the file",
-            where=path,
-            expected=f"{nbytes / 1e9:.2f} GB free",
-            got=f"{free / 1e9:.2f} GB",
+            f"{path}: disk is too small for the file, expected {nbytes / 1e9:.2f} GB free, got {free / 1e9:.2f} GB",
             fix="free some space or write elsewhere",
         )
 

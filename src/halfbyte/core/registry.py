@@ -17,16 +17,19 @@ def names_in(package: str) -> tuple[str, ...]:
     """The modules of ``package`` that a registry finds there, without importing it."""
     spec = importlib.util.find_spec(package)
     path = spec.submodule_search_locations if spec else None
-    found = [info.name for info in pkgutil.iter_modules(path or []) if not info.ispkg]
-    return tuple(sorted(name for name in found if not name.startswith("_")))
+    modules = [
+        info.name for info in pkgutil.iter_modules(path or []) if not info.ispkg and not info.name.startswith("_")
+    ]
+    return tuple(sorted(name.replace("_", "-") for name in modules))
 
 
 class Registry(Mapping[str, T]):
     """A mapping from names to things of one kind.
 
     Every module of ``package`` that does not start with an underscore and is no package itself stands for one thing:
-    its name is the module's, and the thing is the module's ``attribute``. The names are known without importing the
-    modules, so that help texts are quick. Others can be added with :meth:`register`.
+    its name is the module's, with ``-`` for ``_`` (both are found), and the thing is the module's ``attribute``. The
+    names are known without importing the modules, so that help texts are quick. Others can be added with
+    :meth:`register`.
 
     Args:
         kind: what the things are, for messages ("transform").
@@ -53,9 +56,10 @@ class Registry(Mapping[str, T]):
     def __getitem__(self, name: str) -> T:
         if name in self._registered:
             return self._registered[name]
-        if name not in self.names():
+        if name not in self:
             raise KeyError(name)
-        return getattr(importlib.import_module(f"{self._package}.{name}"), self._attribute)
+        module = importlib.import_module(f"{self._package}.{name.replace('-', '_')}")
+        return getattr(module, self._attribute)
 
     def find(self, name: str, *, where: object) -> T:
         """The thing with this name.
@@ -63,9 +67,12 @@ class Registry(Mapping[str, T]):
         Raises:
             HalfbyteError: there is none; the message lists those that there are.
         """
-        if name not in self.names():
+        if name not in self:
             raise HalfbyteError(f"{where}: unknown {self.kind}, expected one of {', '.join(self.names())}, got {name}")
         return self[name]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self._registered or name.replace("_", "-") in self.names())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())

@@ -16,7 +16,7 @@ from halfbyte.core.environment import cores, cpu_name
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.naming import download_command, f16_gguf, mixed_gguf, q4km_gguf
 from halfbyte.core.progress import report
-from halfbyte.engines.llamacpp import open_engine
+from halfbyte.engines import open_engine
 from halfbyte.evaluate.measured import Measured, OriginalRequest, Request, measure_apart
 from halfbyte.evaluate.quality import LogitsFile, Quality, evaluation_text, measure, scratch_folder
 from halfbyte.models.gguf_file import halfbyte_keys

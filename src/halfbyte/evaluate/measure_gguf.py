@@ -10,7 +10,8 @@ from halfbyte.calibration.windows import first_scored, scored
 from halfbyte.core.environment import peak_process_memory
 from halfbyte.core.files import check_space, write_error
 from halfbyte.core.progress import report
-from halfbyte.engines.llamacpp import GGUFModel, open_engine
+from halfbyte.engines import open_engine
+from halfbyte.engines.llamacpp.model import GGUFModel
 from halfbyte.evaluate.measured import Measured, Request
 from halfbyte.evaluate.worker import serve
 

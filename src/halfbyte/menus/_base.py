@@ -10,9 +10,10 @@ from typing import ClassVar
 
 import torch
 
+from halfbyte.models.layers import Outcome
 from halfbyte.models.loading import Origin, SourceModel, load
 from halfbyte.options import SearchOptions
-from halfbyte.plan import Outcome, Plan
+from halfbyte.plan import Plan
 from halfbyte.prepare.checkpoint import Given
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.search.found import Found

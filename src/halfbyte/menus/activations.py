@@ -13,9 +13,10 @@ from halfbyte.core.files import sha256
 from halfbyte.core.progress import report
 from halfbyte.menus._base import Menu, Model, Setting, Written
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_search, fits
-from halfbyte.models.loading import SourceModel, layers_of, units_of
+from halfbyte.models.layers import Outcome, Unit, layers_of, mean_bits_fraction, units_of
+from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear, move_
-from halfbyte.plan import Outcome, Plan, Unit, codes_path, mean_bits_fraction
+from halfbyte.plan import Plan, codes_path
 from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
 from halfbyte.report.search_reports import ACTIVATION_REPORTS, FRONT_REPORTS, beside, write_activation_reports
 from halfbyte.search.baselines import rule_genome

@@ -16,10 +16,11 @@ from halfbyte.core.files import check_space, sha256
 from halfbyte.core.progress import report
 from halfbyte.menus._base import Menu, Model, Setting, Written
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_types, fits
+from halfbyte.models.layers import Outcome
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear
 from halfbyte.options import SearchOptions
-from halfbyte.plan import Outcome, Plan, types_path
+from halfbyte.plan import Plan, types_path
 from halfbyte.prepare.candidates import Candidates, encode_candidates_, part_files
 from halfbyte.prepare.menus import TensorMenu, menus_of
 from halfbyte.prepare.recipe import Recipe

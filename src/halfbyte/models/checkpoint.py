@@ -17,19 +17,142 @@ from transformers import AutoConfig, PretrainedConfig
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.files import sha256
 from halfbyte.core.progress import report
-from halfbyte.models.checkpoint_codes import (
-    CodesFormat,
+from halfbyte.models.checkpoint_format import (
+    CheckpointFormat,
     check_order,
     check_symmetric,
-    codes_format,
+    checkpoint_format,
     read_codes,
     read_scales,
 )
 from halfbyte.models.families import Family
-from halfbyte.models.loading import SourceModel, layers_of, stored_dtype
+from halfbyte.models.layers import Layer, layers_of
+from halfbyte.models.loading import SourceModel, stored_dtype
 from halfbyte.models.modules import head_dim, is_tied
-from halfbyte.plan import Layer
 from halfbyte.quant.int4 import ANY_FP16, PackedWeight, ScaleRule, check_finite, check_packable
+
+CONFIG, OLD_CONFIG = "config.json", "quantize_config.json"
+INDEX = "*.safetensors.index.json"
+
+
+class QuantisedFolder:
+    """Opened, its config understood, nothing of its weights read.
+
+    Attributes:
+        path: of the folder.
+        format: of the codes.
+        config: of the model.
+        files: the shards.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open it.
+
+        Raises:
+            HalfbyteError: no such folder, not a quantised model, a format that cannot be taken over, a shard that is
+                missing or corrupt.
+        """
+        self.path = Path(path).expanduser()
+        if not self.path.is_dir():
+            raise HalfbyteError(
+                f"--weights_from {path}: no such folder, expected a folder with a quantised checkpoint",
+                fix="download it first, with hf download",
+            )
+        raw = self._json(CONFIG)
+        self.format = self._format(raw)
+        try:
+            self.config: PretrainedConfig = AutoConfig.from_pretrained(self.path)
+        except (OSError, ValueError, KeyError) as error:
+            raise HalfbyteError("no readable model config", where=self.path / CONFIG, got=first_line(error)) from error
+        self.files = self._shards()
+        self._handles: dict[str, safe_open] = {}
+        for file in self.files:
+            try:
+                handle = safe_open(file, framework="pt")
+                names: Iterable[str] = handle.keys()
+            except FileNotFoundError as error:
+                raise HalfbyteError("shard is missing", where=file, fix="download the checkpoint again") from error
+            except (SafetensorError, OSError) as error:
+                raise HalfbyteError(
+                    f"{file}: shard is truncated or corrupt, got {first_line(error)}",
+                    fix="download the checkpoint again",
+                ) from error
+            for name in names:
+                if name in self._handles:
+                    raise HalfbyteError("tensor is there twice", where=f"{file}, {name}", fix="keep one of the files")
+                self._handles[name] = handle
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise HalfbyteError("file is missing", where=path, fix="download the checkpoint again") from error
+        except ValueError as error:
+            raise HalfbyteError("not readable as JSON", where=path, got=first_line(error)) from error
+
+    def _format(self, raw: dict[str, Any]) -> CheckpointFormat:
+        if raw.get("quantization_config"):
+            return checkpoint_format(raw["quantization_config"], where=self.path / CONFIG)
+        if (self.path / OLD_CONFIG).exists():
+            return checkpoint_format(self._json(OLD_CONFIG), where=self.path / OLD_CONFIG)
+        raise HalfbyteError(
+            f"{self.path}: the checkpoint is not quantised, expected quantization_config in config.json",
+            fix="leave --weights_from out, or name a compressed-tensors or GPTQ checkpoint",
+        )
+
+    def _shards(self) -> list[Path]:
+        indices = sorted(self.path.glob(INDEX))
+        names = {name for index in indices for name in self._json(index.name).get("weight_map", {}).values()}
+        files = sorted(self.path / name for name in names) or sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise HalfbyteError("no safetensors files", where=self.path, fix="use a checkpoint in safetensors format")
+        return files
+
+    @property
+    def name(self) -> str:
+        """For plans and reports."""
+        return self.path.resolve().name
+
+    def names(self) -> list[str]:
+        """Of all tensors."""
+        return list(self._handles)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handles
+
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor, without reading it."""
+        return list(self._handles[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a tensor."""
+        return self.tensor(name).dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor, mapped from its file.
+
+        Raises:
+            HalfbyteError: it is not there, or cannot be read.
+        """
+        if name not in self._handles:
+            raise HalfbyteError(
+                "tensor is missing", where=f"{self.path}, {name}", fix="download the checkpoint again, or use another"
+            )
+        try:
+            return self._handles[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise HalfbyteError(
+                f"{self.path}, {name}: tensor cannot be read, got {first_line(error)}",
+                fix="download the checkpoint again",
+            ) from error
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of the config and of all that is in the shards, whatever their names."""
+        parts = [json.dumps(self._json(CONFIG), sort_keys=True), *(sha256(file) for file in self.files)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
 
 SIZES = (
     "model_type",
@@ -55,8 +178,8 @@ UNUSED = (  # of layers, beside codes: what shapes say too, and scales of activa
 )
 
 
-class GivenCodes:
-    """What a plan takes over from a checkpoint.
+class CheckpointCodes:
+    """The codes of a checkpoint and its other parameters, checked: what a plan takes over.
 
     Attributes:
         folder: where it comes from.
@@ -137,10 +260,7 @@ class GivenCodes:
         names = {part: f"{layer.name}.{getattr(layout, part)}" for part in ("codes", "scales", "zeros", "order")}
         if names["codes"] not in folder and f"{layer.name}.weight" in folder:
             raise HalfbyteError(
-                "layer is not quantised",
-                where=self._where(layer.name),
-                expected="int4 codes",
-                got="float weights",
+                f"{self._where(layer.name)}: layer is not quantised, expected int4 codes, got float weights",
                 fix="use a checkpoint that quantises every linear layer of the blocks",
             )
         check_packable(layer.in_features, where=layer.name)
@@ -157,10 +277,8 @@ class GivenCodes:
         if not groups or columns % groups or size not in folder.format.group_sizes:
             expected = " or ".join(f"{columns / own:g} groups of {own}" for own in folder.format.group_sizes)
             raise HalfbyteError(
-                "groups do not divide the inputs",
-                where=self._where(names["scales"]),
-                expected=expected,
-                got=f"{groups} scales per output for {columns} inputs",
+                f"{self._where(names['scales'])}: groups do not divide the inputs, expected {expected}, "
+                f"got {groups} scales per output for {columns} inputs",
                 fix="use a checkpoint whose group size divides every layer",
             )
         self._check_shape(names["scales"], layout.scales_shape(rows, groups))
@@ -170,10 +288,7 @@ class GivenCodes:
     def _check_shape(self, name: str, expected: list[int], dtype: torch.dtype | None = None) -> None:
         if self.folder.shape(name) != expected:
             raise HalfbyteError(
-                "does not fit the model",
-                where=self._where(name),
-                expected=expected,
-                got=self.folder.shape(name),
+                f"{self._where(name)}: does not fit the model, expected {expected}, got {self.folder.shape(name)}",
                 fix="name the model that the checkpoint was made from with --model_id; codes must have 4 bits",
             )
         if dtype is not None and self.folder.dtype(name) != dtype:
@@ -195,10 +310,8 @@ class GivenCodes:
         for part in (family.embedding, family.head):
             if f"{part}.{self.folder.format.layout.codes}" in self.folder:
                 raise HalfbyteError(
-                    "embedding and head cannot be taken over as codes",
-                    where=self._where(part),
-                    expected="floats",
-                    got="int4 codes",
+                    f"{self._where(part)}: embedding and head cannot be taken over as codes, expected floats, "
+                    "got int4 codes",
                     fix="use a checkpoint that leaves them alone",
                 )
 
@@ -236,8 +349,7 @@ class GivenCodes:
             if leaf == "bias" and module in layers and not bool(self.folder.tensor(name).any()):
                 continue  # old tools store zeros for biases that there are not
             raise HalfbyteError(
-                "tensor is unknown to the model",
-                where=self._where(name),
+                f"{self._where(name)}: tensor is unknown to the model",
                 fix="name the model that the checkpoint was made from with --model_id",
             )
 
@@ -251,9 +363,7 @@ def _check_architecture(folder: QuantisedFolder, config: PretrainedConfig) -> No
             same = math.isclose(got, expected, rel_tol=CLOSE)
         if not same:
             raise HalfbyteError(
-                "the checkpoint is of another model",
-                where=f"{folder.path}, {key}",
-                expected=expected,
+                f"{folder.path}, {key}: the checkpoint is of another model, expected {expected}",
                 got=got,
                 fix="name the model that it was made from with --model_id",
             )
@@ -266,134 +376,3 @@ def _described(config: PretrainedConfig) -> dict[str, Any]:
         "head_dim": head_dim(config),
         **{f"rope_parameters.{key}": value for key, value in rope.items()},
     }
-
-
-CONFIG, OLD_CONFIG = "config.json", "quantize_config.json"
-INDEX = "*.safetensors.index.json"
-
-
-class QuantisedFolder:
-    """Opened, its config understood, nothing of its weights read.
-
-    Attributes:
-        path: of the folder.
-        format: of the codes.
-        config: of the model.
-        files: the shards.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        """Open it.
-
-        Raises:
-            HalfbyteError: no such folder, not a quantised model, a format that cannot be taken over, a shard that is
-                missing or corrupt.
-        """
-        self.path = Path(path).expanduser()
-        if not self.path.is_dir():
-            raise HalfbyteError(
-                "no such folder",
-                where=f"--weights_from {path}",
-                expected="a folder with a quantised checkpoint",
-                fix="download it first, with hf download",
-            )
-        raw = self._json(CONFIG)
-        self.format = self._format(raw)
-        try:
-            self.config: PretrainedConfig = AutoConfig.from_pretrained(self.path)
-        except (OSError, ValueError, KeyError) as error:
-            raise HalfbyteError("no readable model config", where=self.path / CONFIG, got=first_line(error)) from error
-        self.files = self._shards()
-        self._handles: dict[str, safe_open] = {}
-        for file in self.files:
-            try:
-                handle = safe_open(file, framework="pt")
-                names: Iterable[str] = handle.keys()
-            except FileNotFoundError as error:
-                raise HalfbyteError("shard is missing", where=file, fix="download the checkpoint again") from error
-            except (SafetensorError, OSError) as error:
-                raise HalfbyteError(
-                    "shard is truncated or corrupt",
-                    where=file,
-                    got=first_line(error),
-                    fix="download the checkpoint again",
-                ) from error
-            for name in names:
-                if name in self._handles:
-                    raise HalfbyteError("tensor is there twice", where=f"{file}, {name}", fix="keep one of the files")
-                self._handles[name] = handle
-
-    def _json(self, name: str) -> dict[str, Any]:
-        path = self.path / name
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise HalfbyteError("file is missing", where=path, fix="download the checkpoint again") from error
-        except ValueError as error:
-            raise HalfbyteError("not readable as JSON", where=path, got=first_line(error)) from error
-
-    def _format(self, raw: dict[str, Any]) -> CodesFormat:
-        if raw.get("quantization_config"):
-            return codes_format(raw["quantization_config"], where=self.path / CONFIG)
-        if (self.path / OLD_CONFIG).exists():
-            return codes_format(self._json(OLD_CONFIG), where=self.path / OLD_CONFIG)
-        raise HalfbyteError(
-            "the checkpoint is not quantised",
-            where=self.path,
-            expected="quantization_config in config.json",
-            fix="leave --weights_from out, or name a compressed-tensors or GPTQ checkpoint",
-        )
-
-    def _shards(self) -> list[Path]:
-        indices = sorted(self.path.glob(INDEX))
-        names = {name for index in indices for name in self._json(index.name).get("weight_map", {}).values()}
-        files = sorted(self.path / name for name in names) or sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise HalfbyteError("no safetensors files", where=self.path, fix="use a checkpoint in safetensors format")
-        return files
-
-    @property
-    def name(self) -> str:
-        """For plans and reports."""
-        return self.path.resolve().name
-
-    def names(self) -> list[str]:
-        """Of all tensors."""
-        return list(self._handles)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._handles
-
-    def shape(self, name: str) -> list[int]:
-        """Of a tensor, without reading it."""
-        return list(self._handles[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Of a tensor."""
-        return self.tensor(name).dtype
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor, mapped from its file.
-
-        Raises:
-            HalfbyteError: it is not there, or cannot be read.
-        """
-        if name not in self._handles:
-            raise HalfbyteError(
-                "tensor is missing", where=f"{self.path}, {name}", fix="download the checkpoint again, or use another"
-            )
-        try:
-            return self._handles[name].get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise HalfbyteError(
-                "tensor cannot be read",
-                where=f"{self.path}, {name}",
-                got=first_line(error),
-                fix="download the checkpoint again",
-            ) from error
-
-    @cached_property
-    def digest(self) -> str:
-        """sha256 of the config and of all that is in the shards, whatever their names."""
-        parts = [json.dumps(self._json(CONFIG), sort_keys=True), *(sha256(file) for file in self.files)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from halfbyte.core.device import available_memory
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.families import Family
-from halfbyte.models.loading import layers_of, units_of
+from halfbyte.models.layers import Layer, layers_of, units_of
 from halfbyte.models.modules import head_dim, is_tied
-from halfbyte.plan import Layer
 
 BATCH_TOKENS = 4096  # that go through the model at once on an accelerator; larger batches share out less evenly
 HEAD_CHUNK_TOKENS = 512  # whose fp32 logits exist at once there
@@ -249,10 +248,8 @@ def check_memory(estimate: MemoryEstimate, device: torch.device) -> None:
     """
     for where, need, there in _too_little(estimate, device):
         raise HalfbyteError(
-            f"too little memory on {where.type}",
-            where="memory estimate",
-            expected=f"{need / 1e9:.1f} GB",
-            got=f"{there / 1e9:.1f} GB free",
+            f"memory estimate: too little memory on {where.type}, expected {need / 1e9:.1f} GB, "
+            f"got {there / 1e9:.1f} GB free",
             fix="close other programs, use --dtype bf16, fewer tokens, or a smaller model",
         )
 

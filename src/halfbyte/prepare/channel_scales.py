@@ -8,6 +8,7 @@ import torch
 
 from halfbyte.calibration.walk import TwinStep
 from halfbyte.models.families import Family
+from halfbyte.models.folding import fold_scales_
 from halfbyte.models.modules import linear
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.affine import fake_quantise
@@ -15,7 +16,7 @@ from halfbyte.quant.balance import balancing_scales
 from halfbyte.quant.int4 import check_finite, fitting_group_size
 from halfbyte.quant.quant_linear import InputScheme
 from halfbyte.quant.quantisers.rtn import round_to_nearest
-from halfbyte.transforms.smooth import fold_scales_, shared_by_query_heads, smoothing_scales
+from halfbyte.transforms.smooth import shared_by_query_heads, smoothing_scales
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7)
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -9,7 +9,7 @@ from torch import nn
 
 from halfbyte.calibration.blocks import block_copy
 from halfbyte.calibration.walk import TwinStep
-from halfbyte.models.checkpoint import GivenCodes, QuantisedFolder
+from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, head_dim, linear
 from halfbyte.prepare.frames import adopt_frame_, check_frame, stream_rotation
@@ -26,7 +26,7 @@ class Given:
         turn: see :func:`halfbyte.prepare.frames.stream_rotation`.
     """
 
-    codes: GivenCodes
+    codes: CheckpointCodes
     turn: torch.Tensor | None
 
 
@@ -34,9 +34,9 @@ def given_codes(folder: QuantisedFolder, source: SourceModel, rule: ScaleRule, *
     """Check a checkpoint against its unquantised model; the first and the last block down to the weights.
 
     Raises:
-        HalfbyteError: what :class:`GivenCodes` refuses, or weights that are not the model's in any coordinates known.
+        HalfbyteError: what :class:`CheckpointCodes` refuses, or weights that are the model's in no coordinates known.
     """
-    codes, name = GivenCodes(folder, source, rule), f"{source.family.embedding}.weight"
+    codes, name = CheckpointCodes(folder, source, rule), f"{source.family.embedding}.weight"
     own = source.model.get_parameter(name)
     turn = stream_rotation(own, codes.parameters.get(name, own), device, where=f"{folder.path}, {name}")
     given, count = Given(codes, turn), source.config.num_hidden_layers

@@ -21,9 +21,9 @@ from torch import nn
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.families import Family
+from halfbyte.models.folding import fold_scales_
 from halfbyte.models.modules import linear
 from halfbyte.transforms.rotation import rotate_block_, transform_heads_
-from halfbyte.transforms.smooth import fold_scales_
 
 SAME = 1e-3  # squared error of an embedding over its power: what rounding to fp16 or bf16 leaves is far less
 TURNED = 1e-2  # the same for a rotated one

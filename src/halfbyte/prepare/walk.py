@@ -13,7 +13,8 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
 from halfbyte.core.progress import report
 from halfbyte.evaluate.simulation import become_simulation_
-from halfbyte.models.loading import SourceModel, layers_of, stored_dtype
+from halfbyte.models.layers import layers_of
+from halfbyte.models.loading import SourceModel, stored_dtype
 from halfbyte.models.modules import head_dim, linear
 from halfbyte.plan import Codes, LayerPlan, load_codes, save_codes
 from halfbyte.prepare.channel_scales import scale_unit_

@@ -127,10 +127,8 @@ def check_packable(in_features: int, *, where: object) -> None:
     """
     if in_features % 2:
         raise HalfbyteError(
-            "an odd number of inputs cannot be packed two to a byte",
-            where=where,
-            expected="an even number",
-            got=in_features,
+            f"{where}: an odd number of inputs cannot be packed two to a byte, expected an even number, "
+            f"got {in_features}",
             fix="this model's weights cannot be kept in 4 bits",
         )
 
@@ -154,10 +152,7 @@ def check_finite(tensor: torch.Tensor, where: object, what: str = "weights are")
     bad = int((~torch.isfinite(tensor)).sum())
     if bad:
         raise HalfbyteError(
-            f"{what} not finite",
-            where=where,
-            expected="no NaN or Inf",
-            got=f"{bad} of {tensor.numel()} values",
+            f"{where}: {what} not finite, expected no NaN or Inf, got {bad} of {tensor.numel()} values",
             fix="check the checkpoint; compute in bf16 or fp32, never fp16",
         )
 

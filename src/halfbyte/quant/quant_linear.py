@@ -218,10 +218,8 @@ def replace_linear_(
     old = linear(model, name)
     if (old.out_features, old.in_features) != weight.shape:
         raise HalfbyteError(
-            "codes do not fit the layer",
-            where=name,
-            expected=[old.out_features, old.in_features],
-            got=list(weight.shape),
+            f"{name}: codes do not fit the layer, expected {[old.out_features, old.in_features]}, "
+            f"got {list(weight.shape)}",
             fix="this plan was made for another model",
         )
     device, dtype, scheme = old.weight.device, old.weight.dtype, scheme or InputScheme()

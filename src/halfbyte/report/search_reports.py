@@ -10,7 +10,8 @@ from typing import Any
 
 from halfbyte.core.files import write_text
 from halfbyte.core.naming import short_name
-from halfbyte.plan import Outcome, Plan, Unit, mean_bits_fraction
+from halfbyte.models.layers import Outcome, Unit, mean_bits_fraction
+from halfbyte.plan import Plan
 from halfbyte.report.front import front_plot, size_front_plot
 from halfbyte.report.plots import convergence_plot, sensitivity_heatmap
 from halfbyte.report.tables import csv_text

@@ -19,8 +19,8 @@ from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.estimate import BATCH_TOKENS
 from halfbyte.models.families import Family
+from halfbyte.models.layers import Unit
 from halfbyte.models.modules import blocks, linear
-from halfbyte.plan import Unit
 from halfbyte.quant.quant_linear import set_activation_bits_
 from halfbyte.search.problem import Genome
 from halfbyte.search.reference import Reference

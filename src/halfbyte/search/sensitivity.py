@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from halfbyte.plan import Unit
+from halfbyte.models.layers import Unit
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def two_rungs(genomes: Iterable[Genome], best: Genome | None, losses: Losses, wi
     for genome in candidates:
         difference, error = paired_difference(first[genome], whole_best[: len(quarter)])
         if difference > ELIMINATION_Z * error:
-            scores.__setitem__(genome, max(level + difference, math.nextafter(level, math.inf)))
+            scores[genome] = max(level + difference, math.nextafter(level, math.inf))
     hopeful = [genome for genome in candidates if genome not in scores]
     if hopeful:
         whole = losses(hopeful, range(windows))

@@ -15,8 +15,9 @@ from halfbyte.quant.int4 import fitting_group_size
 from halfbyte.transforms import TRANSFORMS
 
 if TYPE_CHECKING:
+    from halfbyte.models.layers import Layer
     from halfbyte.models.loading import SourceModel
-    from halfbyte.plan import Layer, Plan
+    from halfbyte.plan import Plan
 
 ROTATE = "rotate"  # in --transforms: the rotations that serve a target best
 GROUP_MULTIPLE = 32  # weights: blocks of Q4_0, and what vLLM's int4 kernels read at once

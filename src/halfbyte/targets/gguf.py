@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from halfbyte.models.layers import Layer
 from halfbyte.options import SearchOptions
-from halfbyte.plan import Layer, Plan
+from halfbyte.plan import Plan
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.targets import Target, check_groups
 

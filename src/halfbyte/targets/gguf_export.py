@@ -14,7 +14,8 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, whole_file
 from halfbyte.core.naming import mixed_gguf
 from halfbyte.core.progress import report
-from halfbyte.engines.llamacpp import Engine, open_engine
+from halfbyte.engines import open_engine
+from halfbyte.engines.llamacpp import Engine
 from halfbyte.evaluate.quality import kl_per_token, same_top, windows_for
 from halfbyte.evaluate.simulation import become_simulation_, become_types_, load_for_plan, load_types, need_activations
 from halfbyte.models.loading import SourceModel

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.models.layers import Layer
 from halfbyte.models.modules import linear
 from halfbyte.options import SearchOptions
-from halfbyte.plan import Layer, Plan
+from halfbyte.plan import Plan
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.int4 import ScaleRule
 from halfbyte.targets import Target, check_groups

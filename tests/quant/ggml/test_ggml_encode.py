@@ -10,7 +10,7 @@ import torch
 from gguf import GGMLQuantizationType
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.engines import llamacpp_abi
+from halfbyte.engines import xllamacpp
 from halfbyte.quant.ggml import types as ggml
 from halfbyte.quant.ggml.types import (
     QUANTISED,
@@ -47,7 +47,7 @@ def llamacpp_bytes(values: torch.Tensor, type_name: str, importance: torch.Tenso
     rows, columns = values.shape
     encoded = np.zeros((rows, row_bytes(columns, type_name)), np.uint8)
     weights = importance.numpy() if importance is not None else None
-    llamacpp_abi.load().ggml_quantize_chunk(
+    xllamacpp.load().ggml_quantize_chunk(
         int(GGMLQuantizationType[type_name]),
         values.numpy().ctypes.data,
         encoded.ctypes.data,
@@ -59,7 +59,7 @@ def llamacpp_bytes(values: torch.Tensor, type_name: str, importance: torch.Tenso
     return encoded
 
 
-@pytest.mark.skipif(importlib.util.find_spec(llamacpp_abi.PACKAGE) is None, reason="xllamacpp is not installed")
+@pytest.mark.skipif(importlib.util.find_spec(xllamacpp.PACKAGE) is None, reason="xllamacpp is not installed")
 @pytest.mark.parametrize("type_name", QUANTISED)
 def test_bytes_are_those_of_llamacpp(type_name):
     for columns in (256, 768, 576, 32):

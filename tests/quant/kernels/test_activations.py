@@ -89,7 +89,7 @@ def test_twins_agree_in_tritons_interpreter():
 TWINS = """
 import torch
 from halfbyte.quant.kernels.activations import fake_quantise_rows
-from halfbyte.quant.kernels.choice import forced
+from halfbyte.quant.kernels import forced
 from tests.quant.kernels.test_activations import DTYPES, batch, near_enough
 
 cases = [(1, torch.float32, 1.0), (5000, torch.float32, 0.7), (128, torch.float32, 1e-9)]

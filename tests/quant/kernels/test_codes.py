@@ -63,7 +63,7 @@ def test_twins_agree_in_tritons_interpreter():
 
 TWINS = """
 import torch
-from halfbyte.quant.kernels.choice import forced
+from halfbyte.quant.kernels import forced
 from halfbyte.quant.kernels.codes import decode_packed
 from tests.quant.kernels.test_activations import DTYPES, near_enough
 from tests.quant.kernels.test_codes import SHAPES, packed_weight

@@ -90,7 +90,7 @@ def test_twins_agree_in_tritons_interpreter():
 
 TWINS = """
 import torch
-from halfbyte.quant.kernels.choice import forced
+from halfbyte.quant.kernels import forced
 from halfbyte.quant.kernels.columns import descend_columns, round_columns
 from tests.quant.kernels.test_columns import UNEVEN, block
 

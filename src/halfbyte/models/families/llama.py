@@ -1,5 +1,5 @@
 """Llama and its relatives (SmolLM2, TinyLlama): no biases, rotary pairs interleaved in GGUF files."""
 
-from halfbyte.models.families.base import Family
+from halfbyte.models.families import Family
 
 FAMILY = Family(model_type="llama", gguf_arch="llama", interleaved_rope=True)

@@ -1,5 +1,5 @@
 """Qwen2 and Qwen2.5: q, k and v carry biases; the small ones tie the output head to the embedding."""
 
-from halfbyte.models.families.base import Family
+from halfbyte.models.families import Family
 
 FAMILY = Family(model_type="qwen2", gguf_arch="qwen2")

@@ -178,9 +178,8 @@ def with_codes(blocks: Tensor, type_name: str, codes: Tensor) -> Tensor:
     shape = [len(blocks), grid.in_features(blocks)]
     if codes.dtype != torch.uint8 or list(codes.shape) != shape:
         raise HalfbyteError(
-            f"codes do not fit the {type_name} rows",
-            expected=f"torch.uint8 {shape}",
-            got=f"{codes.dtype} {list(codes.shape)}",
+            f"codes do not fit the {type_name} rows, expected torch.uint8 {shape}, "
+            f"got {codes.dtype} {list(codes.shape)}"
         )
     if grid.bits < 8 and codes.numel() and int(codes.max()) >> grid.bits:
         raise HalfbyteError(

@@ -91,10 +91,7 @@ def row_bytes(in_features: int, type_name: str, *, where: object = "tensor") -> 
     if in_features % block:
         others = "F16 or BF16" if in_features % BLOCK else "F16, BF16 or a type in blocks of 32 (Q4_0, IQ4_NL)"
         raise HalfbyteError(
-            f"rows do not divide into {type_name} blocks",
-            where=where,
-            expected=f"a multiple of {block}",
-            got=in_features,
+            f"{where}: rows do not divide into {type_name} blocks, expected a multiple of {block}, got {in_features}",
             fix=f"choose {others} for it",
         )
     return in_features // block * block_bytes
@@ -111,10 +108,8 @@ def check_q4_0(weight: GroupedWeight, *, where: object = "weight") -> None:
         raise HalfbyteError("Q4_0 holds 4-bit codes", where=where, expected="bits 4", got=weight.bits)
     if groups == 0 or in_features % groups or weight.group_size % BLOCK:
         raise HalfbyteError(
-            "weight groups do not divide into Q4_0 blocks",
-            where=where,
-            expected=f"groups of a multiple of {BLOCK}",
-            got=f"{groups} groups in a row of {in_features}",
+            f"{where}: weight groups do not divide into Q4_0 blocks, expected groups of a multiple of {BLOCK}, "
+            f"got {groups} groups in a row of {in_features}",
             fix="use another group size, or leave this layer as F16",
         )
 
@@ -162,9 +157,7 @@ def encode(
         return quantize(_checked(values, type_name, where), GGMLQuantizationType[type_name])
     if importance is None and needs_importance(type_name):
         raise HalfbyteError(
-            f"{type_name} needs an importance of each input channel",
-            where=where,
-            got="none",
+            f"{where}: {type_name} needs an importance of each input channel, got none",
             fix="calibrate first, or choose Q2_K or IQ3_XXS for it",
         )
     channels = None if importance is None else _scaled_importance(importance, values.shape[-1], where)
@@ -236,10 +229,7 @@ def check_largest(largest: float, type_name: str, where: object) -> None:
     limit = float(np.finfo(np.float32).max) if type_name in ("F32", "BF16") else FP16_MAX
     if not largest <= limit:  # also true for NaN
         raise HalfbyteError(
-            f"values do not fit {type_name}",
-            where=where,
-            expected=f"|w| up to {limit:g}",
-            got=f"{largest:g}",
+            f"{where}: values do not fit {type_name}, expected |w| up to {limit:g}, got {largest:g}",
             fix="choose BF16 or F32 for it, or check the checkpoint",
         )
 
@@ -252,9 +242,8 @@ def check_rows(blocks: torch.Tensor, type_name: str, block_bytes: int) -> None:
     """
     if blocks.dtype != torch.uint8 or blocks.ndim != 2 or blocks.shape[1] % block_bytes:
         raise HalfbyteError(
-            f"not rows of {type_name} blocks",
-            expected=f"uint8 [rows, a multiple of {block_bytes}]",
-            got=f"{blocks.dtype} {list(blocks.shape)}",
+            f"not rows of {type_name} blocks, expected uint8 [rows, a multiple of {block_bytes}], "
+            f"got {blocks.dtype} {list(blocks.shape)}"
         )
 
 
@@ -288,19 +277,13 @@ def _scaled_importance(importance: torch.Tensor, in_features: int, where: object
     array = importance.detach().to("cpu", torch.float64).numpy()
     if array.shape != (in_features,):
         raise HalfbyteError(
-            "importance does not fit",
-            where=where,
-            expected=f"{in_features} values",
-            got=list(array.shape),
+            f"{where}: importance does not fit, expected {in_features} values, got {list(array.shape)}",
             fix="calibrate on this model's own layers",
         )
     lowest, peak = float(array.min(initial=0.0)), float(array.max(initial=0.0))
     if not (lowest >= 0.0 and np.isfinite(peak)):  # also true for NaN
         raise HalfbyteError(
-            "importance is not finite or is negative",
-            where=where,
-            expected="values from 0 up",
-            got=f"{lowest:g} to {peak:g}",
+            f"{where}: importance is not finite or is negative, expected values from 0 up, got {lowest:g} to {peak:g}",
             fix="calibrate again, or leave it out",
         )
     if peak == 0.0:

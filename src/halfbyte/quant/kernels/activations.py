@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from halfbyte.quant.affine import fake_quantise
-from halfbyte.quant.kernels.choice import use_triton
+from halfbyte.quant.kernels import use_triton
 
 
 def fake_quantise_rows(
@@ -20,7 +20,7 @@ def fake_quantise_rows(
     """
     assert isinstance(bits, int) or bits.shape == x.shape[:1], "one width for each row"
     if use_triton(x):
-        from halfbyte.quant.kernels.activations_triton import fake_quantise_rows as fast
+        from halfbyte.quant.kernels.triton import fake_quantise_rows as fast
 
         return fast(x, bits, a4_clip, symmetric)
     if isinstance(bits, int):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from halfbyte.quant.int4 import GroupedWeight, unpack_int4
-from halfbyte.quant.kernels.choice import use_triton
+from halfbyte.quant.kernels import use_triton
 
 CHUNK_ELEMENTS = 2**20  # of the result; each takes about 10 bytes of temporaries
 
@@ -25,7 +25,7 @@ def decode_packed(
         out = torch.empty(shape, dtype=dtype, device=packed.device)
     assert (out.shape, out.dtype, out.is_contiguous()) == (shape, dtype, True), "a buffer of another kind"
     if use_triton(packed):
-        from halfbyte.quant.kernels.codes_triton import decode_packed as fast
+        from halfbyte.quant.kernels.triton import decode_packed as fast
 
         return fast(packed, scales, out)
     rows = max(1, CHUNK_ELEMENTS // max(1, shape[1]))

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.models.families.base import DOWN, GATE_UP, OUT, QKV
+from halfbyte.models.families import DOWN, GATE_UP, OUT, QKV
 from halfbyte.targets.served.rules import Stored
 
 PACKED = "pack-quantized"

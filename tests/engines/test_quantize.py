@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.engines import llamacpp_quantize
-from halfbyte.engines.llamacpp import ENGINES, Engine, open_engine
+from halfbyte.engines import ENGINES, open_engine
+from halfbyte.engines.llamacpp import Engine
+from halfbyte.engines.llamacpp.quantize import read_importance
 from halfbyte.quant.ggml.ftypes import FILE_TYPES, Shape, tensor_type
 from tests.tiny_gguf import BLOCKS, WIDTH
 
@@ -109,7 +110,7 @@ def test_importance_changes_the_codes_and_is_checked(tiny: Path, tmp_path: Path)
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    np.testing.assert_allclose(llamacpp_quantize.read_importance(matrix)[name], sums[0] / 3, rtol=1e-6)
+    np.testing.assert_allclose(read_importance(matrix)[name], sums[0] / 3, rtol=1e-6)
 
     engine = open_engine()
     engine.quantize(tiny, plain, "Q4_K_S")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.models.checkpoint import GivenCodes, QuantisedFolder
+from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
 from halfbyte.quant.int4 import ScaleRule
 from tests.quantised_folders import Checkpoint, compressed, compressed_config, edited, gptq, gptq_config, scheme
 
@@ -25,8 +25,8 @@ FORMATS = {
 }
 
 
-def given(folder, source, **more):
-    return GivenCodes(QuantisedFolder(folder), source, **more)
+def codes_of(folder, source, **more):
+    return CheckpointCodes(QuantisedFolder(folder), source, **more)
 
 
 def agrees(made, codes):
@@ -40,7 +40,7 @@ def agrees(made, codes):
 def test_codes_are_those_stored(tiny, tmp_path, name):
     source, (pack, config) = tiny("llama"), FORMATS[name]
     made = Checkpoint(source.origin.folder)
-    codes = given(made.write(tmp_path / "m", pack, config, old_config="old name" in name), source)
+    codes = codes_of(made.write(tmp_path / "m", pack, config, old_config="old name" in name), source)
     agrees(made, codes)
     assert codes.parameters == {}
     assert set(codes.group_sizes.values()) == {32}
@@ -54,7 +54,7 @@ def test_shards_biases_and_other_parameters(tiny, tmp_path, family):
     source = tiny(family)
     made = Checkpoint(source.origin.folder, 64, dtype=torch.bfloat16, rest=torch.bfloat16)
     folder = made.write(tmp_path / "m", compressed, compressed_config(scheme(group_size=64)), shards=3)
-    codes = given(folder, source)
+    codes = codes_of(folder, source)
     agrees(made, codes)
     others = {name for name, _ in source.model.named_parameters(remove_duplicate=False)}
     assert set(codes.parameters) == others - {f"{layer}.weight" for layer in made.layers()}
@@ -69,7 +69,7 @@ def test_a_tied_head_goes_with_its_embedding(tiny, tmp_path):
     made = Checkpoint(source.origin.folder)
     with torch.no_grad():
         made.model.model.embed_tokens.weight.mul_(2)
-    codes = given(made.write(tmp_path / "m", gptq(), gptq_config()), source)
+    codes = codes_of(made.write(tmp_path / "m", gptq(), gptq_config()), source)
     assert set(codes.parameters) == {"model.embed_tokens.weight", "lm_head.weight"}
     head, embedding = codes.parameters["lm_head.weight"], codes.parameters["model.embed_tokens.weight"]
     assert torch.equal(head, embedding)
@@ -81,7 +81,7 @@ def test_scales_below_the_range_of_fp16_are_counted(tiny, tmp_path):
     made = Checkpoint(source.origin.folder, dtype=torch.bfloat16)
     with torch.no_grad():
         made.model.get_submodule(LAYER).weight[3].mul_(1e-4)
-    codes = given(made.write(tmp_path / "m", compressed, compressed_config()), source)
+    codes = codes_of(made.write(tmp_path / "m", compressed, compressed_config()), source)
     inexact = made.scales[LAYER].to(torch.float16).float() != made.scales[LAYER].float()
     count = int(inexact.sum())
     assert 0 < count <= 8
@@ -98,10 +98,10 @@ def test_zeros_for_biases_that_there_are_not(tiny, tmp_path):
     folder = made.write(
         tmp_path / "m", gptq(), gptq_config(), change=lambda t: t.update({f"{LAYER}.bias": torch.zeros(128)})
     )
-    agrees(made, given(folder, source))
+    agrees(made, codes_of(folder, source))
     edited(folder, lambda t: t[f"{LAYER}.bias"].add_(1))
     with pytest.raises(HalfbyteError, match=r"down_proj\.bias: tensor is unknown to the model"):
-        given(folder, source)
+        codes_of(folder, source)
 
 
 def test_the_digest_is_of_config_and_tensors(tiny, tmp_path):
@@ -119,7 +119,7 @@ def folders(tiny, tmp_path_factory):
     made = {}
     for name, pack, config in (("gptq", gptq(), gptq_config()), ("compressed", compressed, compressed_config())):
         checkpoint = Checkpoint(tiny("llama").origin.folder)
-        made[name] = checkpoint.write(tmp_path_factory.mktemp("given") / name, pack, config)
+        made[name] = checkpoint.write(tmp_path_factory.mktemp("checkpoints") / name, pack, config)
     return made
 
 
@@ -185,17 +185,17 @@ def test_tensors_that_cannot_be_taken_over(tiny, folders, tmp_path, name):
     form, change, match = TENSORS[name]
     folder = edited(shutil.copytree(folders[form], tmp_path / "m"), change)
     with pytest.raises(HalfbyteError) as raised:
-        given(folder, tiny("llama"))
+        codes_of(folder, tiny("llama"))
     assert match in str(raised.value)
     assert str(folder) in str(raised.value)
 
 
 def test_order_must_be_said_where_there_may_be_one(tiny, folders, tmp_path):
     folder = edited(shutil.copytree(folders["gptq"], tmp_path / "m"), drop(f"{LAYER}.g_idx"))
-    given(folder, tiny("llama"))
+    codes_of(folder, tiny("llama"))
     _reconfigure(folder, lambda config: config["quantization_config"].update(desc_act=True))
     with pytest.raises(HalfbyteError, match="g_idx: tensor is missing"):
-        given(folder, tiny("llama"))
+        codes_of(folder, tiny("llama"))
 
 
 def _reconfigure(folder, change):
@@ -211,14 +211,14 @@ def test_another_architecture_is_refused(tiny, folders, tmp_path, key, value):
     folder = shutil.copytree(folders["gptq"], tmp_path / "m")
     _reconfigure(folder, lambda config: config.update({key: value}))
     with pytest.raises(HalfbyteError, match=f"{key}: the checkpoint is of another model"):
-        given(folder, tiny("llama"))
+        codes_of(folder, tiny("llama"))
 
 
 def test_another_rope_is_refused(tiny, folders, tmp_path):
     folder = shutil.copytree(folders["gptq"], tmp_path / "m")
     _reconfigure(folder, lambda config: config["rope_parameters"].update(rope_theta=5.0))
     with pytest.raises(HalfbyteError, match="rope_theta: the checkpoint is of another model, expected 10000"):
-        given(folder, tiny("llama"))
+        codes_of(folder, tiny("llama"))
 
 
 def test_folders_that_are_none(tiny, folders, tmp_path):
@@ -242,7 +242,7 @@ def test_scales_for_engines_in_bf16_are_rounded_and_counted(tiny, tmp_path):
     source = tiny("llama")
     made = Checkpoint(source.origin.folder)
     folder = made.write(tmp_path / "m", gptq(), gptq_config())
-    plain, codes = (given(folder, source, rule=rule) for rule in (ScaleRule(), ScaleRule(bf16=True)))
+    plain, codes = (codes_of(folder, source, rule=rule) for rule in (ScaleRule(), ScaleRule(bf16=True)))
     ours, theirs = (one.weight(LAYER, 256).scales.float() for one in (codes, plain))
     assert torch.equal(ours, theirs.bfloat16().float())
     assert codes.rounded[LAYER] == int((ours != theirs).sum()) > 0
@@ -254,6 +254,6 @@ def test_negative_scales_are_refused_where_an_engine_has_none(tiny, tmp_path):
     source = tiny("llama")
     folder = Checkpoint(source.origin.folder).write(tmp_path / "m", gptq(), gptq_config())
     edited(folder, lambda tensors: tensors[f"{LAYER}.scales"].mul_(-1))
-    assert given(folder, source).weight(LAYER, 256).scales.max() < 0
+    assert codes_of(folder, source).weight(LAYER, 256).scales.max() < 0
     with pytest.raises(HalfbyteError, match="scales are negative"):
-        given(folder, source, rule=ScaleRule(bf16=True, signed=False))
+        codes_of(folder, source, rule=ScaleRule(bf16=True, signed=False))

@@ -22,7 +22,7 @@ from halfbyte.calibration.imatrix_file import check_values, read_imatrix
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import whole_file
 from halfbyte.models.gguf_file import open_gguf
-from halfbyte.plan import Outcome
+from halfbyte.models.layers import Outcome
 from halfbyte.quant.ggml.ftypes import Shape, block_size, file_type_number, is_quantised, tensor_type
 
 CHUNK_ELEMENTS = 1 << 22  # float32 values in memory per thread: 16 MiB

@@ -1,20 +1,16 @@
-"""The engines that run GGUF files: llama.cpp, as an installed Python package.
+"""llama.cpp as an engine: load a GGUF file, or write it in other types.
 
-Two engines bring the same C functions (llama.cpp ``include/llama.h``): the prebuilt wheel ``xllamacpp``, bound in
-``llamacpp_abi.py``, and ``llama-cpp-python``, whose module ``llama_cpp`` is such a binding already. Either is used
-through the C names. llama.cpp multiplies with 8-bit activations whatever the file says: a GGUF file chooses weight
-types only.
+It comes as one of several installed packages, which all bring the same C functions (``include/llama.h``); here they are
+used through their C names. llama.cpp multiplies with 8-bit activations whatever the file says: a GGUF file chooses
+weight types only.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import time
 import weakref
 from collections.abc import Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +19,13 @@ import psutil
 
 from halfbyte.core.environment import cores
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.engines import llamacpp_abi, llamacpp_quantize
-from halfbyte.engines.gguf_model import MAX_BATCH, Generation, GGUFModel, Speed
+from halfbyte.engines.llamacpp.model import MAX_BATCH, Generation, GGUFModel, Speed
+from halfbyte.engines.llamacpp.quantize import quantize_native, quantize_rows, read_importance
 from halfbyte.models.gguf_file import check_magic
-from halfbyte.plan import Outcome
+from halfbyte.models.layers import Outcome
 
-__all__ = ["ENGINES", "Engine", "GGUFModel", "Generation", "Speed", "default_threads", "open_engine"]
+__all__ = ["Engine", "GGUFModel", "Generation", "Speed", "default_threads"]
 
-ENGINES = ("xllamacpp", "llama-cpp-python")
 LOG_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 
 
@@ -43,45 +38,6 @@ def _threads(wanted: int | None) -> int:
     if wanted is not None and wanted < 1:
         raise HalfbyteError("too few threads", where="n_threads", expected="at least 1", got=wanted)
     return wanted or default_threads()
-
-
-def open_engine(name: str = "xllamacpp") -> Engine:
-    """The engine ``name``, opened once per process.
-
-    Raises:
-        HalfbyteError: no such engine, not installed (the message has the pip command), or an unknown struct layout.
-    """
-    if name not in ENGINES:
-        raise HalfbyteError("no such engine", where="engine", expected=" or ".join(ENGINES), got=name)
-    return _opened(name)
-
-
-@cache
-def _opened(name: str) -> Engine:
-    if name == "xllamacpp":
-        api = llamacpp_abi.load()
-        return Engine(name, api.version, api)
-    api = _llama_cpp_python()
-    return Engine(name, getattr(api, "__version__", "unknown"), api)
-
-
-def _llama_cpp_python() -> Any:
-    fix = "pip install llama-cpp-python"
-    if importlib.util.find_spec("llama_cpp") is None:
-        raise HalfbyteError("llama.cpp engine is not installed", where="llama-cpp-python", fix=fix)
-    try:
-        api = importlib.import_module("llama_cpp")
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise HalfbyteError(
-            "llama.cpp engine cannot be loaded", where="llama-cpp-python", got=error, fix=fix
-        ) from error
-    params = api.llama_context_default_params()
-    if (params.n_ctx, params.n_batch) != (512, 2048):
-        got = f"n_ctx {params.n_ctx}, n_batch {params.n_batch}"
-        raise HalfbyteError(
-            "module and library disagree", where="llama-cpp-python", expected="n_ctx 512, n_batch 2048", got=got
-        )
-    return api
 
 
 class _Errors:
@@ -105,10 +61,10 @@ class _Errors:
 
 
 class Engine:
-    """llama.cpp as one installed package; made by :func:`open_engine`.
+    """llama.cpp as one installed package; made by :func:`halfbyte.engines.open_engine`.
 
     Attributes:
-        name: one of ``ENGINES``.
+        name: of the engine.
         version: package and version, e.g. ``xllamacpp 2026.10.11549``.
     """
 
@@ -191,10 +147,8 @@ class Engine:
         if target.exists() and target.samefile(source):
             raise HalfbyteError("source and target are the same file", where=target, fix="name another target")
         threads = _threads(n_threads)
-        importance = llamacpp_quantize.read_importance(imatrix) if imatrix is not None else {}
+        importance = read_importance(imatrix) if imatrix is not None else {}
         self._errors.take()
         if hasattr(self._api, "llama_model_quantize"):
-            return llamacpp_quantize.quantize_native(
-                self._api, self._errors.take, source, target, file_type, threads, importance
-            )
-        return llamacpp_quantize.quantize_rows(self._api, source, target, file_type, threads, importance)
+            return quantize_native(self._api, self._errors.take, source, target, file_type, threads, importance)
+        return quantize_rows(self._api, source, target, file_type, threads, importance)

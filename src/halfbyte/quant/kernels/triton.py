@@ -1,4 +1,8 @@
-"""Triton twins of :mod:`halfbyte.quant.kernels.columns`."""
+"""The Triton kernels for CUDA: what the torch reference beside each function's namesake computes, in one launch.
+
+Decoding and activation rounding give the same bits as torch. The column loops of GPTQ keep a few rows in registers and
+walk through all columns; their sums run in another order, so a code on the edge between two values may differ.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,6 @@ import triton.language as tl  # pyright: ignore[reportMissingImports]
 
 from halfbyte.quant.kernels.columns import Codes, bounds, is_table
 
-ROWS = 4  # per program
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and subtracting it rounds |x| < 2²² to even
 
 
@@ -18,6 +21,109 @@ def rounded(x, low, high):
     x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
     x = tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)  # the bounds are integers: clamping first is the same
     return (x + ROUNDER) - ROUNDER
+
+
+DECODE_BYTES = 1024  # per program: with 8 warps a thread reads 4 and writes 16 (bf16), without a shuffle between
+DECODE_WARPS = 8
+
+
+@triton.jit
+def _decode_kernel(packed, scales, out, total, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows follow each other: a group never straddles two, so neither ``[out]`` nor ``[in]`` matters."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    byte = start + tl.arange(0, BLOCK)
+    inside = byte < total
+    both = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
+    even, odd = ((both & 0xF) ^ 8) - 8, ((both >> 4) ^ 8) - 8  # sign of a nibble
+    scale = tl.load(scales + 2 * byte // GROUP, mask=inside, other=0.0).to(tl.float32)
+    if GROUP % 2 == 0:
+        scale_odd = scale
+    else:
+        scale_odd = tl.load(scales + (2 * byte + 1) // GROUP, mask=inside, other=0.0).to(tl.float32)
+    values = tl.interleave(even.to(tl.float32) * scale, odd.to(tl.float32) * scale_odd)
+    column = 2 * start + tl.arange(0, 2 * BLOCK)
+    tl.store(out + column, values.to(out.dtype.element_ty), mask=column < 2 * total)
+
+
+def decode_packed(packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """See :func:`halfbyte.quant.kernels.codes.decode_packed`."""
+    packed, scales = packed.contiguous(), scales.contiguous()
+    total = packed.numel()
+    if total:
+        _decode_kernel[(triton.cdiv(total, DECODE_BYTES),)](  # pyright: ignore[reportIndexIssue]
+            packed, scales, out, total, GROUP=2 * total // scales.numel(), BLOCK=DECODE_BYTES, num_warps=DECODE_WARPS
+        )
+    return out
+
+
+TOKEN_BLOCK = 4096  # elements of a token at a time; a token may be longer
+
+
+@triton.jit
+def _fake_quantise_kernel(
+    x, bits, result, tokens_per_row, length, a4_clip, MIXED: tl.constexpr, SYMMETRIC: tl.constexpr, BLOCK: tl.constexpr
+):
+    token = tl.program_id(0)
+    width = tl.load(bits + token // tokens_per_row) if MIXED else bits
+    levels = (1 << width).to(tl.float32)
+    clip = tl.where(width == 4, a4_clip, 1.0)
+    start = token.to(tl.int64) * length
+    column = tl.arange(0, BLOCK)
+
+    low, high = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)  # the range holds zero
+    for at in range(0, length, BLOCK):
+        value = tl.load(x + start + at + column, mask=at + column < length, other=0.0).to(tl.float32)
+        low, high = tl.minimum(low, value), tl.maximum(high, value)
+    least, most = tl.min(low, axis=0), tl.max(high, axis=0)
+
+    if SYMMETRIC:
+        scale = tl.div_rn(tl.maximum(-least, most) * clip, (levels - 1.0) * 0.5)
+        scale = tl.where(scale > 0.0, scale, 1.0)
+        bottom, top = -levels * 0.5, levels * 0.5 - 1.0
+    else:
+        scale = tl.div_rn((most - least) * clip, levels - 1.0)
+        scale = tl.where(scale > 0.0, scale, 1.0)
+        zero = rounded(tl.div_rn(-least * clip, scale), 0.0, 2.0 * levels)
+        bottom, top = -zero, levels - 1.0 - zero  # of codes − zero point
+
+    for at in range(0, length, BLOCK):
+        inside = at + column < length
+        value = tl.load(x + start + at + column, mask=inside, other=0.0).to(tl.float32)
+        exact = tl.div_rn(value, scale)
+        code = rounded(exact, bottom, top)
+        if SYMMETRIC:
+            code = tl.where(code == 0.0, exact * 0.0, code)  # what torch rounds to zero keeps its sign
+        tl.store(result + start + at + column, (code * scale).to(result.dtype.element_ty), mask=inside)
+
+
+def fake_quantise_rows(x: torch.Tensor, bits: int | torch.Tensor, a4_clip: float, symmetric: bool) -> torch.Tensor:
+    """See :func:`halfbyte.quant.kernels.activations.fake_quantise_rows`."""
+    x = x.contiguous()
+    result = torch.empty_like(x)
+    if not x.numel():
+        return result
+    mixed = isinstance(bits, torch.Tensor)
+    bits = bits.contiguous() if mixed else bits
+    length = x.shape[-1]
+    tokens = x.numel() // length
+    block = min(TOKEN_BLOCK, triton.next_power_of_2(length))
+    _fake_quantise_kernel[(tokens,)](  # pyright: ignore[reportIndexIssue]
+        x,
+        bits,
+        result,
+        tokens // x.shape[0],
+        length,
+        float(a4_clip),
+        MIXED=mixed,
+        SYMMETRIC=symmetric,
+        BLOCK=block,
+        num_warps=8 if block == TOKEN_BLOCK else 4,
+        enable_fp_fusion=False,  # a fused multiply-add rounds once where torch rounds twice
+    )
+    return result
+
+
+ROWS = 4  # of a matrix, per program
 
 
 @triton.jit
@@ -117,7 +223,7 @@ def round_columns(
     rows, block = target.shape
     target, weight, step, mix = (tensor.contiguous() for tensor in (target, weight, step, mix))
     codes, errors = torch.empty_like(target), torch.empty_like(target)
-    low, high, table, values = _codes(bits, target)
+    low, high, table, values = _ends_and_table(bits, target)
     _round_kernel[(triton.cdiv(rows, ROWS),)](  # pyright: ignore[reportIndexIssue]
         target, weight, step, mix, codes, errors, rows, low, high, table, BLOCK=block, ROWS=ROWS, VALUES=values
     )
@@ -131,14 +237,14 @@ def descend_columns(
     rows, block = pull.shape
     pull, codes, step, hessian = (tensor.contiguous() for tensor in (pull, codes, step, hessian))
     result = torch.empty_like(codes)
-    low, high, table, values = _codes(bits, pull)
+    low, high, table, values = _ends_and_table(bits, pull)
     _descend_kernel[(triton.cdiv(rows, ROWS),)](  # pyright: ignore[reportIndexIssue]
         pull, codes, step, hessian, result, rows, low, high, table, BLOCK=block, ROWS=ROWS, VALUES=values
     )
     return result
 
 
-def _codes(bits: Codes, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+def _ends_and_table(bits: Codes, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
     """Lowest and highest integer of each row, table of values (anything if there is none), how many values it has."""
     if is_table(bits):
         assert isinstance(bits, torch.Tensor)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.models.checkpoint_codes import GPTQ_V1, GPTQ_V2, PACK_QUANTIZED, codes_format
+from halfbyte.models.checkpoint_format import GPTQ_V1, GPTQ_V2, PACK_QUANTIZED, checkpoint_format
 from tests.quantised_folders import compressed_config, gptq_config, scheme
 
 ONLINE = {
@@ -24,21 +24,21 @@ def test_what_can_be_read():
         (compressed_config(scheme(8), scheme(4, group_size=128)), PACK_QUANTIZED, (32, 128)),
         (compressed_config(scheme(actorder="weight"), transform_config=FOLDED), PACK_QUANTIZED, (32,)),
     ]:
-        found = codes_format(config, where="config.json")
+        found = checkpoint_format(config, where="config.json")
         assert (found.layout, found.group_sizes) == (layout, sizes)
 
 
 def test_what_may_need_an_order():
-    assert codes_format(gptq_config(desc_act=True), where="").needs_order
-    assert not codes_format(gptq_config(), where="").needs_order
+    assert checkpoint_format(gptq_config(desc_act=True), where="").needs_order
+    assert not checkpoint_format(gptq_config(), where="").needs_order
     grouped = compressed_config()
     grouped["config_groups"]["group_0"]["weights"]["actorder"] = "group"
-    assert codes_format(grouped, where="").needs_order
+    assert checkpoint_format(grouped, where="").needs_order
 
 
 def test_what_is_left_behind_is_said():
-    plain = codes_format(compressed_config(), where="")
-    whole = codes_format(compressed_config(scheme(8), kv_cache_scheme={"num_bits": 8}), where="")
+    plain = checkpoint_format(compressed_config(), where="")
+    whole = checkpoint_format(compressed_config(scheme(8), kv_cache_scheme={"num_bits": 8}), where="")
     assert plain.notes == ()
     assert [note.split(" is ")[0] for note in whole.notes] == [
         "its activation quantisation",
@@ -72,6 +72,6 @@ def test_what_is_left_behind_is_said():
 )
 def test_what_cannot(config, match):
     with pytest.raises(HalfbyteError) as raised:
-        codes_format(config, where="config.json")
+        checkpoint_format(config, where="config.json")
     assert match in str(raised.value)
     assert str(raised.value).startswith("config.json")

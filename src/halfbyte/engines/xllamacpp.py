@@ -1,4 +1,4 @@
-"""The llama.cpp C functions inside the ``xllamacpp`` wheel, bound with ctypes.
+"""The engine ``xllamacpp``: the llama.cpp C functions inside this prebuilt wheel, bound with ctypes.
 
 The wheel is a Cython extension, but on Linux its shared object also exports the C API of ``include/llama.h``. The
 structs below follow the header of the llama.cpp that xllamacpp 2026.10.11549 was built from; every field's default is
@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.engines.llamacpp import Engine
 
 PACKAGE, PINNED = "xllamacpp", "2026.10.11549"
 INSTALL = f"pip install {PACKAGE}=={PINNED}"
@@ -182,9 +183,7 @@ def bind(library: Any, *, where: str) -> SimpleNamespace:
             function = getattr(library, name)
         except AttributeError as error:
             raise HalfbyteError(
-                f"the library does not export {name} on {sys.platform}",
-                where=where,
-                fix=f"{INSTALL}, or {OTHER_ENGINE}",
+                f"{where}: the library does not export {name} on {sys.platform}", fix=f"{INSTALL}, or {OTHER_ENGINE}"
             ) from error
         function.restype, function.argtypes = result, arguments
         setattr(api, name, function)
@@ -201,10 +200,7 @@ def check_defaults(params: c.Structure, table: list[tuple[str, Any, Any]], *, wh
         if got != expected:
             name = f"{type(params).__name__}.{field}"
             raise HalfbyteError(
-                "another llama.cpp than this code was written for",
-                where=f"{where}, {name}",
-                expected=expected,
-                got=got,
+                f"{where}, {name}: another llama.cpp than this code was written for, expected {expected}, got {got}",
                 fix=INSTALL,
             )
 
@@ -222,3 +218,12 @@ def _check_batch(api: SimpleNamespace, *, where: str) -> None:
         raise HalfbyteError(
             "another llama.cpp than this code was written for", where=f"{where}, llama_batch", fix=INSTALL
         )
+
+
+def open_xllamacpp() -> Engine:
+    """llama.cpp as this wheel brings it; raises what :func:`load` raises."""
+    api = load()
+    return Engine(PACKAGE, api.version, api)
+
+
+ENGINE = open_xllamacpp

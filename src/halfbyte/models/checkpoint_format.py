@@ -84,18 +84,13 @@ def read_scales(
     scales = rule.rounded(stored)
     if bool(torch.isinf(scales).any()):
         raise HalfbyteError(
-            "scales too large for fp16",
-            where=where,
-            expected="at most 65504",
-            got=f"{float(stored.abs().max()):.6g}",
+            f"{where}: scales too large for fp16, expected at most 65504, got {float(stored.abs().max()):.6g}",
             fix="these codes cannot be used; quantise the model here instead",
         )
     if not rule.signed and bool((scales < 0).any()):
         raise HalfbyteError(
-            "scales are negative",
-            where=where,
-            expected="what vLLM's kernels compute with: none below 0",
-            got=f"{int((scales < 0).sum())} of them",
+            f"{where}: scales are negative, expected what vLLM's kernels compute with: none below 0, "
+            f"got {int((scales < 0).sum())} of them",
             fix="use --target sim or gguf",
         )
     rounded = int((scales.float() != stored.float()).sum())
@@ -111,10 +106,8 @@ def check_symmetric(layout: CodesLayout, zeros: torch.Tensor, *, where: object) 
     other = int((zeros.contiguous().view(torch.uint8) != layout.zero_byte).sum())
     if other:
         raise HalfbyteError(
-            "codes are not symmetric",
-            where=where,
-            expected=f"zero points in the middle ({layout.name})",
-            got=f"others in {other} of {zeros.numel() * zeros.itemsize} bytes",
+            f"{where}: codes are not symmetric, expected zero points in the middle ({layout.name}), "
+            f"got others in {other} of {zeros.numel() * zeros.itemsize} bytes",
             fix="use a checkpoint that was quantised symmetrically (sym=True)",
         )
 
@@ -133,10 +126,8 @@ def check_order(groups: torch.Tensor, group_size: int, *, where: object) -> None
     if len(moved) and not bool((groups == -1).all()):
         column = int(moved[0])
         raise HalfbyteError(
-            "groups are not columns in a row (act-order)",
-            where=where,
-            expected=f"column {column} in group {int(usual[column])}",
-            got=f"group {int(groups[column])}",
+            f"{where}: groups are not columns in a row (act-order), "
+            f"expected column {column} in group {int(usual[column])}, got group {int(groups[column])}",
             fix="use a checkpoint made with desc_act=False or static_groups=True",
         )
 
@@ -149,7 +140,7 @@ FOLDED = ("weight_input", "weight_output")  # where a transform needs nothing at
 
 
 @dataclass(frozen=True)
-class CodesFormat:
+class CheckpointFormat:
     """A format that can be read.
 
     Attributes:
@@ -165,7 +156,7 @@ class CodesFormat:
     notes: tuple[str, ...] = ()
 
 
-def codes_format(config: Mapping[str, Any], *, where: object) -> CodesFormat:
+def checkpoint_format(config: Mapping[str, Any], *, where: object) -> CheckpointFormat:
     """Read ``quantization_config`` of a ``config.json``, or a ``quantize_config.json``.
 
     Raises:
@@ -174,16 +165,13 @@ def codes_format(config: Mapping[str, Any], *, where: object) -> CodesFormat:
     method = str(config.get("quant_method", "gptq" if "desc_act" in config else "unknown")).lower()
     if method not in METHODS:
         raise HalfbyteError(
-            "codes of this format cannot be taken over",
-            where=where,
-            expected=" or ".join(METHODS),
-            got=method,
+            f"{where}: codes of this format cannot be taken over, expected {' or '.join(METHODS)}, got {method}",
             fix="use a compressed-tensors (pack-quantized) or GPTQ checkpoint",
         )
     return METHODS[method](config, where)
 
 
-def _gptq(config: Mapping[str, Any], where: object) -> CodesFormat:
+def _gptq(config: Mapping[str, Any], where: object) -> CheckpointFormat:
     version = str(config.get("checkpoint_format") or config.get("format") or GPTQ_V1.name)
     layouts = {layout.name: layout for layout in (GPTQ_V1, GPTQ_V2)}
     if version not in layouts:
@@ -196,10 +184,10 @@ def _gptq(config: Mapping[str, Any], where: object) -> CodesFormat:
         _expect("bits", own.get("bits"), BITS, where)
         _expect("sym", own.get("sym", True), True, where)
         sizes.append(own.get("group_size"))
-    return CodesFormat(layouts[version], _positive(sizes, where), bool(config.get("desc_act")))
+    return CheckpointFormat(layouts[version], _positive(sizes, where), bool(config.get("desc_act")))
 
 
-def _compressed_tensors(config: Mapping[str, Any], where: object) -> CodesFormat:
+def _compressed_tensors(config: Mapping[str, Any], where: object) -> CheckpointFormat:
     status = config.get("quantization_status", "compressed")
     _expect("quantization_status", status, "compressed", where)
     sparsity = (config.get("sparsity_config") or {}).get("format", "dense")
@@ -208,9 +196,8 @@ def _compressed_tensors(config: Mapping[str, Any], where: object) -> CodesFormat
         for place in group.get("apply", ()):
             if place.get("location") not in FOLDED:
                 raise HalfbyteError(
-                    "weights are stored for inputs that are transformed at run time",
-                    where=f"{where}, transform {name}",
-                    expected=f"only {' and '.join(FOLDED)}",
+                    f"{where}, transform {name}: weights are stored for inputs that are transformed at run time, "
+                    f"expected only {' and '.join(FOLDED)}",
                     got=place.get("location"),
                     fix="use a checkpoint whose transforms are folded",
                 )
@@ -221,27 +208,25 @@ def _compressed_tensors(config: Mapping[str, Any], where: object) -> CodesFormat
         if weights is None:  # quantises activations only
             continue
         _expect("format", group.get("format") or config.get("format"), PACK_QUANTIZED.name, place)
-        given = {**DEFAULTS, **weights}
-        if given["strategy"] is None and (given.get("group_size") or 0) > 0:
-            given["strategy"] = "group"
+        settings = {**DEFAULTS, **weights}
+        if settings["strategy"] is None and (settings.get("group_size") or 0) > 0:
+            settings["strategy"] = "group"
         for key, value in WEIGHTS.items():
-            _expect(f"weights: {key}", given[key], value, place)
-        sizes.append(given.get("group_size"))
-        orders.append(given.get("actorder"))
+            _expect(f"weights: {key}", settings[key], value, place)
+        sizes.append(settings.get("group_size"))
+        orders.append(settings.get("actorder"))
         if group.get("input_activations"):
             notes.append("its activation quantisation is not taken over")
     if config.get("kv_cache_scheme"):
         notes.append("its KV cache quantisation is not taken over")
     ordered = any(order in REORDERED for order in orders)
-    return CodesFormat(PACK_QUANTIZED, _positive(sizes, where), ordered, tuple(dict.fromkeys(notes)))
+    return CheckpointFormat(PACK_QUANTIZED, _positive(sizes, where), ordered, tuple(dict.fromkeys(notes)))
 
 
 def _expect(what: str, got: object, expected: object, where: object) -> None:
     if got != expected:
         raise HalfbyteError(
-            f"{what} cannot be taken over",
-            where=where,
-            expected=expected,
+            f"{where}: {what} cannot be taken over, expected {expected}",
             got=got,
             fix="use a checkpoint with symmetric int4 weights in groups",
         )
@@ -251,16 +236,14 @@ def _positive(sizes: list[Any], where: object) -> tuple[int, ...]:
     for size in sizes or [None]:
         if not isinstance(size, int) or size < 1:
             raise HalfbyteError(
-                "scales are not in groups",
-                where=where,
-                expected="a positive group_size",
+                f"{where}: scales are not in groups, expected a positive group_size",
                 got=size,
                 fix="use a checkpoint with groups, such as 128; -1 means one scale per channel",
             )
     return tuple(dict.fromkeys(sizes))
 
 
-METHODS: dict[str, Callable[[Mapping[str, Any], object], CodesFormat]] = {
+METHODS: dict[str, Callable[[Mapping[str, Any], object], CheckpointFormat]] = {
     "compressed-tensors": _compressed_tensors,
     "gptq": _gptq,
 }

@@ -13,7 +13,8 @@ from halfbyte.cli import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
-FLAGS = {item.name for options, _ in COMMANDS.values() for item in fields(options)}
+ITEMS = [item for options, _ in COMMANDS.values() for item in fields(options)]
+FLAGS = {item.name for item in ITEMS} | {item.metadata["alias"] for item in ITEMS if item.metadata["alias"]}
 
 
 def generate():

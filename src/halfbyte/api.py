@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from halfbyte.evaluate.simulate import SimulationResult
     from halfbyte.pipeline import SearchResult
     from halfbyte.plan import Plan
-    from halfbyte.targets.gguf_export import ExportResult
-    from halfbyte.targets.vllm_export import VllmExportResult
+    from halfbyte.targets.gguf_files.export import ExportResult
+    from halfbyte.targets.vllm_files.export import VllmExportResult
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,10 @@ def export(
     as_folder = at_hand.plan.target == "vllm" if output is None else Path(output).suffix != ".gguf"
     given = {"config": str(at_hand.path), "output": None if output is None else str(output), **options}
     if as_folder:
-        from halfbyte.targets.vllm_export import export_vllm
+        from halfbyte.targets.vllm_files.export import export_vllm
 
         return export_vllm(options_of(VllmExportOptions, given, where="export"))
-    from halfbyte.targets.gguf_export import export_gguf
+    from halfbyte.targets.gguf_files.export import export_gguf
 
     return export_gguf(options_of(ExportOptions, given, where="export"))
 

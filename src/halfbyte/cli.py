@@ -78,7 +78,7 @@ def search(options: SearchOptions, draw: Drawing) -> Answer:
 def export(options: ExportOptions, draw: Drawing) -> Answer:
     """Write a plan as a GGUF file and check it."""
     from halfbyte.report.summary import export_summary
-    from halfbyte.targets.gguf_export import export_gguf
+    from halfbyte.targets.gguf_files.export import export_gguf
 
     result = export_gguf(options)
     record = {
@@ -95,7 +95,7 @@ def export(options: ExportOptions, draw: Drawing) -> Answer:
 def export_vllm(options: VllmExportOptions, draw: Drawing) -> Answer:
     """Write a plan as a folder for vLLM and transformers and check it."""
     from halfbyte.report.summary import vllm_export_summary
-    from halfbyte.targets.vllm_export import export_vllm as run
+    from halfbyte.targets.vllm_files.export import export_vllm as run
 
     result = run(options)
     record = {

@@ -184,12 +184,12 @@ class ExportOptions(CommandOptions):
     output: str | None = option(None, "GGUF file to write; default models/<model>-mixed.gguf", metavar="FILE")
     policy: str = option(
         "auto",
-        "budget: the types that were searched; exact: every layer Q4_0; tiered: A8 layers in Q8_0; auto is budget "
-        "where the plan has types, else exact",
-        choices=("auto", "budget", "exact", "tiered"),
+        "budget: the types that were searched; tiered: A8 layers in Q8_0 from the original weights, A4 layers in Q4_0; "
+        "exact: every layer Q4_0, as simulated; auto is budget where the plan has types, else tiered",
+        choices=("auto", "budget", "tiered", "exact"),
     )
-    embedding_type: str = option("Q8_0", "type of the token embedding (exact, tiered)", choices=TOP_TYPES)
-    output_type: str = option("Q8_0", "type of an untied output head (exact, tiered)", choices=TOP_TYPES)
+    embedding_type: str = option("Q8_0", "type of the token embedding (tiered, exact)", choices=TOP_TYPES)
+    output_type: str = option("Q8_0", "type of an untied output head (tiered, exact)", choices=TOP_TYPES)
     model_id: str | None = option(None, "the plan's model, if it has moved", MODEL, metavar="M")
     trust_remote_code: bool = option(False, "run code that a model repository brings along", MODEL)
     check: bool = option(True, "reopen the file, load it in llama.cpp and compare logits with the simulation", ENGINE)

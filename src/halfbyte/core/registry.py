@@ -20,7 +20,7 @@ def names_in(package: str) -> tuple[str, ...]:
     modules = [
         info.name for info in pkgutil.iter_modules(path or []) if not info.ispkg and not info.name.startswith("_")
     ]
-    return tuple(sorted(name.replace("_", "-") for name in modules))
+    return tuple(sorted(name.replace("_", "-") for name in modules if not name.startswith("_")))
 
 
 class Registry(Mapping[str, T]):

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from halfbyte.plan import Plan
     from halfbyte.report.doctor import Finding
     from halfbyte.search.found import Found
-    from halfbyte.targets.gguf_export import ExportResult
-    from halfbyte.targets.vllm_export import VllmExportResult
+    from halfbyte.targets.gguf_files.export import ExportResult
+    from halfbyte.targets.vllm_files.export import VllmExportResult
 
 COMPARISON_HEADERS = (
     "model",
@@ -105,7 +105,7 @@ def export_summary(result: ExportResult) -> str:
         kinds.setdefault(row.type, []).append(row.nbytes)
     rows = [[kind, len(sizes), format_bytes(sum(sizes))] for kind, sizes in kinds.items()]
     lines = [text_table(["type", "tensors", "size"], rows)]
-    what = "the W4A8 simulation" if result.policy != "budget" else "the simulation with these weights"
+    what = "the W4A8 simulation" if result.policy == "exact" else "the simulation with these weights"
     if result.kl is not None and result.top1 is not None:
         lines.append(
             f"checked: {len(result.rows)} tensors read back, {result.exact} matrices hold exactly what was searched; "

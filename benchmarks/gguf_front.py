@@ -27,7 +27,6 @@ from typing import Any
 
 import torch
 from agreement import by_tool, by_us
-from halfbyte.results import FRONT_TYPES
 from matplotlib.figure import Figure
 from transformers.utils.logging import disable_progress_bar
 
@@ -40,12 +39,13 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, write_text
 from halfbyte.engines import open_engine
 from halfbyte.evaluate.quality import LogitsFile, measure
+from halfbyte.menus.types import FRONT_FTYPES
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.options import ExportOptions
 from halfbyte.report.plots import DOTS_PER_INCH, LINE_COLOURS, SEARCH_COLOUR, save_figure, set_title
 from halfbyte.report.tables import Cell, format_bytes, markdown_table, significant
-from halfbyte.targets.gguf_export import export_gguf
-from halfbyte.targets.gguf_file import write_gguf
+from halfbyte.targets.gguf_files.export import export_gguf
+from halfbyte.targets.gguf_files.writer import write_gguf
 
 RECIPES = ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_K_S", "IQ4_XS", "Q3_K_M")
 REFERENCE, LLAMACPP, OURS = "reference", "llama.cpp", "halfbyte"
@@ -120,7 +120,7 @@ def recipe_files(folder: Path, reference: Path, importance: Path, recipes: Seque
 def our_files(folder: Path, plan: Path) -> list[Candidate]:
     """The front of ``plan`` as files, each checked by the export."""
     found = []
-    for like in FRONT_TYPES:
+    for like in FRONT_FTYPES:
         config = plan.with_name(f"{plan.stem}.{like}{plan.suffix}")
         if config.exists():
             path = folder / f"halfbyte-{like}.gguf"

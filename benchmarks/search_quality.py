@@ -28,8 +28,12 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from halfbyte.allocation import starting_points, table_knapsack, validated
+from halfbyte.search.asktell import AskTell
+from halfbyte.search.evolution import Evolution, EvolutionSettings
+from halfbyte.search.fitness import KLFitness, stages_of
+from halfbyte.search.racing import choose
+
 from halfbyte.calibration.gradients import output_gradient_power
 from halfbyte.calibration.text import load_text
 from halfbyte.calibration.windows import cut
@@ -43,14 +47,10 @@ from halfbyte.pipeline import FISHER_WINDOWS
 from halfbyte.prepare.recipe import recipe_of
 from halfbyte.prepare.walk import prepare_
 from halfbyte.report.tables import Cell, markdown_table
-from halfbyte.search.asktell import AskTell
 from halfbyte.search.baselines import random_genome
 from halfbyte.search.evaluator import KLEvaluator
-from halfbyte.search.evolution import Evolution, EvolutionSettings
-from halfbyte.search.fitness import KLFitness, stages_of
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
 from halfbyte.search.problem import Genome, Problem
-from halfbyte.search.racing import choose
 from halfbyte.search.reference import Reference, reference
 from halfbyte.search.sensitivity import unit_errors
 

@@ -26,6 +26,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from halfbyte.search.fitness import KLFitness, stages_of
+from halfbyte.search.runner import run_genetic
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -39,11 +41,9 @@ from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear
 from halfbyte.report.tables import markdown_table
 from halfbyte.search.baselines import knapsack_genome, random_genome
 from halfbyte.search.evaluator import KLEvaluator
-from halfbyte.search.fitness import KLFitness, stages_of
 from halfbyte.search.genetic import GeneticSettings
 from halfbyte.search.problem import Problem
 from halfbyte.search.reference import Reference, reference
-from halfbyte.search.runner import run_genetic
 
 GROUP_SIZE, BITS_STD = 128, 4.6  # standard deviation of codes drawn evenly from -8 to 7
 

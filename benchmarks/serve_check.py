@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from halfbyte.targets.served.compare import ran_as
+from halfbyte.targets.served.report import ran_as
 from halfbyte.targets.served.twins import TWINS
 
 WORKER = Path(__file__).with_name("serve_worker.py")

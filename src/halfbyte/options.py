@@ -37,9 +37,7 @@ def _quantisers() -> tuple[str, ...]:
 
 
 def _engines() -> tuple[str, ...]:
-    from halfbyte.engines import ENGINES
-
-    return ENGINES.names()
+    return names_in("halfbyte.engines")
 
 
 @dataclass(frozen=True)
@@ -188,8 +186,8 @@ class ExportOptions(CommandOptions):
         "exact: every layer Q4_0, as simulated; auto is budget where the plan has types, else tiered",
         choices=("auto", "budget", "tiered", "exact"),
     )
-    embedding_type: str = option("Q8_0", "type of the token embedding (tiered, exact)", choices=TOP_TYPES)
-    output_type: str = option("Q8_0", "type of an untied output head (tiered, exact)", choices=TOP_TYPES)
+    embedding_type: str = option("Q8_0", "type of the token embedding (exact, tiered)", choices=TOP_TYPES)
+    output_type: str = option("Q8_0", "type of an untied output head (exact, tiered)", choices=TOP_TYPES)
     model_id: str | None = option(None, "the plan's model, if it has moved", MODEL, metavar="M")
     trust_remote_code: bool = option(False, "run code that a model repository brings along", MODEL)
     check: bool = option(True, "reopen the file, load it in llama.cpp and compare logits with the simulation", ENGINE)

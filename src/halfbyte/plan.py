@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from halfbyte.quant.int4 import PackedWeight
 
 PLAN_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 1 knew no rotated inputs; what it lacks has defaults
 ACTIVATION_BITS = (4, 8)
 
 
@@ -95,12 +94,7 @@ class Plan:
     @property
     def hash(self) -> str:
         """First 12 hex digits of the digest of the choice itself: the same plan has the same hash."""
-        # what older plans do not have: their hashes stay
-        later = {"a4_clip": 1.0, "rotated": False, "rank": 0, "rotation_block": 0}
-        choice = {
-            name: {key: value for key, value in asdict(entry).items() if later.get(key, ...) != value}
-            for name, entry in self.layers.items()
-        }
+        choice = {name: asdict(entry) for name, entry in self.layers.items()}
         parts = [self.fingerprint, self.codes_sha256, choice]
         if self.tensors:
             parts += [dict(self.tensors), self.file["sha256"]]
@@ -125,9 +119,10 @@ class Plan:
         """
         if not isinstance(data, Mapping) or "layers" not in data:
             raise HalfbyteError("not a halfbyte plan", where=where, fix="make one with mixed_precision_ptq.py")
-        if data.get("version") not in READABLE_VERSIONS:
+        if data.get("version") != PLAN_VERSION:
             raise HalfbyteError(
-                "plan version is not readable", where=where, expected=PLAN_VERSION, got=data.get("version")
+                f"{where}: plan version is not readable, expected {PLAN_VERSION}, got {data.get('version')}",
+                fix="make the plan again with mixed_precision_ptq.py",
             )
         try:
             layers = {str(name): LayerPlan(**entry) for name, entry in data["layers"].items()}
@@ -144,6 +139,7 @@ class Plan:
 
 
 SUFFIXES = (".pt", ".json")
+CHANNEL_SCALES = "|channel_scales"  # after a layer's name, in a codes file
 
 
 @dataclass(frozen=True)
@@ -154,11 +150,14 @@ class Codes:
         weights: layer name -> codes, two to a byte.
         parameters: name -> a parameter that transforms changed.
         low_rank: first layer of a unit -> transform of the unit's input at run time.
+        channel_scales: first layer of a unit -> what its input was divided by and its weights multiplied with before
+            they were quantised, fp32 ``[in]``. Files of older versions have none.
     """
 
     weights: dict[str, PackedWeight]
     parameters: dict[str, torch.Tensor]
     low_rank: dict[str, LowRank]
+    channel_scales: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def check_suffix(path: Path) -> None:
@@ -188,6 +187,8 @@ def save_codes(path: str | Path, codes: Codes) -> str:
         tensors |= {f"{name}.codes": weight.packed, f"{name}.scales": weight.scales}
     for name, transform in codes.low_rank.items():
         tensors |= {f"{name}.basis": transform.basis, f"{name}.gain": transform.gain}
+    for name, scales in codes.channel_scales.items():
+        tensors[name + CHANNEL_SCALES] = scales
     save_tensors(path, tensors, "halfbyte.codes.v1")
     return sha256(path)
 
@@ -214,6 +215,8 @@ def load_codes(path: str | Path) -> Codes:
                 elif name.endswith(".basis"):
                     first = name.removesuffix(".basis")
                     codes.low_rank[first] = LowRank(handle.get_tensor(name), handle.get_tensor(f"{first}.gain"))
+                elif name.endswith(CHANNEL_SCALES):
+                    codes.channel_scales[name.removesuffix(CHANNEL_SCALES)] = handle.get_tensor(name)
                 elif not name.endswith((".scales", ".gain")):
                     codes.parameters[name] = handle.get_tensor(name)
     except FileNotFoundError as error:

@@ -14,7 +14,7 @@ from halfbyte.core.progress import listening
 from halfbyte.engines import open_engine
 from halfbyte.models.gguf_file import open_gguf
 from halfbyte.models.loading import SourceModel
-from halfbyte.targets.gguf_file import write_gguf
+from halfbyte.targets.gguf_files.writer import write_gguf
 from tests.tiny_models import FAMILIES, some_ids
 
 

@@ -21,11 +21,11 @@ from halfbyte.models.loading import load
 from halfbyte.plan import codes_path, load_codes, load_plan
 from halfbyte.quant.int4 import GroupedWeight, PackedWeight
 from halfbyte.quant.quantisers.rtn import round_to_nearest
-from halfbyte.targets import vllm_export as exporting_vllm
-from halfbyte.targets.compressed_tensors import check_tensors, exact_scales, packed_words, plan_tensors
-from halfbyte.targets.vllm_export import logits_in_transformers
+from halfbyte.targets.vllm_files import export as exporting_vllm
+from halfbyte.targets.vllm_files.export import logits_in_transformers
+from halfbyte.targets.vllm_files.folder import check_tensors, exact_scales, packed_words, plan_tensors
 from tests.command_line import fails, search
-from tests.targets.vllm_plans import PLAN, plan_for
+from tests.targets.plans import PLAN, plan_for
 from tests.tiny_models import logits_of, some_ids
 
 EXPORT = ["--config", PLAN, "--output", "out"]

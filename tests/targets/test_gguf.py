@@ -9,7 +9,7 @@ import torch
 from gguf import GGUFReader, LlamaFileType, dequantize
 from transformers import AutoModelForCausalLM
 
-import halfbyte.targets.gguf_tensors as gguf_tensors
+import halfbyte.targets.gguf_files.tensors as gguf_tensors
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.progress import listening
 from halfbyte.engines import open_engine
@@ -18,7 +18,7 @@ from halfbyte.models.layers import layers_of
 from halfbyte.models.loading import find, load
 from halfbyte.quant.ggml.types import QUANTISED, encode
 from halfbyte.quant.quantisers.rtn import round_to_nearest
-from halfbyte.targets.gguf_file import check_gguf, write_gguf
+from halfbyte.targets.gguf_files.writer import check_gguf, write_gguf
 from tests.tiny_models import F16, FAMILIES, keys, kl_of_llamacpp, logits_of, some_ids
 
 F32 = {"embedding_type": "F32", "output_type": "F32"}
@@ -124,21 +124,23 @@ def test_every_type_can_be_most_of_a_file(kind, tiny_folder, tmp_path):
     assert np.array_equal(written[source.family.gguf_name(f"{down}.weight")].data.reshape(expected.shape), expected)
 
 
-def test_tiered_layers_carry_the_same_w4_values(tiny, tmp_path):
+def test_layers_can_be_made_when_they_are_written(tiny, tmp_path):
     source = tiny("llama")
-    weights = codes_of(source, 32)
-    types = {"model.layers.0.self_attn.q_proj": "Q8_0", "model.layers.1.mlp.up_proj": "F16"}
-    write_gguf(tmp_path / "m.gguf", source, weights=weights, layer_types=types)
+    name, weights = "model.layers.0.self_attn.q_proj", codes_of(source, 32)
+    other = torch.randn(128, 128, generator=torch.Generator().manual_seed(2))
+    del weights[name]
+    given = {"weights": weights, "layer_types": {name: "Q8_0"}, "made": {name: lambda: other}}
+    write_gguf(tmp_path / "m.gguf", source, **given)
     written = {tensor.name: tensor for tensor in GGUFReader(tmp_path / "m.gguf").tensors}
-    q, up = written["blk.0.attn_q.weight"], written["blk.1.ffn_up.weight"]
-    assert (q.tensor_type.name, up.tensor_type.name) == ("Q8_0", "F16")
+    q = written["blk.0.attn_q.weight"]
+    assert q.tensor_type.name == "Q8_0"
     values = halves_from_pairs(torch.from_numpy(dequantize(q.data, q.tensor_type)), 4)
-    exact = weights["model.layers.0.self_attn.q_proj"].decode()
-    assert (values - exact).abs().max() <= exact.abs().max() / 127 / 2 * 1.01
-    assert torch.equal(torch.from_numpy(up.data.copy()), weights["model.layers.1.mlp.up_proj"].decode().half())
-    assert check_gguf(tmp_path / "m.gguf", source, weights, None, types) == len(written)
+    assert (values - other).abs().max() <= other.abs().max() / 127 / 2 * 1.01
+    assert check_gguf(tmp_path / "m.gguf", source, **given) == len(written)
     with pytest.raises(HalfbyteError, match="another type"):
         check_gguf(tmp_path / "m.gguf", source, weights)
+    with pytest.raises(HalfbyteError, match="no such layer"):
+        write_gguf(tmp_path / "m.gguf", source, made={"lm_head": lambda: other})
 
 
 def test_overrides_replace_parameters_and_can_untie_the_head(tiny, tmp_path):
@@ -231,7 +233,6 @@ def test_layers_that_cannot_be_q4_0_are_named_before_writing(tiny, tmp_path):
     with pytest.raises(HalfbyteError, match="no such layer"):
         write_gguf(tmp_path / "m.gguf", source, weights={"lm_head": good[name]})
     assert list(tmp_path.iterdir()) == []
-    write_gguf(tmp_path / "m.gguf", source, weights={**good, name: fine}, layer_types={name: "F16"})
     odd = tiny("qwen2", hidden_size=80, num_attention_heads=2, num_key_value_heads=1)
     with pytest.raises(HalfbyteError, match=r"embed_tokens.*multiple of 32"):
         write_gguf(tmp_path / "odd.gguf", odd)

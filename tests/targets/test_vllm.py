@@ -1,7 +1,7 @@
 """A folder in vLLM's CPU build, and what that really computed. Opt-in: it needs an environment with vLLM.
 
 python benchmarks/serve_env.py ENV
-HALFBYTE_SERVE_PYTHON=ENV/bin/python pytest tests/export/test_vllm.py
+HALFBYTE_SERVE_PYTHON=ENV/bin/python pytest tests/targets/test_vllm.py
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from halfbyte.evaluate.simulation import become_simulation_, plan_bits
 from halfbyte.models.loading import find, load
 from halfbyte.plan import codes_path, load_codes, load_plan
 from halfbyte.quant.quant_linear import set_activation_bits_
-from halfbyte.targets.served.compare import distance, ran_as
 from halfbyte.targets.served.folder import read_served
-from halfbyte.targets.served.hardware import this_cpu
-from halfbyte.targets.served.rules import in_vllm
+from halfbyte.targets.served.report import distance, ran_as
+from halfbyte.targets.served.rules import in_vllm, this_cpu
 from halfbyte.targets.served.twins import TWINS, write_twins
 from tests.command_line import ROOT, search
 from tests.tiny_models import logits_of, some_ids
@@ -118,5 +117,5 @@ def test_what_vllm_ran_on_this_cpu(exported, simulated, tmp_path):
 def test_the_rules_are_those_of_this_vllm():
     done = in_environment("serve_kernels.py")
     assert done.returncode == 0, done.stderr[-3000:]
-    stored = json.loads((ROOT / "tests" / "serving" / "vllm_selection.json").read_text(encoding="utf-8"))
+    stored = json.loads((ROOT / "tests" / "targets" / "served" / "vllm_selection.json").read_text(encoding="utf-8"))
     assert json.loads(done.stdout) == stored

@@ -17,10 +17,8 @@ def names_in(package: str) -> tuple[str, ...]:
     """The modules of ``package`` that a registry finds there, without importing it."""
     spec = importlib.util.find_spec(package)
     path = spec.submodule_search_locations if spec else None
-    modules = [
-        info.name for info in pkgutil.iter_modules(path or []) if not info.ispkg and not info.name.startswith("_")
-    ]
-    return tuple(sorted(name.replace("_", "-") for name in modules if not name.startswith("_")))
+    found = [info.name for info in pkgutil.iter_modules(path or []) if not info.ispkg]
+    return tuple(sorted(name.replace("_", "-") for name in found if not name.startswith("_")))
 
 
 class Registry(Mapping[str, T]):

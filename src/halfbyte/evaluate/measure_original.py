@@ -19,7 +19,7 @@ from halfbyte.evaluate.worker import serve
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import vocabulary
-from halfbyte.targets.gguf_file import write_gguf
+from halfbyte.targets.gguf_files.writer import write_gguf
 
 SPEED_TOKENS = 32
 

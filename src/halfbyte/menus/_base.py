@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import torch
 
+from halfbyte.models.checkpoint import CheckpointCodes
 from halfbyte.models.layers import Outcome
 from halfbyte.models.loading import Origin, SourceModel, load
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan
-from halfbyte.prepare.checkpoint import Given
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.search.found import Found
 from halfbyte.search.genetic import GeneticSettings
@@ -68,7 +68,7 @@ class Model:
     windows: Mapping[str, torch.Tensor]
     reference: Reference | None
     workdir: Workdir
-    checkpoint: Given | None = None
+    checkpoint: CheckpointCodes | None = None
 
     @property
     def tokens(self) -> dict[str, int]:

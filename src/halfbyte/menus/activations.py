@@ -57,8 +57,9 @@ class ActivationMenu(Menu):
     def prepare(self, model: Model) -> None:
         source, device, workdir = model.source, self.setting.device, model.workdir
         reference = model.reference
-        if reference is not None and "r1" in self.recipe.transforms:
-            reference = reference.for_rotated(source.model.get_parameter(f"{source.family.final_norm}.weight"))
+        if reference is not None:
+            for transform in self.recipe.applied:
+                reference = transform.reference(reference, source.model, source.family)
         head = linear(source.model, source.family.head).weight
         self.prepared = self._prepared(model)
         self.preparation_memory = peak_memory(device)
@@ -154,7 +155,7 @@ class ActivationMenu(Menu):
                     self.recipe,
                     device=self.setting.exact_device,
                     packed=self.packed,
-                    given=model.checkpoint,
+                    checkpoint=model.checkpoint,
                 )
                 save_prepared(workdir, made)
         for path in (workdir.codes, workdir.folder / PREPARED):
@@ -196,7 +197,7 @@ class ActivationMenu(Menu):
 
     def _search_record(self, model: Model) -> dict[str, object]:
         options = self.options
-        taken = {"weights_from": model.checkpoint.codes.record()} if model.checkpoint is not None else {}
+        taken = {"weights_from": model.checkpoint.record()} if model.checkpoint is not None else {}
         return {
             "algorithm": "genetic",
             "fitness": options.fitness,

@@ -25,12 +25,12 @@ from halfbyte.prepare.candidates import Candidates, encode_candidates_, part_fil
 from halfbyte.prepare.menus import TensorMenu, menus_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.screen import screened
-from halfbyte.prepare.size import budget_bytes_of, ftype_types, largest_ftype
 from halfbyte.quant.ggml.encoded import save_encoded
 from halfbyte.report.search_reports import TYPE_FRONT_REPORTS, TYPE_REPORTS, beside, write_type_reports
 from halfbyte.search.found import Found
 from halfbyte.search.problem import Genome, Problem, pruned
 from halfbyte.search.type_evaluator import MixedTypes, TypeEvaluator
+from halfbyte.targets.gguf_files.size import budget_bytes_of, ftype_types, ftype_within
 from halfbyte.transforms import TRANSFORMS
 from halfbyte.workdir import Workdir
 
@@ -104,7 +104,7 @@ class TypeMenu(Menu):
     def starts(self, problem: Problem) -> dict[str, Genome]:
         """The exact knapsack over the losses, and llama.cpp's own types of about that size."""
         ftype = _named_ftype(self.options) if problem.budget == self.budget else ""
-        ftype = ftype or largest_ftype(self._source, self.menus, problem.budget)
+        ftype = ftype or ftype_within(self._source, self.menus, problem.budget)
         theirs = self._no_larger(ftype_types(self._source, self.menus, ftype))
         return {"KL knapsack": problem.knapsack(), f"types of {ftype}": problem.fill(problem.repair(theirs))}
 
@@ -238,7 +238,7 @@ class TypeMenu(Menu):
                 self.menus,
                 folder,
                 device=self.setting.exact_device,
-                given=self.imatrix,
+                imatrix=self.imatrix,
                 keep_on=self._keep_on,
             )
 

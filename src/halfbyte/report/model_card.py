@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from halfbyte.core.naming import is_hub_id, short_name
 from halfbyte.plan import Plan
 from halfbyte.report.tables import Cell, markdown_table
-from halfbyte.targets.served.table import serving_markdown
+from halfbyte.targets.served.rules import serving_markdown
 
 R4_COSTS = (
     "R4 rotates the input of down_proj at run time: vLLM runs it without tensor parallelism and without biases on "

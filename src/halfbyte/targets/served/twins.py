@@ -66,9 +66,7 @@ def _write_twin(folder: ServedFolder, path: Path, a_bits: int) -> Path:
             os.link(source.resolve(), path / source.name)
         except OSError as error:
             raise HalfbyteError(
-                "cannot be linked",
-                where=source,
-                got=error.strerror or error,
+                f"{source}: cannot be linked, got {error.strerror or error}",
                 fix="put the twins on the folder's disk; it must know hard links",
             ) from error
     text = json.dumps(twin_config(folder, a_bits), indent=2)

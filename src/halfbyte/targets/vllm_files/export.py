@@ -28,7 +28,7 @@ from halfbyte.options import VllmExportOptions
 from halfbyte.plan import Codes, Plan, codes_path, load_codes, load_plan
 from halfbyte.quant.quant_linear import set_activation_bits_, set_parameters_
 from halfbyte.report.model_card import model_card
-from halfbyte.targets.compressed_tensors import (
+from halfbyte.targets.vllm_files.folder import (
     check_tensors,
     plan_tensors,
     schemes,
@@ -120,10 +120,7 @@ def check_legal(plan: Plan, where: object) -> None:
     missing = [what for what, there in need.items() if not there]
     if missing:
         raise HalfbyteError(
-            "the plan was made for another target",
-            where=where,
-            expected=f"vllm ({missing[0]})",
-            got=plan.target,
+            f"{where}: the plan was made for another target, expected vllm ({missing[0]}), got {plan.target}",
             fix=f"search again: halfbyte search --model_id {plan.model_id} --target vllm "
             f"--target_compression {plan.budget_asked:g} --output FILE",
         )
@@ -176,10 +173,8 @@ def _compare(folder: Path, source: SourceModel, codes: Codes, plan: Plan) -> flo
     report("check logits", 2, 2, f"largest difference {difference:.1g}")
     if not difference <= LARGEST_DIFFERENCE:
         raise HalfbyteError(
-            "transformers does not agree with the simulation",
-            where=folder.name,
-            expected=f"{LARGEST_DIFFERENCE:g}",
-            got=f"{difference:.3g}",
+            f"{folder.name}: transformers does not agree with the simulation, "
+            f"expected {LARGEST_DIFFERENCE:g}, got {difference:.3g}",
             fix="nothing was kept; report this as a bug",
         )
     return difference

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,17 @@ from halfbyte.evaluate.simulation import become_simulation_, become_types_, load
 from halfbyte.models.loading import SourceModel
 from halfbyte.options import ExportOptions
 from halfbyte.plan import Plan, codes_path, load_codes, load_plan
+from halfbyte.prepare.recipe import Recipe
+from halfbyte.prepare.transformed import TransformedBlocks
 from halfbyte.quant.ggml.types import decode, encode
 from halfbyte.quant.int4 import PackedWeight
-from halfbyte.quant.quant_linear import set_activation_bits_
-from halfbyte.targets.gguf_file import check_gguf, write_gguf
-from halfbyte.targets.gguf_tensors import EncodedRows, TensorRow
+from halfbyte.quant.quant_linear import QuantLinear, set_activation_bits_, set_parameters_
+from halfbyte.targets.gguf_files.tensors import EncodedRows, TensorRow
+from halfbyte.targets.gguf_files.writer import check_gguf, write_gguf
 
 CHECK_TOKENS = 256
+ADOPTED = "from "  # begins the name of a plan's weights where they are the codes of a checkpoint
+A8_TYPE = "Q8_0"  # of an A8 layer's weights in a tiered file
 LARGEST_KL = 0.05  # nats; llama.cpp rounds activations per block of 32, the simulation per token: see docs/numbers.md
 
 
@@ -62,22 +67,24 @@ def export_gguf(options: ExportOptions) -> ExportResult:
     plan = load_plan(options.config)
     path = check_output(options.output or mixed_gguf(options.model_id or plan.model_id), force=options.force)
     if path.suffix != ".gguf":
-        raise HalfbyteError("unknown file format", where=path, expected="a name that ends in .gguf")
+        raise HalfbyteError(f"{path}: unknown file format, expected a name that ends in .gguf")
     if plan.target != "gguf":
         raise HalfbyteError(
-            "the plan was made for another target",
-            where=options.config,
-            expected="gguf",
-            got=plan.target,
+            f"{options.config}: the plan was made for another target, expected gguf, got {plan.target}",
             fix="search again with --target gguf",
         )
     policy = policy_of(plan, options)
     engine = open_engine(options.engine) if options.check else None
     report("load model", 0, 1, options.model_id or plan.model_id)
     source = load_for_plan(
-        plan, options.model_id, device="cpu", dtype="stored", trust_remote_code=options.trust_remote_code, packed=True
+        plan,
+        options.model_id,
+        device="cpu",
+        dtype="stored",
+        trust_remote_code=options.trust_remote_code,
+        packed=policy != "tiered",  # which needs the weights of its A8 layers
     )
-    content = _types(options) if policy == "budget" else _codes(plan, options, policy)
+    content = _content(policy, source, plan, options)
     with whole_file(path) as unchecked:
         rows = write_gguf(
             unchecked,
@@ -86,6 +93,7 @@ def export_gguf(options: ExportOptions) -> ExportResult:
             overrides=content.overrides,
             layer_types=content.types,
             encoded=content.encoded,
+            made=content.made,
             metadata=summary(plan, policy),
             embedding_type=options.embedding_type,
             output_type=options.output_type,
@@ -93,39 +101,45 @@ def export_gguf(options: ExportOptions) -> ExportResult:
         if engine is None:
             return ExportResult(path, rows, policy, 0, None, None, plan)
         report("check", 0, 2, "read back")
-        check_gguf(unchecked, source, content.weights, content.overrides, content.types, content.encoded)
+        check_gguf(unchecked, source, content.weights, content.overrides, content.types, content.encoded, content.made)
         report("check", 1, 2, "llama.cpp against the simulation")
         exact = content.become_(source, plan, rows)
         kl, top1 = compare_engines(source, engine, unchecked)
         report("check", 2, 2, f"KL {kl:.2g}")
         if not kl <= LARGEST_KL:
             raise HalfbyteError(
-                "llama.cpp does not agree with the simulation",
-                where=path,
-                expected=f"KL below {LARGEST_KL}",
-                got=f"{kl:.3g}",
+                f"{path}: llama.cpp does not agree with the simulation, expected KL below {LARGEST_KL}, got {kl:.3g}",
                 fix="nothing was kept; report this as a bug",
             )
     return ExportResult(path, rows, policy, exact, kl, top1, plan)
 
 
 def policy_of(plan: Plan, options: ExportOptions) -> str:
-    """``--policy``, or what the plan has.
+    """``--policy``: ``budget``, ``exact`` or ``tiered``; ``auto`` is what the plan has.
+
+    A plan without A8 layers is exported ``exact`` where ``tiered`` is asked for: the files would be the same. So is, by
+    default, one with the codes of another checkpoint: its folded transforms are not known.
 
     Raises:
         HalfbyteError: the plan lacks what the policy writes.
     """
-    policy = options.policy
+    policy, adopted = options.policy, plan.weights.startswith(ADOPTED)
     if policy == "auto":
-        policy = "budget" if plan.tensors else "exact"
-    if policy == "budget" and not plan.tensors:
+        policy = "budget" if plan.tensors else "exact" if adopted else "tiered"
+    if policy == "budget":
+        if not plan.tensors:
+            raise HalfbyteError(
+                f"{options.config}: the plan has no types", fix="search with --spaces ggml, or use --policy tiered"
+            )
+        return policy
+    need_activations(plan, options.config)
+    if not any(entry.a_bits == 8 for entry in plan.layers.values()):
+        return "exact"
+    if policy == "tiered" and adopted:
         raise HalfbyteError(
-            "the plan has no types",
-            where=options.config,
-            fix="search with --spaces ggml, or use --policy exact",
+            f"{options.config}: A8 layers in Q8_0 need the weights behind the codes, got codes {plan.weights}",
+            fix="use --policy exact",
         )
-    if policy != "budget":
-        need_activations(plan, options.config)
     return policy
 
 
@@ -138,6 +152,13 @@ class _Content:
     overrides: Mapping[str, torch.Tensor] = field(default_factory=dict)
     types: Mapping[str, str] = field(default_factory=dict)
     encoded: Mapping[str, EncodedRows] = field(default_factory=dict)
+    made: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+
+
+def _content(policy: str, source: SourceModel, plan: Plan, options: ExportOptions) -> _Content:
+    if policy == "budget":
+        return _types(options)
+    return _tiered(source, plan, options) if policy == "tiered" else _exact(options)
 
 
 def _types(options: ExportOptions) -> _Content:
@@ -152,18 +173,48 @@ def _types(options: ExportOptions) -> _Content:
     return _Content(become_, overrides=encoded.extra, encoded=rows)
 
 
-def _codes(plan: Plan, options: ExportOptions, policy: str) -> _Content:
-    """W4 codes, in Q8_0 where the policy says so."""
+def _exact(options: ExportOptions) -> _Content:
+    """Every layer's codes."""
     codes = load_codes(codes_path(options.config))
-    types = {name: "Q8_0" for name, entry in plan.layers.items() if policy == "tiered" and entry.a_bits == 8}
 
     def become_(source: SourceModel, plan: Plan, rows: list[TensorRow]) -> int:
         become_simulation_(source, codes, plan.layers, plan.transforms, packed=True)  # run once: memory counts
         set_activation_bits_(source.model, dict.fromkeys(codes.weights, 8))
         as_in_file_(source, rows)
-        return sum(row.type == "Q4_0" and row.parameter.removesuffix(".weight") in codes.weights for row in rows)
+        return len(codes.weights)
 
-    return _Content(become_, codes.weights, codes.parameters, types)
+    return _Content(become_, codes.weights, codes.parameters)
+
+
+def _tiered(source: SourceModel, plan: Plan, options: ExportOptions) -> _Content:
+    """The codes of A4 layers; A8 layers in Q8_0 from the weights that their codes were chosen for."""
+    codes = load_codes(codes_path(options.config))
+    recipe = Recipe(plan.transforms, plan.weights)
+    transformed = TransformedBlocks(source, recipe, codes.channel_scales, where=options.config)
+    eight = [name for name, entry in plan.layers.items() if entry.a_bits == 8]
+    four = {name: weight for name, weight in codes.weights.items() if plan.layers[name].a_bits == 4}
+
+    def become_(source: SourceModel, plan: Plan, rows: list[TensorRow]) -> int:
+        decoded: dict[str, torch.Tensor] = {}
+        for name in eight:
+            decoded[name] = _rounded(transformed.weight(name), A8_TYPE).to(source.dtype)
+            set_parameters_(source.model, {f"{name}.weight": decoded[name]})  # the original makes room
+        become_simulation_(source, codes, plan.layers, plan.transforms, packed=True)
+        for name, weight in decoded.items():
+            old = source.model.get_submodule(name)
+            assert isinstance(old, QuantLinear)
+            source.model.set_submodule(name, QuantLinear(weight, old.bias, old.scheme, old.shared))
+        set_activation_bits_(source.model, dict.fromkeys(codes.weights, 8))
+        as_in_file_(source, rows)
+        return len(four)
+
+    made = {name: partial(transformed.weight, name) for name in eight}
+    return _Content(become_, four, codes.parameters, dict.fromkeys(eight, A8_TYPE), made=made)
+
+
+def _rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
+    """The fp32 values that ``weight`` has in a file, where it is of type ``kind``."""
+    return torch.from_numpy(decode(encode(weight.float(), kind), kind)).view(weight.shape)
 
 
 def summary(plan: Plan, policy: str) -> dict[str, str | int | float]:
@@ -199,7 +250,7 @@ def as_in_file_(source: SourceModel, rows: list[TensorRow]) -> None:
         if row.parameter in top and row.parameter in parameters:
             target = parameters[row.parameter]
             with torch.no_grad():
-                target.copy_(torch.from_numpy(decode(encode(target.float(), row.type), row.type)).view(target.shape))
+                target.copy_(_rounded(target, row.type))
 
 
 def compare_engines(source: SourceModel, engine: Engine, path: Path) -> tuple[float, float]:

@@ -93,10 +93,7 @@ def packed_words(weight: PackedWeight, where: str) -> torch.Tensor:
     """
     if weight.shape[1] % 8:
         raise HalfbyteError(
-            "a row does not fill 32-bit words",
-            where=where,
-            expected="a multiple of 8 inputs",
-            got=weight.shape[1],
+            f"{where}: a row does not fill 32-bit words, expected a multiple of 8 inputs, got {weight.shape[1]}",
             fix="use --target sim for this model",
         )
     return (weight.packed ^ OFFSET).view(torch.int32)  # the lowest nibble of a little-endian word is the first code
@@ -111,9 +108,7 @@ def exact_scales(weight: PackedWeight, where: str) -> torch.Tensor:
     scales = weight.scales.to(SCALE_DTYPE)
     if not torch.equal(scales.float(), weight.scales.float()) or bool((scales < 0).any()):
         raise HalfbyteError(
-            "scales are not what vLLM computes with",
-            where=where,
-            expected="bf16 numbers, none negative",
+            f"{where}: scales are not what vLLM computes with, expected bf16 numbers, none negative",
             fix="search again with --target vllm",
         )
     return scales

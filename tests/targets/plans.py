@@ -1,7 +1,8 @@
-"""Plans for vLLM without a search: prepared on random tokens, every other unit A4."""
+"""Plans without a search: prepared on random tokens, with given activation bits."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,23 +16,34 @@ from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import is_tied
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, codes_path, save_codes, save_plan
-from halfbyte.prepare.recipe import recipe_of
 from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import set_activation_bits_
+from halfbyte.targets import TARGETS
 
 PLAN = "plan.json"
 
 
-def plan_for(folder: Path, path: str | Path = PLAN, target: str = "vllm", **options: Any) -> tuple[SourceModel, Plan]:
-    """Write a plan; returns the simulation that a search would have scored, with the plan's bits, and the plan."""
+def plan_for(
+    folder: Path,
+    path: str | Path = PLAN,
+    target: str = "vllm",
+    a_bits: Sequence[int] = (8, 4),
+    **options: Any,
+) -> tuple[SourceModel, Plan]:
+    """Write a plan; returns the simulation that a search would have scored, with the plan's bits, and the plan.
+
+    Args:
+        a_bits: of the units in turn, again and again.
+    """
     asked = SearchOptions(model_id=str(folder), target=target, **options)
     source = load(find(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
     fingerprint = source.fingerprint
     units = units_of(layers_of(source.model, source.family), source.family, "fused")
-    recipe = recipe_of(asked, tied=is_tied(source.model, source.family))
+    transforms = TARGETS[target].transforms(asked, tied=is_tied(source.model, source.family))
+    recipe = replace(TARGETS[target].recipe_for(asked), transforms=transforms)
     tokens = torch.randint(0, len(source.tokenizer), (2, 64), generator=torch.Generator().manual_seed(0))
     prepared = prepare_(source, tokens, recipe, device=source.device)
-    genome = [4 if index % 2 else 8 for index in range(len(units))]
+    genome = [a_bits[index % len(a_bits)] for index in range(len(units))]
     bits = {layer.name: width for unit, width in zip(units, genome, strict=True) for layer in unit.layers}
     save_codes(codes_path(path), prepared.codes)
     plan = Plan(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +23,9 @@ from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.loading import SourceModel
 from halfbyte.quant.ggml.types import decode
 from halfbyte.quant.int4 import PackedWeight
-from halfbyte.targets.gguf_hparams import add_hparams_, copy_keys_, rope_frequency_factors
-from halfbyte.targets.gguf_tensors import EncodedRows, TensorPlan, TensorRow, TensorTypes, plan_tensors
-from halfbyte.targets.gguf_vocab import add_tokenizer_
+from halfbyte.targets.gguf_files.hparams import add_hparams_, copy_keys_, rope_frequency_factors
+from halfbyte.targets.gguf_files.tensors import EncodedRows, TensorPlan, TensorRow, TensorTypes, plan_tensors
+from halfbyte.targets.gguf_files.vocab import add_tokenizer_
 
 PREFIX = "halfbyte."
 NAMED_AS = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # no file type has the name of the tensor type
@@ -48,13 +48,14 @@ def write_gguf(
     output_type: str = "Q8_0",
     importance: Mapping[str, torch.Tensor] | None = None,
     encoded: Mapping[str, EncodedRows] | None = None,
+    made: Mapping[str, Callable[[], torch.Tensor]] | None = None,
     metadata: Mapping[str, str | int | float] | None = None,
 ) -> list[TensorRow]:
     """Write ``source`` to ``path``, one tensor in memory at a time; an existing file is replaced when all is written.
 
     Args:
-        weights: layer name -> codes; written as Q4_0, or as ``layer_types`` says from what the codes decode to. Layers
-            without codes are F16. Codes go before an override of the same weight.
+        weights: layer name -> codes; written as Q4_0. Layers without codes are F16, or what ``layer_types`` says.
+            Codes go before an override of the same weight.
         overrides: parameter name -> tensor of the same shape, in place of the model's own (folded norms, biases). An
             override of the output head unties it from the embedding.
         layer_types: layer name -> a type of ``halfbyte.quant.ggml.types.WRITABLE``.
@@ -62,6 +63,7 @@ def write_gguf(
             written: llama.cpp then uses the embedding, and ``embedding_type`` decides for both.
         importance: matrix -> what a squared error costs in each input channel, ``[in]``, where floats are encoded.
         encoded: matrix, also embedding or head -> what to write for it as it is, before everything else.
+        made: layer without codes -> makes its weight, fp32 ``[out, in]``, when it is written, in place of the model's.
         metadata: values to keep in the file under ``halfbyte.`` keys.
 
     Returns:
@@ -76,7 +78,7 @@ def write_gguf(
     reader = open_gguf(source.origin.gguf_file) if source.origin.gguf_file else None
     types = TensorTypes(embedding_type, output_type, layer_types, importance)
     factors = rope_frequency_factors(source.config)
-    plans = plan_tensors(source, weights or {}, overrides or {}, types, factors, encoded)
+    plans = plan_tensors(source, weights or {}, overrides or {}, types, factors, encoded, made)
     check_space(path, sum(plan.row.nbytes for plan in plans))
     with whole_file(path) as partial:
         alignment = _write_header(partial, source, reader, plans, metadata or {})
@@ -117,6 +119,7 @@ def check_gguf(
     overrides: Mapping[str, torch.Tensor] | None = None,
     layer_types: Mapping[str, str] | None = None,
     encoded: Mapping[str, EncodedRows] | None = None,
+    made: Mapping[str, Callable[[], torch.Tensor]] | None = None,
 ) -> int:
     """Read a written file back and compare it with what it was made from (arguments as for :func:`write_gguf`).
 
@@ -137,7 +140,7 @@ def check_gguf(
     embedding, head = family.gguf_name(f"{family.embedding}.weight"), family.gguf_name(f"{family.head}.weight")
     types = TensorTypes(written.get(embedding, "F16"), written.get(head, "F16"), layer_types)
     factors = rope_frequency_factors(source.config)
-    plans = plan_tensors(source, weights, overrides or {}, types, factors, encoded)
+    plans = plan_tensors(source, weights, overrides or {}, types, factors, encoded, made)
     names = {plan.row.name for plan in plans}
     if names != set(found):
         differing = sorted(names.symmetric_difference(found))

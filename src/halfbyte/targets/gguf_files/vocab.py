@@ -62,12 +62,8 @@ def _tokenizer_json(tokenizer: PreTrainedTokenizerBase, where: object) -> dict[s
     state = json.loads(backend.to_str()) if backend is not None else {}
     kind = state.get("model", {}).get("type")
     if kind != "BPE":
-        raise HalfbyteError(
-            "tokenizer cannot be written to GGUF",
-            where=where,
-            expected="a BPE tokenizer.json",
-            got=kind or type(tokenizer).__name__,
-        )
+        got = kind or type(tokenizer).__name__
+        raise HalfbyteError(f"{where}: tokenizer cannot be written to GGUF, expected a BPE tokenizer.json, got {got}")
     return state
 
 
@@ -81,10 +77,8 @@ def _tokens(
     size = config.vocab_size
     if max(by_id) >= size:
         raise HalfbyteError(
-            "tokenizer has more tokens than the model has embeddings",
-            where=where,
-            expected=f"at most {size}",
-            got=max(by_id) + 1,
+            f"{where}: tokenizer has more tokens than the model has embeddings, "
+            f"expected at most {size}, got {max(by_id) + 1}",
             fix="resize the model's embeddings to the tokenizer",
         )
     sentencepiece = bool(state["model"].get("byte_fallback"))
@@ -163,10 +157,8 @@ def _add_special_ids_(
     starts, ends = full[:1] == [ids.get("bos")] != plain[:1], full[-1:] == [ids.get("eos")] != plain[-1:]
     if full != [ids.get("bos")] * starts + plain + [ids.get("eos")] * ends:
         raise HalfbyteError(
-            "tokenizer adds special tokens that GGUF has no key for",
-            where=where,
-            expected="bos before, eos after",
-            got=tokenizer.convert_ids_to_tokens(full),
+            f"{where}: tokenizer adds special tokens that GGUF has no key for, "
+            f"expected bos before, eos after, got {tokenizer.convert_ids_to_tokens(full)}"
         )
     writer.add_add_bos_token(starts)
     writer.add_add_eos_token(ends)

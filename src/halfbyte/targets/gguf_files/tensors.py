@@ -14,9 +14,10 @@ from torch import Tensor, uint8
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.gguf_source import pairs_from_halves
 from halfbyte.models.loading import SourceModel
-from halfbyte.quant.ggml.types import Array, check_q4_0, encode, q4_0_blocks, row_bytes
+from halfbyte.quant.ggml.q4_0 import check_q4_0, q4_0_blocks
+from halfbyte.quant.ggml.types import Array, encode, row_bytes
 from halfbyte.quant.int4 import GroupedWeight, PackedWeight
-from halfbyte.targets.gguf_hparams import ROPE_FREQS
+from halfbyte.targets.gguf_files.hparams import ROPE_FREQS
 
 CHUNK_ELEMENTS = 1 << 24  # encoded at a time: 64 MiB of fp32
 
@@ -58,12 +59,12 @@ class EncodedRows:
 
 @dataclass(frozen=True)
 class TensorTypes:
-    """Which ggml type each tensor gets.
+    """Which ggml type each tensor gets that is encoded here; codes are Q4_0.
 
     Attributes:
         embedding: of the token embedding, and so of a tied output head.
         output: of an untied output head.
-        layers: layer name -> type; a layer not listed is Q4_0 if it has codes, else F16.
+        layers: layer name -> type; a layer not listed is F16.
         importance: matrix -> what a squared error costs in each input channel, ``[in]``, where floats are encoded.
     """
 
@@ -80,11 +81,13 @@ def plan_tensors(
     types: TensorTypes,
     rope_factors: Tensor | None = None,
     encoded: Mapping[str, EncodedRows] | None = None,
+    made: Mapping[str, Callable[[], Tensor]] | None = None,
 ) -> list[TensorPlan]:
     """Decide name, type and shape of every tensor, in model order.
 
     Args:
         encoded: matrix, also embedding or head -> what to write for it as it is.
+        made: layer name -> makes its weight, fp32 ``[out, in]``, when it is encoded.
 
     Raises:
         HalfbyteError: names that the model does not have, shapes that do not match, codes that Q4_0 cannot hold, rows
@@ -95,8 +98,8 @@ def plan_tensors(
     outside = {f"{family.embedding}.weight": types.embedding, f"{family.head}.weight": types.output}
     matrices = [name for name, value in parameters.items() if value.ndim == 2 and name not in outside]
     layers = {name.removesuffix(".weight") for name in matrices}
-    per_layer = types.layers or {}
-    for name in (*weights, *per_layer):
+    per_layer, made = types.layers or {}, made or {}
+    for name in (*weights, *per_layer, *made):
         if name not in layers:
             raise HalfbyteError("no such layer", where=name, expected=f"a layer such as {min(layers, default='none')}")
     plans = []
@@ -106,26 +109,34 @@ def plan_tensors(
     for name, value in parameters.items():
         layer = name.removesuffix(".weight")
         codes = weights.get(layer)
-        made = (encoded or {}).get(layer)
-        if made is not None:
-            row = TensorRow(_gguf_name(source, name), name, made.type, tuple(value.shape), 0)
-            plans.append(_plan(row, _encoded_rows(source, row, made)))
-            continue
-        kind = "F32" if value.ndim == 1 else outside.get(name) or per_layer.get(layer, "Q4_0" if codes else "F16")
+        ready = (encoded or {}).get(layer)
+        if ready is not None:
+            kind = ready.type
+        elif codes is not None:
+            kind = "Q4_0"
+        else:
+            kind = "F32" if value.ndim == 1 else outside.get(name) or per_layer.get(layer, "F16")
         row = TensorRow(_gguf_name(source, name), name, kind, tuple(value.shape), 0)
         heads = _rotary_heads(source, row.name)
-        if codes is None:
-            plans.append(_plan(row, _reordered(value, heads), (types.importance or {}).get(layer)))
-            continue
-        if codes.shape != tuple(value.shape):
-            expected, got = list(value.shape), list(codes.shape)
-            raise HalfbyteError("codes do not fit the layer", where=layer, expected=expected, got=got)
-        if kind == "Q4_0":
-            check_q4_0(codes.to("meta").unpack(), where=layer)  # the shapes tell
+        importance = (types.importance or {}).get(layer)
+        if ready is not None:
+            plans.append(_plan(row, _encoded_rows(source, row, ready)))
+        elif codes is not None:
+            _check_codes(codes, value, layer)
             plans.append(_plan(row, _reordered_codes(codes, heads)))
+        elif layer in made:
+            plans.append(_plan(row, _reordered_when_made(made[layer], heads), importance))
         else:
-            plans.append(_plan(row, lambda codes=codes, heads=heads: _reorder(codes.decode(), heads)))
+            plans.append(_plan(row, _reordered(value, heads), importance))
     return plans
+
+
+def _check_codes(codes: PackedWeight, value: Tensor, layer: str) -> None:
+    """Refuse codes of another shape, or that Q4_0 cannot hold."""
+    expected, got = list(value.shape), list(codes.shape)
+    if expected != got:
+        raise HalfbyteError(f"{layer}: codes do not fit the layer, expected {expected}, got {got}")
+    check_q4_0(codes.to("meta").unpack(), where=layer)  # the shapes tell
 
 
 def _parameters(source: SourceModel, overrides: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -143,17 +154,17 @@ def _parameters(source: SourceModel, overrides: Mapping[str, Tensor]) -> dict[st
     return parameters
 
 
-def _encoded_rows(source: SourceModel, row: TensorRow, made: EncodedRows) -> Callable[[], Tensor]:
+def _encoded_rows(source: SourceModel, row: TensorRow, ready: EncodedRows) -> Callable[[], Tensor]:
     """The rows themselves, in the order of the file.
 
     Raises:
         HalfbyteError: they are of another shape.
     """
     expected = [row.shape[0], row_bytes(row.shape[1], row.type, where=row.parameter)]
-    if list(made.rows.shape) != expected:
-        got = list(made.rows.shape)
+    if list(ready.rows.shape) != expected:
+        got = list(ready.rows.shape)
         raise HalfbyteError("encoded rows do not fit", where=row.parameter, expected=expected, got=got)
-    return _reordered(made.rows, _rotary_heads(source, row.name))
+    return _reordered(ready.rows, _rotary_heads(source, row.name))
 
 
 def _plan(row: TensorRow, make: Callable[[], Tensor | GroupedWeight], importance: Tensor | None = None) -> TensorPlan:
@@ -177,6 +188,10 @@ def _plan(row: TensorRow, make: Callable[[], Tensor | GroupedWeight], importance
 
 def _reordered(value: Tensor, heads: int | None) -> Callable[[], Tensor]:
     return lambda: _reorder(value.detach(), heads)
+
+
+def _reordered_when_made(make: Callable[[], Tensor], heads: int | None) -> Callable[[], Tensor]:
+    return lambda: _reorder(make(), heads)
 
 
 def _reordered_codes(weight: PackedWeight, heads: int | None) -> Callable[[], GroupedWeight]:

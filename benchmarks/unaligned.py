@@ -29,8 +29,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from halfbyte.calibration.text import load_text
 from halfbyte.calibration.windows import cut
+from halfbyte.core.device import DTYPES
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.models.loading import DTYPES, SourceModel, find, load
+from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.rescale import SPREAD, rescale_
 from halfbyte.report.tables import significant
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
@@ -11,7 +12,11 @@ import transformers
 import halfbyte
 from halfbyte.core.environment import cpu_name, peak_process_memory
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.models.loading import DTYPES, SourceModel
+
+if TYPE_CHECKING:
+    from halfbyte.models.loading import SourceModel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def resolve_device(name: str) -> torch.device:

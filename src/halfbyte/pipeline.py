@@ -21,15 +21,9 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output
 from halfbyte.core.progress import report
 from halfbyte.menus._base import Menu, Model, Setting
-<<<<<<< HEAD
-from halfbyte.menus._checks import check_options, menus_of, weights_of, with_tokens
-from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
-from halfbyte.models.estimate import check_memory, estimate_load
-=======
 from halfbyte.menus._checks import check_options, menus_of, weights_of
-from halfbyte.models.checkpoint import QuantisedFolder
+from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
 from halfbyte.models.estimate import check_memory, estimate_load, with_tokens
->>>>>>> tests
 from halfbyte.models.layers import Outcome, layers_of
 from halfbyte.models.loading import SourceModel, find, load, made_with
 from halfbyte.options import SearchOptions

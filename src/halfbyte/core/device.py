@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
-=======
-import platform
-from typing import TYPE_CHECKING
-
->>>>>>> tests
 import psutil
 import torch
 
 from halfbyte.core.environment import cpu_name, peak_process_memory
 from halfbyte.core.errors import HalfbyteError
 
-<<<<<<< HEAD
-=======
-if TYPE_CHECKING:
-    from halfbyte.models.loading import SourceModel
-
->>>>>>> tests
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from halfbyte.targets.gguf_files.size import parse_size
 from transformers import AutoModelForCausalLM
 
 from halfbyte.calibration.imatrix import make_imatrix
@@ -20,14 +19,10 @@ from halfbyte.evaluate.simulate import simulate
 from halfbyte.evaluate.simulation import become_types_, load_for_plan, load_types
 from halfbyte.options import EvalOptions, ExportOptions, ImatrixOptions, SimulateOptions
 from halfbyte.plan import load_plan
-<<<<<<< HEAD
-from tests.command_line import EVAL, changed, fails, search
-=======
-from halfbyte.prepare.size import parse_size
 from halfbyte.targets.gguf_files.export import export_gguf
+from halfbyte.targets.gguf_files.size import parse_size
 from tests.command_line import changed
 from tests.searches import SMALLEST, run
->>>>>>> tests
 
 QUICK = {"spaces": "types", "weights": "rtn", "transforms": "none"}  # where neither matters
 SCORED = {"text": "pydoc", "ctx": 64, "chunks": 2, "device": "cpu"}

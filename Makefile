@@ -25,7 +25,7 @@ test: .venv/for-tests
 	$(BIN)/python -m pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-lint: .venv/installed
+lint: .venv/for-tests
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 

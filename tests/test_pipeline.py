@@ -1,47 +1,135 @@
-"""Whole searches as a library call, on tiny models."""
+"""Whole searches as a library call, on tiny models: plans of every target, scores, fronts, what is left behind."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
-from halfbyte.options import SearchOptions
-from halfbyte.pipeline import search
-from halfbyte.plan import load_plan
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.models.layers import layers_of
+from halfbyte.plan import load_codes, load_plan
+from tests.searches import options, run, same
+
+STARTS = {"rule", "KL knapsack", "Fisher knapsack", "KL + Fisher knapsack"}
+LABELS = {"all A8", "all A4", "plan"} | STARTS
 
 
-def options(folder, tmp_path, target, **further):
-    usual = {"calib": "pydoc", "ctx": 64, "calib_tokens": 512, "search_tokens": 256, "ga_pop": 6, "ga_gen": 2}
-    output = str(tmp_path / "plan.json")
-    return SearchOptions(model_id=str(folder), output=output, target=target, device="cpu", **{**usual, **further})
+@pytest.fixture(scope="module")
+def searched(tiny_folder, tmp_path_factory):
+    """Target -> its search, once, and the folder that it left."""
+    made = {}
+
+    def get(target):
+        if target not in made:
+            folder = tmp_path_factory.mktemp(target)
+            made[target] = run(tiny_folder("qwen2"), folder / "plan.json", target, codes="decoded"), folder
+        return made[target]
+
+    return get
 
 
 @pytest.mark.parametrize("target", ["sim", "gguf", "vllm"])
-def test_every_target_gets_a_plan(tiny_folder, tmp_path, target):
-    result = search(options(tiny_folder("qwen2"), tmp_path, target))
-    plan = load_plan(tmp_path / "plan.json")
-    assert plan.hash == result.plan.hash
+def test_every_target_gets_a_plan(searched, tiny, target):
+    result, folder = searched(target)
+    plan = load_plan(folder / "plan.json")
+    assert same(plan, result.plan)
+    assert list(plan.layers) == [layer.name for layer in layers_of(tiny("qwen2").model, tiny("qwen2").family)]
+    assert load_codes(folder / "plan.safetensors").weights.keys() == plan.layers.keys()
     assert {entry.w_bits for entry in plan.layers.values()} == {4}
     assert {entry.a_bits for entry in plan.layers.values()} == {4, 8}
-    assert plan.budget_reached <= 0.75
+    assert plan.budget_reached <= plan.budget_asked == 0.75
     assert list(result.found) == (["activations", "types"] if target == "gguf" else ["activations"])
-    assert all(path.exists() for path in result.files)
-    scores = result.found["activations"].validation_scores
-    assert scores["all A8"] < scores["plan"] < scores["all A4"]
-    assert not (tmp_path / ".plan.json.work").exists()
+    assert set(folder.iterdir()) == set(result.files)  # and nothing else: no work folder, nothing partial
+
+
+@pytest.mark.parametrize("target", ["sim", "gguf"])
+def test_the_same_seed_gives_the_same_plan_also_from_packed_codes(searched, tiny_folder, tmp_path, target):
+    again = run(tiny_folder("qwen2"), tmp_path / "plan.json", target, codes="packed")
+    before, after = searched(target)[0].plan.to_dict(), again.plan.to_dict()
+    before.pop("model_id"), after.pop("model_id")  # the same model in another folder
+    assert before == after
+
+
+def test_fused_layers_share_their_bits(searched):
+    bits = {name: entry.a_bits for name, entry in searched("vllm")[0].plan.layers.items()}
+    for block in range(2):
+        for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({bits[f"model.layers.{block}.{part}"] for part in group}) == 1
+
+
+def test_other_text_decides(searched):
+    result, _ = searched("gguf")
+    about, found = result.plan.search, result.found["activations"]
+    assert about["scores"].keys() == about["validation"].keys() == LABELS
+    assert about["validation"]["all A8"] < about["validation"]["plan"] < about["validation"]["all A4"]
+    assert about["validation"]["plan"] <= max(about["validation"][label] for label in STARTS)
+    assert about["validation"] != about["scores"]
+    assert about["winner"] in {*STARTS, "genetic search"}
+    assert 1 <= about["ties"] <= about["finalists"]
+    assert about["noise_floor"] > 0
+    assert about["valid_tokens"] == about["search_tokens"] == 128
+    assert len(found.history) == about["generations"]
 
 
 @pytest.mark.parametrize("fitness", ["mse", "fisher"])
 def test_layer_errors_as_the_score(tiny_folder, tmp_path, fitness):
-    found = search(options(tiny_folder("llama"), tmp_path, "sim", fitness=fitness)).found["activations"]
+    made = {"weights": "rtn", "fitness": fitness, "granularity": "layer"}
+    result = run(tiny_folder("llama"), tmp_path / "plan.json", "sim", **made)
+    found = result.found["activations"]
     assert found.search_scores["plan"] <= min(found.search_scores[label] for label in ("rule", "KL knapsack"))
     assert not found.validation_scores
+    packed = run(tiny_folder("llama"), tmp_path / "packed.json", "sim", **made, codes="packed")
+    assert packed.plan.layers == result.plan.layers
+    assert packed.plan.search["scores"] == pytest.approx(result.plan.search["scores"], rel=1e-4)
 
 
-def test_fronts_of_both_menus(tiny_folder, tmp_path):
-    result = search(options(tiny_folder("llama"), tmp_path, "gguf", pareto=True, ga_gen=1))
-    costs = [point.cost for point in result.found["activations"].front.values()]
-    assert costs == sorted(costs)
-    sizes = {ftype: point.cost for ftype, point in result.found["types"].front.items()}
-    assert sizes["Q4_K_M"] == result.found["types"].cost
-    for ftype, size in sizes.items():
-        assert load_plan(tmp_path / f"plan.{ftype}.json").file["nbytes"] == size
+def test_a_front_of_budgets(tiny_folder, tmp_path):
+    quick = {"weights": "rtn", "transforms": "none", "ga_gen": 5, "pareto": True}
+    result = run(tiny_folder("llama-tied"), tmp_path / "plan.json", "sim", **quick)
+    front = json.loads((tmp_path / "plan.front.json").read_text())["points"]
+    assert [point["budget"] for point in front] == [step / 20 for step in range(10, 21)]
+    assert all(point["mean_bits"] <= 8 * point["budget"] + 1e-9 for point in front)
+    about = result.plan.search["validation"]
+    assert front[0]["kl_validation"] == about["all A4"]  # no choice at the ends
+    assert front[5]["kl_validation"] == about["plan"]
+    assert front[-1]["kl_validation"] == about["all A8"]
+    assert front[-1]["kl_validation"] < front[5]["kl_validation"] < front[0]["kl_validation"]
+    assert (tmp_path / "plan.front.csv").read_text().count("\n") == 12
+    assert (tmp_path / "plan.front.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"pareto": True, "fitness": "mse"}, "a front needs the whole model's KL"),
+        ({"target_compression": 0.4}, r"expected 0\.5 \(all A4\) to 1\.0 \(all A8\), got 0\.4"),
+        ({"ga_gen": 0}, "--ga_gen: must be positive"),
+        ({"spaces": "activations,types"}, "the target sim does not have this, expected activations, got types"),
+        ({"transforms": "smooth,r9"}, "unknown transform"),
+        ({"output": "plan.txt"}, "unknown plan format"),
+    ],
+)
+def test_what_is_refused_before_any_work(tiny_folder, tmp_path, monkeypatch, more, match):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(HalfbyteError, match=match):
+        run(tiny_folder("llama"), **{"output": "plan.json", "target": "sim", **more})
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_overwritten_without_being_asked(searched, tiny_folder):
+    _, folder = searched("vllm")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(HalfbyteError, match=r"plan\.json: output already exists.*--force"):
+        run(tiny_folder("qwen2"), folder / "plan.json", "vllm")
+    (folder / "plan.json").unlink()
+    with pytest.raises(HalfbyteError, match=r"plan\.safetensors: output already exists"):
+        run(tiny_folder("qwen2"), folder / "plan.json", "vllm")
+    (folder / "plan.json").write_bytes(before[folder / "plan.json"])
+    assert before == {path: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_options_say_what_they_are(tmp_path):
+    """A value that is none is refused whoever makes the options."""
+    with pytest.raises(HalfbyteError, match="--target: unknown"):
+        options(tmp_path, tmp_path / "plan.json", "onnx")

@@ -1,62 +1,104 @@
-"""kill -9 at any moment, and --resume, end in the plan of an undisturbed run."""
+"""A search that is interrupted anywhere, by Ctrl-C or kill -9, ends with --resume in the plan of an undisturbed one."""
 
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
+import signal
 import time
-from pathlib import Path
 
 import pytest
 
-from halfbyte import cli
+from halfbyte import pipeline
+from halfbyte.core import files
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.progress import listening
 from halfbyte.plan import load_plan
+from tests.searches import Process, flags, run, same, wait_until
 
-ROOT = Path(__file__).parent.parent
-SEARCH = [
-    "--device",
-    "cpu",
-    "--calib",
-    "pydoc",
-    "--ctx",
-    "64",
-    "--calib_tokens",
-    "256",
-    "--search_tokens",
-    "512",
-    "--ga_pop",
-    "10",
-    "--ga_gen",
-    "12",
-    "--granularity",
-    "layer",
-]
+MORE = {"granularity": "layer", "ga_pop": 6, "ga_gen": 6}
 
 
-@pytest.mark.parametrize(
-    ("target", "stages"), [("gguf", ["settings.json", "prepared.json", "genetic.json"]), ("sim", ["prepared.json"])]
-)
-def test_killed_at_random_moments(target, stages, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    command = ["--model_id", str(tiny_folder("qwen2")), *SEARCH, "--target", target]
-    assert cli.run("search", [*command, "--output", "whole.json"]) == 0
-    script, work = str(ROOT / "mixed_precision_ptq.py"), tmp_path / ".killed.json.work"
+@pytest.fixture(scope="module")
+def folder(tiny_folder):
+    return tiny_folder("qwen2")
+
+
+@pytest.fixture(scope="module")
+def stages():
+    """What an undisturbed search says it does, in order."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory, stages):
+    """The plan of an undisturbed search."""
+    with listening(lambda progress: stages.append(progress.stage)):
+        return run(folder, tmp_path_factory.mktemp("whole") / "plan.json", "gguf", **MORE).plan
+
+
+def test_interrupted_in_every_stage(folder, whole, stages, tmp_path):
+    """Once in each of them, one after the other; what is done stays done."""
+    distinct = list(dict.fromkeys(stages))
+    assert len(distinct) >= 8
+    output = tmp_path / "plan.json"
+    for stage in distinct[1:]:  # nothing is kept while the model is loaded
+
+        def stop(progress, stage=stage) -> None:
+            if progress.stage == stage and progress.done > 0:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt), listening(stop):
+            run(folder, output, "gguf", **MORE, resume=True)
+        assert not output.exists()
+    assert same(run(folder, output, "gguf", **MORE, resume=True).plan, whole)
+    assert not (tmp_path / ".plan.json.work").exists()
+
+
+def test_a_killed_process_loses_one_generation_at_most(folder, whole, tmp_path):
+    """kill -9 soon after each of these files is there, and once Ctrl-C: the promise is the same."""
+    output, work = tmp_path / "plan.json", tmp_path / ".plan.json.work"
+    arguments = [*flags(folder, "gguf", **MORE), "--output", str(output), "--resume"]
     seed = time.time_ns()
     print(f"seed {seed}")  # shown when the test fails
     moments = random.Random(seed)
-    for stage in stages:
-        run = [sys.executable, script, *command, "--output", "killed.json", "--resume"]
-        process = subprocess.Popen(run, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        limit = time.monotonic() + 120
-        while process.poll() is None and not (work / stage).exists() and time.monotonic() < limit:
-            time.sleep(0.005)
-        time.sleep(moments.uniform(0, 0.3))
-        process.kill()
-        process.wait()
-    if not Path("killed.json").exists():  # else the last one was quicker than its killer
-        assert cli.run("search", [*command, "--output", "killed.json", "--resume"]) == 0
-    whole, killed = load_plan("whole.json"), load_plan("killed.json")
-    assert whole.hash == killed.hash
-    assert whole.layers == killed.layers
-    assert whole.search == killed.search
+    stops = {
+        "settings.json": signal.SIGKILL,
+        "prepared.json": signal.SIGINT,
+        "genetic-activations.json": signal.SIGKILL,
+        "candidates/block-000.json": signal.SIGKILL,
+        "genetic-types.json": signal.SIGKILL,
+    }
+    for name, number in stops.items():
+        process = Process(arguments, tmp_path)
+        wait_until(lambda process=process, name=name: (work / name).exists() or not process.running())
+        time.sleep(moments.uniform(0, 0.1))
+        code = process.stop(number)
+        if number == signal.SIGINT and code == 2:  # else it was quicker
+            assert "go on with --resume" in process.err
+            assert "Traceback" not in process.err
+    if not output.exists():
+        run(folder, output, "gguf", **MORE, resume=True)
+    assert same(load_plan(output), whole)
+    assert not list(tmp_path.glob(".*"))  # no work folder, no half-written file
+
+
+def test_a_plan_that_cannot_be_written_can_be_resumed(folder, whole, tmp_path, monkeypatch):
+    """Codes that have moved beside the plan move back: without it they would be a stranger's."""
+    output = tmp_path / "plan.json"
+
+    def full(*_):
+        raise HalfbyteError("disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "save_plan", full)
+        with pytest.raises(HalfbyteError, match="disk is full"):
+            run(folder, output, "gguf", **MORE)
+    assert not list(tmp_path.glob("*.safetensors"))
+    with pytest.raises(HalfbyteError, match="an interrupted search is waiting"):
+        run(folder, output, "gguf", **MORE)
+    with pytest.raises(HalfbyteError, match="the interrupted search had other settings, expected seed=0, got 1"):
+        run(folder, output, "gguf", **MORE, seed=1, resume=True)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: files.shutil._ntuple_diskusage(1, 1, 1000))
+    with pytest.raises(HalfbyteError, match="candidates: disk is too small"):
+        run(folder, tmp_path / "other.json", "gguf", **MORE, spaces="types")
+    assert same(run(folder, output, "gguf", **MORE, resume=True).plan, whole)  # what is there needs no more room

@@ -5,6 +5,7 @@ load → reference → for each menu of the target: prepare → losses of single
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +21,9 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output
 from halfbyte.core.progress import report
 from halfbyte.menus._base import Menu, Model, Setting
-from halfbyte.menus._checks import check_options, menus_of, weights_of, with_tokens
+from halfbyte.menus._checks import check_options, menus_of, weights_of
 from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
-from halfbyte.models.estimate import check_memory, estimate_load
+from halfbyte.models.estimate import check_memory, estimate_load, with_tokens
 from halfbyte.models.layers import Outcome, layers_of
 from halfbyte.models.loading import SourceModel, find, load, made_with
 from halfbyte.options import SearchOptions
@@ -88,10 +89,10 @@ def search(options: SearchOptions) -> SearchResult:
     report("load model", 1, 1, f"text {text.name}: {counts}")
 
     with Workdir(output, _settings(setting, source, text, checkpoint), resume=options.resume) as workdir:
-        answers = None
-        if any(menu.needs_reference for menu in menus.values()):
-            scored = torch.cat([windows["search"], windows["valid"]])
-            answers = reference(source.model, source.family, scored, device=device)
+        scored = torch.cat([windows["search"], windows["valid"]])
+        started = time.monotonic()
+        answers = reference(source.model, source.family, scored, device=device)
+        _foretell((time.monotonic() - started) / scored.numel(), list(menus.values()), workdir)
         model = Model(source, windows, answers, workdir, checkpoint)
         plan = Plan(
             model_id=options.model_id,
@@ -116,6 +117,18 @@ def search(options: SearchOptions) -> SearchResult:
         plan, outcomes, files = processes().from_first(written)  # pyright: ignore[reportGeneralTypeIssues]
     prepared = [menu.preparation_memory for menu in menus.values() if menu.preparation_memory is not None]
     return SearchResult(plan, found, outcomes, files, peak_memory(device), max(prepared, default=None))
+
+
+def _foretell(seconds_per_token: float, menus: Sequence[Menu], workdir: Workdir) -> None:
+    """Say how long the search will take, from how long the reference took."""
+    effort: dict[str, float] = {}
+    for menu in menus:
+        for stage, tokens in menu.effort().items():
+            effort[stage] = effort.get(stage, 0.0) + tokens * seconds_per_token
+    minutes = sum(effort.values()) / 60
+    parts = ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in effort.items())
+    less = "; less, since an interrupted search goes on" if workdir.resumed else ""
+    report("time", 1, 1, f"about {max(1.0, minutes):.0f} minutes from here ({parts}{less})")
 
 
 def _write(

@@ -1,12 +1,9 @@
-"""What a search refuses before any work, which menus it has, and how many tokens this machine can do."""
+"""What a search refuses before any work, and which menus it has."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.menus import MENUS
@@ -18,17 +15,6 @@ if TYPE_CHECKING:
     from halfbyte.menus._base import Menu
 
 OTHER_NAMES = {"a4a8": "activations", "ggml": "types"}  # of menus, in older commands
-TOKENS = {"cuda": (32768, 4096), "mps": (32768, 4096), "cpu": (4096, 1024)}  # calibration, search; where 0 is asked for
-
-
-def with_tokens(options: SearchOptions, device: torch.device) -> SearchOptions:
-    """The options with as many calibration and search tokens as the device can do, where none are asked for."""
-    calib, search = TOKENS[device.type]
-    return replace(
-        options,
-        calib_tokens=options.calib_tokens or calib,
-        search_tokens=options.search_tokens or search,
-    )
 
 
 def menus_of(options: SearchOptions, target: Target) -> dict[str, type[Menu]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
@@ -12,6 +12,7 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.families import Family
 from halfbyte.models.layers import Layer, layers_of, units_of
 from halfbyte.models.modules import head_dim, is_tied
+from halfbyte.options import SearchOptions
 
 BATCH_TOKENS = 4096  # that go through the model at once on an accelerator; larger batches share out less evenly
 HEAD_CHUNK_TOKENS = 512  # whose fp32 logits exist at once there
@@ -20,6 +21,7 @@ TYPES = 6  # that a matrix may have, about
 CANDIDATE_BITS = 36  # of a weight in all types of its menu together
 VARIANTS = 8  # sets of transforms that are tried
 SIDE_BY_SIDE = 16  # models with one quantised matrix that are measured together
+TOKENS = {"cuda": (32768, 4096), "mps": (32768, 4096), "cpu": (4096, 1024)}  # calibration, search; where 0 is asked for
 PACKED_BITS = 4.125  # per weight: a code, and its share of an fp16 scale per group of 128
 
 
@@ -261,3 +263,13 @@ def _too_little(estimate: MemoryEstimate, device: torch.device) -> list[tuple[to
         needs[torch.device("cpu")] = estimate.host
     found = [(where, need, available_memory(where)) for where, need in needs.items()]
     return [(where, need, there) for where, need, there in found if need > there]
+
+
+def with_tokens(options: SearchOptions, device: torch.device) -> SearchOptions:
+    """The options with as many calibration and search tokens as the device can do, where none are asked for."""
+    calib, search = TOKENS[device.type]
+    return replace(
+        options,
+        calib_tokens=options.calib_tokens or calib,
+        search_tokens=options.search_tokens or search,
+    )

@@ -13,8 +13,7 @@ from halfbyte.core import environment as hub
 from halfbyte.core.device import available_memory, device_name, resolve_device, resolve_dtype
 from halfbyte.core.environment import cores, cpu_name
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.menus._checks import with_tokens
-from halfbyte.models.estimate import MemoryEstimate, estimate_load, estimate_search, estimate_types
+from halfbyte.models.estimate import MemoryEstimate, estimate_load, estimate_search, estimate_types, with_tokens
 from halfbyte.models.loading import find, stored_dtype
 from halfbyte.options import DoctorOptions, SearchOptions
 

@@ -76,8 +76,8 @@ def budget_bytes_of(source: SourceModel, menus: Sequence[TensorMenu], *, size: s
     Raises:
         HalfbyteError: more than one of them is said, or something that is none.
     """
-    if size and bpw:
-        raise HalfbyteError("two budgets", where="--size, --bpw", fix="leave one of them out")
+    if sum(map(bool, (size, bpw, ftype))) > 1:
+        raise HalfbyteError("--size, --bpw, --ftype: two budgets", fix="say one of them only")
     if size:
         left = parse_size(size) - around(source, menus)
         if left <= 0:

@@ -127,14 +127,15 @@ class Bench:
             recipe = replace(recipe, transforms=transforms)
             label += f" ({', '.join(transforms)})"
         source = self._load()
-        norm = source.model.get_parameter(f"{source.family.final_norm}.weight").to(self.device).clone()
+        known = self.known
+        for transform in recipe.applied:
+            known = transform.reference(known, source.model, source.family)
         started = time.perf_counter()
         made = prepare_(source, self.calib, recipe, device=self.device)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         source.model.to(self.device)
-        known = self.known.for_rotated(norm) if "r1" in recipe.transforms else self.known
         layers = list(made.layers)
         qualities = {}
         for column, bits in (("W4A16", None), ("W4A8", 8), ("W4A4", 4)):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from halfbyte.targets.gguf_files.size import ftype_types
 from seven_b_shape import write_model
 from transformers.utils.logging import disable_progress_bar
 
@@ -27,7 +28,6 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
 from halfbyte.models.loading import find, load
 from halfbyte.prepare.menus import menus_of
-from halfbyte.prepare.size import recipe_types
 from halfbyte.report.terminal import Drawing
 from halfbyte.targets.gguf_files.writer import write_gguf
 
@@ -69,7 +69,7 @@ def main() -> int:
         started = time.monotonic()
         source = load(find(str(options.folder)), device=torch.device("cpu"), dtype=torch.bfloat16)
         menus = menus_of(source, mean_bits=4.5)
-        types = recipe_types(source, menus, options.like)
+        types = ftype_types(source, menus, options.like)
         ends = {"embedding_type": types.pop(source.family.embedding), "output_type": types.pop(source.family.head)}
         generator = torch.Generator().manual_seed(0)
         importance = {menu.name: torch.rand(menu.columns, generator=generator) + 0.1 for menu in menus}

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 
-from halfbyte.core.device import made_with
 from halfbyte.core.environment import peak_process_memory
 from halfbyte.evaluate.quality import live, measure, model_logits
-from halfbyte.models.loading import find, load
+from halfbyte.models.loading import find, load, made_with
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import set_activation_bits_

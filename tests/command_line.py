@@ -14,7 +14,7 @@ QUICK = ["--device", "cpu", "--calib", "pydoc", "--ctx", "64", "--calib_tokens",
 CODES = "mixed_precision_config.safetensors"
 EVAL = ["--text", "pydoc", "--ctx", "64", "--chunks", "2", "--max_tokens", "4"]
 GA = ["--ga_pop", "6", "--ga_gen", "3"]
-ACTIVATIONS = ["--spaces", "a4a8"]  # the last flag counts
+ACTIVATIONS = ["--spaces", "activations"]  # the last flag counts
 
 
 def search(folder, *more):

@@ -6,7 +6,7 @@ import torch
 
 from halfbyte.models.folding import fold_scales_
 from halfbyte.models.modules import blocks, head_dim, linear
-from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, transform_heads_
+from halfbyte.transforms._rotation import rotate_block_, rotate_ends_, transform_heads_
 
 TOKENS = torch.randint(800, (4, 48), generator=torch.Generator().manual_seed(0))
 CPU = torch.device("cpu")
@@ -36,8 +36,7 @@ def fold_(model, family, folds):
             forward = orthogonal(heads, size, size)
             transform_heads_(block, family, forward, forward.mT, size)
         for group in family.groups:
-            behind_norm = any(group == readers for _, readers in family.norm_readers)
-            if "smooth" in folds or ("norms" in folds and behind_norm):
+            if "smooth" in folds:
                 scales = (0.5 * torch.randn(linear(block, group[0]).in_features, generator=generator)).exp()
                 if group == (family.attention_out,):
                     scales = (

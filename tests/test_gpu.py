@@ -28,7 +28,7 @@ from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.quant.scales import searched_scales
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference
-from halfbyte.workdir import Stages
+from halfbyte.workdir import Workdir
 from tests.quant.kernels.test_activations import DTYPES, batch, same_bits
 from tests.quant.kernels.test_codes import SHAPES, packed_weight
 
@@ -83,10 +83,10 @@ def test_rotations_are_those_of_the_cpu(width):
 
 def test_what_was_saved_runs_on_the_device(tiny, tmp_path):
     """A resumed search starts from the model that an undisturbed one has."""
-    recipe = Recipe(("smooth", "r3", "online", "learned"), "gptq")
+    recipe = Recipe(("smooth", "r2", "online", "learned"), "gptq")
     tokens = torch.randint(800, (4, 64), generator=torch.Generator().manual_seed(0))
     source, fresh = copy.deepcopy(tiny("qwen2-tied")), copy.deepcopy(tiny("qwen2-tied"))
-    stages = Stages(tmp_path / "plan.pt", {}, resume=False)
+    stages = Workdir(tmp_path / "plan.pt", {}, resume=False)
     made = prepare_(source, tokens, recipe, device=torch.device("cuda"))
     save_prepared(stages, made)
     load_prepared_(fresh, stages, recipe, device=torch.device("cuda"))

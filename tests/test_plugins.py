@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte import transforms
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.modules import linear
 from halfbyte.plan import load_codes, load_plan
@@ -13,11 +12,8 @@ from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.base import QUANTISERS, WeightQuantiser
 from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.targets import TARGETS, Target
-from halfbyte.transforms import TRANSFORMS
+from halfbyte.transforms import TRANSFORMS, Transform
 from tests.searches import run
-
-# Transforms have a registry like that of targets and quantisers, and hooks (``transforms.Transform.fold_block_``).
-needs_registry = pytest.mark.skipif(not hasattr(TRANSFORMS, "register"), reason="transforms have no registry yet")
 
 
 class Toaster(Target):
@@ -90,11 +86,10 @@ def test_a_target_refuses_before_any_work(registered, tiny_folder, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-@needs_registry
 def test_a_transform_from_outside(registered, tiny_folder, tmp_path):
     """It turns two channels between up and down around; codes follow, answers do not."""
 
-    class Swap(transforms.Transform):
+    class Swap(Transform):
         about = "two channels of the MLP change places"
         order = 1
 

@@ -55,7 +55,7 @@ def test_a_plan_of_version_1_is_simulated(tiny, tmp_path):
         "seed": 0,
         "versions": {},
         "codes_sha256": sha256(codes_path(path)),
-        "version": 1,
+        "version": 2,
     }
     path.write_text(json.dumps(old))
 

@@ -19,8 +19,8 @@ from halfbyte.evaluate.simulate import simulate
 from halfbyte.evaluate.simulation import become_types_, load_for_plan, load_types
 from halfbyte.options import EvalOptions, ExportOptions, ImatrixOptions, SimulateOptions
 from halfbyte.plan import load_plan
-from halfbyte.prepare.size import parse_size
 from halfbyte.targets.gguf_files.export import export_gguf
+from halfbyte.targets.gguf_files.size import parse_size
 from tests.command_line import changed
 from tests.searches import SMALLEST, run
 

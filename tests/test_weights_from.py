@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 
-from halfbyte import cli, pipeline, results
+from halfbyte import cli, pipeline
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.evaluate.simulation import become_simulation_, load_for_plan, plan_bits
@@ -17,6 +17,7 @@ from halfbyte.models.families import family_of
 from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.plan import codes_path, load_codes, load_plan
 from halfbyte.quant.quant_linear import set_activation_bits_
+from halfbyte.report import search_reports
 from tests.command_line import GA, QUICK, fails
 from tests.folding import fold_, logits
 from tests.quantised_folders import Checkpoint, compressed, compressed_config, edited, gptq, gptq_config, scheme
@@ -27,9 +28,7 @@ PLAN = "mixed_precision_config.pt"
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        results, "_draw", lambda *_: None
-    )  # pictures are tested elsewhere, and take as long as a search
+    monkeypatch.setattr(search_reports, "_draw", lambda *_: None)  # pictures take as long as a search
     return tmp_path
 
 

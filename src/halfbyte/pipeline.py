@@ -5,6 +5,7 @@ load → reference → for each menu of the target: prepare → losses of single
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,23 +13,21 @@ from typing import Any
 
 import torch
 
-from halfbyte.calibration.self_written import write_with
-from halfbyte.calibration.text import Text, load_text
+from halfbyte.calibration.text import Text, load_text, write_with
 from halfbyte.calibration.windows import cut
-from halfbyte.core.device import made_with, peak_memory, resolve_device, resolve_dtype
+from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output
 from halfbyte.core.progress import report
 from halfbyte.menus._base import Menu, Model, Setting
 from halfbyte.menus._checks import check_options, menus_of, weights_of
-from halfbyte.models.checkpoint import QuantisedFolder
+from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
 from halfbyte.models.estimate import check_memory, estimate_load, with_tokens
 from halfbyte.models.layers import Outcome, layers_of
-from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.models.loading import SourceModel, find, load, made_with
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, save_plan
-from halfbyte.prepare.checkpoint import Given, given_codes
 from halfbyte.search.found import Found
 from halfbyte.search.reference import reference
 from halfbyte.targets import TARGETS
@@ -81,7 +80,7 @@ def search(options: SearchOptions) -> SearchResult:
     report("load model", 0, 1, options.model_id)
     source = load(origin, device=torch.device("cpu"), dtype=dtype)
     checkpoint = _checkpoint(setting, source)
-    group_sizes = processes().from_first({} if checkpoint is None else checkpoint.codes.group_sizes)
+    group_sizes = processes().from_first({} if checkpoint is None else checkpoint.group_sizes)
     target.check_model(source, layers_of(source.model, source.family), options, group_sizes)
     for menu in menus.values():
         menu.check(source)
@@ -90,10 +89,10 @@ def search(options: SearchOptions) -> SearchResult:
     report("load model", 1, 1, f"text {text.name}: {counts}")
 
     with Workdir(output, _settings(setting, source, text, checkpoint), resume=options.resume) as workdir:
-        answers = None
-        if any(menu.needs_reference for menu in menus.values()):
-            scored = torch.cat([windows["search"], windows["valid"]])
-            answers = reference(source.model, source.family, scored, device=device)
+        scored = torch.cat([windows["search"], windows["valid"]])
+        started = time.monotonic()
+        answers = reference(source.model, source.family, scored, device=device)
+        _foretell((time.monotonic() - started) / scored.numel(), list(menus.values()), workdir)
         model = Model(source, windows, answers, workdir, checkpoint)
         plan = Plan(
             model_id=options.model_id,
@@ -118,6 +117,18 @@ def search(options: SearchOptions) -> SearchResult:
         plan, outcomes, files = processes().from_first(written)  # pyright: ignore[reportGeneralTypeIssues]
     prepared = [menu.preparation_memory for menu in menus.values() if menu.preparation_memory is not None]
     return SearchResult(plan, found, outcomes, files, peak_memory(device), max(prepared, default=None))
+
+
+def _foretell(seconds_per_token: float, menus: Sequence[Menu], workdir: Workdir) -> None:
+    """Say how long the search will take, from how long the reference took."""
+    effort: dict[str, float] = {}
+    for menu in menus:
+        for stage, tokens in menu.effort().items():
+            effort[stage] = effort.get(stage, 0.0) + tokens * seconds_per_token
+    minutes = sum(effort.values()) / 60
+    parts = ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in effort.items())
+    less = "; less, since an interrupted search goes on" if workdir.resumed else ""
+    report("time", 1, 1, f"about {max(1.0, minutes):.0f} minutes from here ({parts}{less})")
 
 
 def _write(
@@ -146,13 +157,13 @@ def _write(
     return plan, outcomes, [*plans, *(there for _, there in moved), *reports]
 
 
-def _checkpoint(setting: Setting, source: SourceModel) -> Given | None:
+def _checkpoint(setting: Setting, source: SourceModel) -> CheckpointCodes | None:
     """The codes of ``--weights_from``, checked; in the first process only."""
     options = setting.options
     if options.weights_from is None or not processes().first:
         return None
     folder = QuantisedFolder(options.weights_from)
-    return given_codes(folder, source, setting.recipe.scale_rule, device=setting.exact_device)
+    return CheckpointCodes(folder, source, setting.recipe.scale_rule)
 
 
 def _check_outputs(options: SearchOptions, output: Path, kinds: Sequence[type[Menu]]) -> None:
@@ -203,10 +214,10 @@ def _texts(setting: Setting, source: SourceModel) -> tuple[Text, dict[str, torch
     return text, found
 
 
-def _settings(setting: Setting, source: SourceModel, text: Text, checkpoint: Given | None) -> dict[str, Any]:
+def _settings(setting: Setting, source: SourceModel, text: Text, checkpoint: CheckpointCodes | None) -> dict[str, Any]:
     """What a resumed search must have in common with the interrupted one."""
     ignored = ("resume", "force", "json", "output", "device", "trust_remote_code")
     settings = {key: value for key, value in asdict(setting.options).items() if key not in ignored}
-    taken = {} if checkpoint is None else {"weights_from": checkpoint.codes.folder.digest}
+    taken = {} if checkpoint is None else {"weights_from": checkpoint.folder.digest}
     run = {"device": setting.device.type, "fingerprint": source.fingerprint, "text": text.record()}
     return {**settings, **taken, **run}

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from halfbyte.quant.int4 import PackedWeight
 
 PLAN_VERSION = 2
-READABLE_VERSIONS = (1, 2)  # 1 knew no rotated inputs; what it lacks has defaults
 ACTIVATION_BITS = (4, 8)
 
 
@@ -95,12 +94,7 @@ class Plan:
     @property
     def hash(self) -> str:
         """First 12 hex digits of the digest of the choice itself: the same plan has the same hash."""
-        # what older plans do not have: their hashes stay
-        later = {"a4_clip": 1.0, "rotated": False, "rank": 0, "rotation_block": 0}
-        choice = {
-            name: {key: value for key, value in asdict(entry).items() if later.get(key, ...) != value}
-            for name, entry in self.layers.items()
-        }
+        choice = {name: asdict(entry) for name, entry in self.layers.items()}
         parts = [self.fingerprint, self.codes_sha256, choice]
         if self.tensors:
             parts += [dict(self.tensors), self.file["sha256"]]
@@ -125,9 +119,10 @@ class Plan:
         """
         if not isinstance(data, Mapping) or "layers" not in data:
             raise HalfbyteError("not a halfbyte plan", where=where, fix="make one with mixed_precision_ptq.py")
-        if data.get("version") not in READABLE_VERSIONS:
+        if data.get("version") != PLAN_VERSION:
             raise HalfbyteError(
-                "plan version is not readable", where=where, expected=PLAN_VERSION, got=data.get("version")
+                f"{where}: plan version is not readable, expected {PLAN_VERSION}, got {data.get('version')}",
+                fix="make the plan again with mixed_precision_ptq.py",
             )
         try:
             layers = {str(name): LayerPlan(**entry) for name, entry in data["layers"].items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,21 +68,20 @@ def test_every_file_type_loads(tiny: Path, tmp_path: Path, file_type: str) -> No
         assert np.isfinite(loaded.logits([1, 2, 3])).all()
 
 
-@pytest.mark.parametrize("file_type", FILE_TYPES)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_both_engines_write_the_same_weights(tiny: Path, tmp_path: Path, file_type: str, weighted: bool) -> None:
-    if importlib.util.find_spec("llama_cpp") is None:
-        pytest.skip("llama-cpp-python is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
+def test_both_engines_write_the_same_weights(tiny: Path, tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
     matrices = [tensor for tensor in gguf.GGUFReader(tiny).tensors if len(tensor.shape) == 2]
-    imatrix = {tensor.name: rng.random(tensor.shape[0]) + 0.01 for tensor in matrices} if weighted else None
-    for engine in ENGINES:
-        open_engine(engine).quantize(tiny, tmp_path / engine, file_type, imatrix=imatrix)
-    ours, theirs = (gguf.GGUFReader(tmp_path / engine).tensors for engine in ENGINES)
-    theirs = {tensor.name: tensor for tensor in theirs}
-    for tensor in ours:
-        assert tensor.tensor_type == theirs[tensor.name].tensor_type, tensor.name
-        np.testing.assert_array_equal(tensor.data, theirs[tensor.name].data, err_msg=tensor.name)
+    values = {tensor.name: rng.random(tensor.shape[0]) + 0.01 for tensor in matrices}
+    for file_type, imatrix in itertools.product(FILE_TYPES, (None, values)):
+        for engine in ENGINES:
+            open_engine(engine).quantize(tiny, tmp_path / engine, file_type, imatrix=imatrix)
+        ours, theirs = (gguf.GGUFReader(tmp_path / engine).tensors for engine in ENGINES)
+        found = {tensor.name: tensor for tensor in theirs}
+        for tensor in ours:
+            message = f"{tensor.name} in {file_type}, {'without' if imatrix is None else 'with'} importance"
+            assert tensor.tensor_type == found[tensor.name].tensor_type, message
+            np.testing.assert_array_equal(tensor.data, found[tensor.name].data, err_msg=message)
 
 
 def test_rows_that_do_not_divide_fall_back() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.evaluate.measured import Request, measure_apart
 from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits, sample_text, windows_for
 from halfbyte.evaluate.worker import run_worker
 
@@ -58,13 +59,14 @@ def test_a_worker_that_crashes_is_one_line(tmp_path, monkeypatch):
 
 
 def test_a_worker_hands_on_its_own_error(tmp_path):
-    request = {
-        "path": str(tmp_path / "missing.gguf"),
-        "engine": "xllamacpp",
-        "ctx": 32,
-        "max_tokens": 0,
-        "threads": 1,
-        "stage": "test",
-    }
+    request = Request(
+        path=str(tmp_path / "missing.gguf"),
+        stage="test",
+        text_file=str(tmp_path / "text.txt"),
+        text_name="text",
+        logits_file=str(tmp_path / "logits"),
+        ctx=32,
+        chunks=1,
+    )
     with pytest.raises(HalfbyteError, match=r"missing\.gguf"):
-        run_worker("halfbyte.evaluate.measure_gguf", request)
+        measure_apart(request)

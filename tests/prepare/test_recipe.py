@@ -1,41 +1,15 @@
-"""Options as a recipe."""
+"""What a recipe applies."""
 
 from __future__ import annotations
 
-import pytest
-
-from halfbyte.core.errors import HalfbyteError
-from halfbyte.options import SearchOptions
-from halfbyte.prepare.recipe import Recipe, parse_alpha, recipe_of
+from halfbyte.prepare.recipe import Recipe
 
 
-def test_alpha():
-    assert parse_alpha("auto") is None
-    assert [parse_alpha(text) for text in ("0", "0.5", "1")] == [0.0, 0.5, 1.0]
-    for text in ("1.5", "-0.1", "strong", "nan"):
-        with pytest.raises(HalfbyteError, match=rf"--alpha: out of range, expected 0 to 1, or auto, got {text}"):
-            parse_alpha(text)
+def test_what_is_applied():
+    def names(recipe):
+        return [type(transform).__name__ for transform in recipe.applied]
 
-
-def test_the_target_decides_which_activations_count():
-    sim, gguf = (recipe_of(SearchOptions(target=target), tied=True) for target in ("sim", "gguf"))
-    assert (sim.scale_bits, gguf.scale_bits) == (4, 8)  # llama.cpp computes with 8-bit activations
-    assert gguf.transforms == ("smooth", "r2")
-    assert recipe_of(SearchOptions(target="sim", symmetric=True), tied=True).symmetric
-
-
-def test_vllm_gets_what_compressed_tensors_can_say():
-    made = recipe_of(SearchOptions(target="vllm", online_transforms=True), tied=True)
-    assert (made.symmetric, made.clip, made.scale_bits) == (True, False, 4)
-    assert (made.scale_rule.bf16, made.scale_rule.signed) == (True, False)
-    assert [made.rotation_block(part, "down", 1536) for part in ("q", "down")] == [0, 512]
-    assert Recipe(("r4",)).rotation_block("down", "down", 1536) == 0
-
-
-def test_who_is_rotated_and_scaled():
-    assert Recipe(("online",)).rotated("q", "down")
-    assert [Recipe(("r4",)).rotated(part, "down") for part in ("q", "down")] == [False, True]
-    assert not Recipe(("r1", "r2", "r3")).rotated("down", "down")
-    assert Recipe(("smooth",)).scales_channels
-    assert Recipe((), "awq").scales_channels
-    assert not Recipe(("r1",), "gptq").scales_channels
+    assert names(Recipe(("r2", "smooth", "r1"))) == ["Smooth", "R1", "R2"]  # in their order, not in that of the names
+    assert names(Recipe((), "awq")) == ["Smooth"]  # brings its own channel scales
+    assert names(Recipe(("smooth",), "awq")) == ["Smooth"]
+    assert names(Recipe(("r1",), "gptq")) == ["R1"]

@@ -15,7 +15,7 @@ from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.transformed import CPU, TransformedBlocks
 from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import set_parameters_
-from halfbyte.transforms.rotation import rotate_ends_
+from halfbyte.transforms._rotation import rotate_ends_
 from tests.tiny_models import logits_of, some_ids
 
 IDS = torch.randint(800, (2, 40), generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,6 @@ from halfbyte.models.layers import layers_of
 from halfbyte.prepare.recipe import A4_CLIPS, Recipe
 from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.affine import fake_quantise
-from tests.tiny_models import FAMILIES
 
 
 def prepared(source, recipe):
@@ -20,7 +19,7 @@ def prepared(source, recipe):
     return tokens, prepare_(source, tokens, recipe, device=source.device)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["qwen2", "llama"])
 def test_mse_against_a_direct_computation(tiny, family):
     source = tiny(family)
     tokens, made = prepared(source, Recipe(group_size=32))

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from halfbyte.quant.ggml.types import decode, q4_0_blocks
+from halfbyte.quant.ggml.q4_0 import q4_0_blocks
+from halfbyte.quant.ggml.types import decode
 from halfbyte.quant.int4 import absmax_scales, encode_with_scales
 from halfbyte.quant.scales import searched_scales
 

@@ -16,9 +16,9 @@ from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import is_tied
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, codes_path, save_codes, save_plan
-from halfbyte.prepare.recipe import recipe_of
 from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import set_activation_bits_
+from halfbyte.targets import TARGETS
 
 PLAN = "plan.json"
 
@@ -39,7 +39,8 @@ def plan_for(
     source = load(find(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
     fingerprint = source.fingerprint
     units = units_of(layers_of(source.model, source.family), source.family, "fused")
-    recipe = recipe_of(asked, tied=is_tied(source.model, source.family))
+    transforms = TARGETS[target].transforms(asked, tied=is_tied(source.model, source.family))
+    recipe = replace(TARGETS[target].recipe_for(asked), transforms=transforms)
     tokens = torch.randint(0, len(source.tokenizer), (2, 64), generator=torch.Generator().manual_seed(0))
     prepared = prepare_(source, tokens, recipe, device=source.device)
     genome = [a_bits[index % len(a_bits)] for index in range(len(units))]

@@ -12,10 +12,9 @@ from halfbyte.models.modules import is_tied
 from halfbyte.quant.balance import low_rank_balance
 from halfbyte.quant.hadamard import rotate
 from halfbyte.quant.quant_linear import InputScheme
-from halfbyte.transforms import attention
 from tests.tiny_models import FAMILIES
 
-NAMES = ["r1", "r2", "r3", "r4", "online", "learned", "smooth,r1,r2,r3,r4", "smooth,r2,online,learned"]
+NAMES = ["r1", "r2", "online", "smooth,r1,r2,r4", "smooth,r2,online,learned"]
 IDS = torch.randint(800, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -85,17 +84,6 @@ def test_outliers_are_spread(tiny, names, part, transformed):
     before = spread(source, f"model.layers.0.{part}")
     transformed(source, IDS, names)
     assert spread(source, f"model.layers.0.{part}") < before / 4
-
-
-def test_r3_turns_queries_and_keys(tiny, monkeypatch, transformed):
-    turned = []
-    monkeypatch.setattr(attention, "rotate", lambda x: turned.append(x.shape) or rotate(x))
-    source = copy.deepcopy(tiny("llama"))
-    transformed(source, IDS, "r3")
-    turned.clear()
-    logits(source)
-    assert [shape[-1] for shape in turned] == [32] * 4  # head size; queries and keys of two blocks
-    assert tiny("llama").model.config._attn_implementation != attention.NAME
 
 
 @pytest.mark.parametrize("rotated", [False, True])

@@ -40,9 +40,9 @@ def capture(
     hidden: list[torch.Tensor] = []
     kwargs: dict[str, Any] = {}
 
-    def stop(_: nn.Module, args: tuple, given: dict[str, Any]) -> None:
-        hidden.append(args[0] if args else given.pop("hidden_states"))
-        kwargs.update(given)
+    def stop(_: nn.Module, args: tuple, named: dict[str, Any]) -> None:
+        hidden.append(args[0] if args else named.pop("hidden_states"))
+        kwargs.update(named)
         raise _Captured
 
     handle = first.register_forward_pre_hook(stop, with_kwargs=True)
@@ -77,8 +77,8 @@ def block_copy(block: nn.Module, device: torch.device, dtype: torch.dtype | None
     So there is no second copy of the block on the way, and no more is moved than is stored.
     """
     made: dict[int, Any] = {
-        id(known): nn.Parameter(known.detach().to(device).to(dtype or known.dtype, copy=True), requires_grad=False)
-        for known in block.parameters()
+        id(own): nn.Parameter(own.detach().to(device).to(dtype or own.dtype, copy=True), requires_grad=False)
+        for own in block.parameters()
     }
     return copy.deepcopy(block, made).to(device=device, dtype=dtype)
 

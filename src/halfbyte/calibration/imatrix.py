@@ -50,10 +50,10 @@ def importance_for(source: SourceModel, path: str | Path, names: Sequence[str]) 
     Raises:
         HalfbyteError: the file cannot be read, or is of another model.
     """
-    given, family = read_imatrix(path), source.family
+    imatrix, family = read_imatrix(path), source.family
     top = {family.gguf_name(f"{part}.weight") for part in (family.embedding, family.head)}
-    check_for(given, {name: width for name, width in matrices(source).items() if name not in top}, where=path)
-    found = {name: given.values.get(family.gguf_name(f"{name}.weight")) for name in names}
+    check_for(imatrix, {name: width for name, width in matrices(source).items() if name not in top}, where=path)
+    found = {name: imatrix.values.get(family.gguf_name(f"{name}.weight")) for name in names}
     return {name: torch.from_numpy(value) for name, value in found.items() if value is not None}
 
 

@@ -2,7 +2,8 @@
 
 A source is a name (``wikitext2``, ``pydoc``, ``self``) or a file. Each gives four disjoint parts: ``calib`` for
 statistics, ``search`` for fitness, ``valid`` to decide between the best, ``eval`` for the final numbers. A single text
-is cut at line ends into the first half, the next 10 %, 10 % more, and, after a gap of 2 %, the rest.
+is cut at line ends into the first half, the next 10 %, 10 % more, and, after a gap of 2 %, the rest. Importing this
+module imports no torch.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from halfbyte.core import environment as hub
 from halfbyte.core.errors import HalfbyteError
+
+if TYPE_CHECKING:
+    from torch import nn
 
 CUTS = {"calib": (0.0, 0.50), "search": (0.50, 0.60), "valid": (0.60, 0.70), "eval": (0.72, 1.0)}
 
@@ -128,3 +133,30 @@ def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -
     if not path.exists():
         raise HalfbyteError("no such text", where=name, expected="auto, self, " + ", ".join(SOURCES) + " or a file")
     return _file(path)
+
+
+def write_with(model: nn.Module, tokenizer: Any, *, seed: int, samples: int = 24, length: int = 384) -> str:
+    """Text that a model writes itself, sampled at temperature 1 from one random first token per sample.
+
+    Cf. LLM-QAT (Liu et al. 2023, arXiv:2305.17888), which generates its training data so.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(len(tokenizer), (samples, 1), generator=generator)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        ids = model.generate(  # pyright: ignore[reportCallIssue]
+            first.to(device),
+            attention_mask=torch.ones_like(first).to(device),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=length,
+            min_new_tokens=length,
+            pad_token_id=tokenizer.pad_token_id or 0,
+        )
+    return "\n".join(tokenizer.batch_decode(ids, skip_special_tokens=True))

@@ -1,4 +1,4 @@
-"""Walk the original and its quantised copy side by side, one block at a time on the device.
+"""Sequential calibration: the original and its quantised copy side by side, one block at a time on the device.
 
 The original block always sees the unquantised model's hidden states; the copy sees what the quantised blocks before it
 made of them. Statistics of a layer's input are therefore those that it will meet (Frantar et al. 2022, GPTQ,
@@ -35,8 +35,8 @@ class _Replay(nn.Module):
         return self.output, None
 
 
-class TwinStep:
-    """One stop of :func:`walk_twins`, used in this order: change ``original``, ``observe``, ``split``, replace linears.
+class BlockStep:
+    """One stop of :func:`walk_blocks`; in this order: change ``original``, ``observe``, ``split``, replace linears.
 
     A linear is replaced between the call of :meth:`inputs` for it (or for another that shares its input) and the next
     call. Attention runs once in the copy if the linears are taken in their order: what it gives to its last linear is
@@ -98,11 +98,11 @@ class TwinStep:
         if part.startswith(self._attention + "."):  # and will be replaced
             self._mixed, self._attended = [], []
         mixed = []
-        for index, known in enumerate(self.seen[part]):
+        for index, original in enumerate(self.seen[part]):
             of_copy = self._input_of_copy(part, index)
             if part == self._attention_out:
                 mixed.append(of_copy)
-            yield known, of_copy
+            yield original, of_copy
         self._mixed += mixed
 
     def _input_of_copy(self, part: str, index: int) -> torch.Tensor:
@@ -123,7 +123,7 @@ class TwinStep:
         return found[0]
 
     def _run_copy(self, index: int) -> torch.Tensor:
-        """The copy's output for one batch, ``[windows, length, hidden]``; attention as it is known, or anew."""
+        """The copy's output for one batch, ``[windows, length, hidden]``; attention as it is remembered, or anew."""
         hidden = self._hidden[index][1]
         while self._mixed:
             with torch.no_grad():
@@ -147,17 +147,17 @@ class TwinStep:
         return list(zip(self.outputs, copies, strict=True))
 
 
-def walk_twins(
+def walk_blocks(
     model: nn.Module,
     family: Family,
     tokens: torch.Tensor,
     *,
     device: torch.device,
     batch: int = 1,
-    leave: Callable[[TwinStep], None] | None = None,
+    leave: Callable[[BlockStep], None] | None = None,
     keep_on: torch.device | None = None,
-) -> Iterator[TwinStep]:
-    """Yield a :class:`TwinStep` per block; afterwards the model holds the quantised copy where the block was.
+) -> Iterator[BlockStep]:
+    """Yield a :class:`BlockStep` per block; afterwards the model holds the quantised copy where the block was.
 
     The block itself is never written to: its parameters may be mapped from a file.
 
@@ -178,13 +178,19 @@ def walk_twins(
         block = blocks(model, family)[index]
         first = next(block.parameters())
         home, dtype = first.device, first.dtype
-        step = TwinStep(index, block_copy(block, device, torch.float32), hidden, kwargs, family.attention_out)
+        step = BlockStep(index, block_copy(block, device, torch.float32), hidden, kwargs, family.attention_out)
         del block, first  # nothing but the model holds them, so that its memory is free when the copy takes its place
         yield step
         hidden = step.advance()
         if leave is not None:
             leave(step)
         setattr(holder, str(index), step.quantised.to(dtype).to(home))  # converted where it is, then moved
+
+
+def sample(batches: Sequence[torch.Tensor], tokens: int) -> torch.Tensor:
+    """At most ``tokens`` rows, evenly spaced over all batches of ``[tokens, in]``."""
+    stride = max(1, sum(len(batch) for batch in batches) // tokens)
+    return torch.cat([batch[::stride] for batch in batches])[:tokens]
 
 
 def _as_fp32(value: Any) -> Any:

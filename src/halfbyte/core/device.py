@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-from typing import TYPE_CHECKING
-
 import psutil
 import torch
-import transformers
 
-import halfbyte
 from halfbyte.core.environment import cpu_name, peak_process_memory
 from halfbyte.core.errors import HalfbyteError
-
-if TYPE_CHECKING:
-    from halfbyte.models.loading import SourceModel
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -64,15 +56,3 @@ def device_name(device: torch.device) -> str:
     if device.type == "mps":
         return "Apple GPU (MPS)"
     return f"{cpu_name()} ({torch.get_num_threads()} threads)"
-
-
-def made_with(source: SourceModel) -> dict[str, str]:
-    """Package versions, and what ``source`` computes on and in, in this process."""
-    return {
-        "halfbyte": halfbyte.__version__,
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "device": device_name(source.device),
-        "dtype": str(source.dtype).removeprefix("torch."),
-    }

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.calibration.windows import first_scored
-from halfbyte.core.device import made_with, resolve_device, resolve_dtype
+from halfbyte.core.device import resolve_device, resolve_dtype
 from halfbyte.core.environment import cores
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import sha256
@@ -26,7 +26,7 @@ from halfbyte.evaluate.quality import (
 from halfbyte.evaluate.simulation import become_simulation_, become_types_, check_same_model, load_types, plan_bits
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.gguf_file import halfbyte_keys
-from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.models.loading import SourceModel, find, load, made_with
 from halfbyte.models.modules import vocabulary
 from halfbyte.options import DEFAULT_MODEL, EvalOptions
 from halfbyte.plan import Plan, codes_path, load_codes, load_plan

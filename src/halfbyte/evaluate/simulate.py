@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.calibration.windows import first_scored
-from halfbyte.core.device import made_with
 from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import (
     LogitsFile,
@@ -23,7 +22,7 @@ from halfbyte.evaluate.quality import (
     windows_for,
 )
 from halfbyte.evaluate.simulation import become_simulation_, become_types_, load_for_plan, load_types, plan_bits
-from halfbyte.models.loading import SourceModel
+from halfbyte.models.loading import SourceModel, made_with
 from halfbyte.models.modules import vocabulary
 from halfbyte.options import SimulateOptions
 from halfbyte.plan import Plan, codes_path, load_codes, load_plan

@@ -17,7 +17,6 @@ from halfbyte.plan import Codes, LayerPlan, Plan, types_path
 from halfbyte.quant.ggml.encoded import Encoded
 from halfbyte.quant.ggml.types import decode_tensor
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_parameters_
-from halfbyte.transforms.attention import rotate_queries_and_keys_
 
 
 def load_for_plan(
@@ -76,8 +75,6 @@ def become_simulation_(
         packed: keep the codes packed, for the same numbers from a quarter of the memory.
     """
     model, family = source.model, source.family
-    if "r3" in transforms:
-        rotate_queries_and_keys_(model)
     set_parameters_(model, codes.parameters)
     shared = SharedInput()
     device = device or source.device

@@ -10,11 +10,11 @@ from typing import ClassVar
 
 import torch
 
+from halfbyte.models.checkpoint import CheckpointCodes
 from halfbyte.models.layers import Outcome
 from halfbyte.models.loading import Origin, SourceModel, load
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan
-from halfbyte.prepare.checkpoint import Given
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.search.found import Found
 from halfbyte.search.genetic import GeneticSettings
@@ -22,6 +22,10 @@ from halfbyte.search.reference import Reference
 from halfbyte.search.run import Searchable, search_menu
 from halfbyte.targets import Target
 from halfbyte.workdir import Workdir
+
+ROUNDED = 1.5  # time of a forward pass with rounded activations, or other weights, over that of the plain model
+ELITE = 2  # genomes of a generation that are known already
+VALIDATED = 14  # genomes that are measured on the validation text
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Model:
     windows: Mapping[str, torch.Tensor]
     reference: Reference | None
     workdir: Workdir
-    checkpoint: Given | None = None
+    checkpoint: CheckpointCodes | None = None
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -110,6 +114,24 @@ class Menu(Searchable):
     @abstractmethod
     def prepare(self, model: Model) -> None:
         """The long work: candidates for every unit, and what each format loses alone. Changes ``model.source``."""
+
+    @abstractmethod
+    def effort(self) -> dict[str, float]:
+        """What is to be done, stage -> tokens of whole forward passes that take as long; known after :meth:`check`."""
+
+    def search_effort(self, units: int) -> dict[str, float]:
+        """:meth:`effort` of what every menu does when it is prepared.
+
+        Each unit is measured through half of the blocks on average; a genome on a quarter of the text, and on all of it
+        where it could still win, which is about every fourth.
+        """
+        options = self.options
+        genomes = options.ga_pop + options.ga_gen * max(1, options.ga_pop - ELITE)
+        return {
+            "losses of single units": ROUNDED * 0.5 * units * options.search_tokens,
+            f"search of {self.title}": ROUNDED * 0.45 * genomes * options.search_tokens,
+            "validation": ROUNDED * VALIDATED * options.search_tokens,
+        }
 
     @abstractmethod
     def front_budgets(self) -> Sequence[tuple[str, int]]:

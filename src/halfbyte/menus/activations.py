@@ -28,6 +28,8 @@ from halfbyte.workdir import Workdir
 
 A_BITS = (4, 8)
 FISHER_WINDOWS = 4  # of calibration text, for loss gradients
+PREPARED_AS = 12.0  # forward passes that preparation takes as long as, per calibration token, ...
+CODES_AS = 20_000.0  # ... and tokens of forward passes for what does not depend on the text
 FRONT = tuple(step / 20 for step in range(10, 21))  # budgets of a front: 0.5, 0.55 … 1
 SCORES = {
     "kl": "KL(reference ‖ quantised), nats per token",
@@ -54,11 +56,19 @@ class ActivationMenu(Menu):
         self.recipe = replace(self.setting.recipe, transforms=transforms)
         self.units = units_of(layers_of(source.model, source.family), source.family, self.options.granularity)
 
+    def effort(self) -> dict[str, float]:
+        calib = 1.0 * self.options.calib_tokens
+        work = {"transforms and W4 codes": PREPARED_AS * calib + CODES_AS}
+        if self.gradients:
+            work["loss gradients"] = 3.0 * FISHER_WINDOWS * self.options.ctx
+        return {**work, **(self.search_effort(len(self.units)) if self.needs_reference else {})}
+
     def prepare(self, model: Model) -> None:
         source, device, workdir = model.source, self.setting.device, model.workdir
         reference = model.reference
-        if reference is not None and "r1" in self.recipe.transforms:
-            reference = reference.for_rotated(source.model.get_parameter(f"{source.family.final_norm}.weight"))
+        if reference is not None:
+            for transform in self.recipe.applied:
+                reference = transform.reference(reference, source.model, source.family)
         head = linear(source.model, source.family.head).weight
         self.prepared = self._prepared(model)
         self.preparation_memory = peak_memory(device)
@@ -154,7 +164,7 @@ class ActivationMenu(Menu):
                     self.recipe,
                     device=self.setting.exact_device,
                     packed=self.packed,
-                    given=model.checkpoint,
+                    checkpoint=model.checkpoint,
                 )
                 save_prepared(workdir, made)
         for path in (workdir.codes, workdir.folder / PREPARED):
@@ -196,7 +206,7 @@ class ActivationMenu(Menu):
 
     def _search_record(self, model: Model) -> dict[str, object]:
         options = self.options
-        taken = {"weights_from": model.checkpoint.codes.record()} if model.checkpoint is not None else {}
+        taken = {"weights_from": model.checkpoint.record()} if model.checkpoint is not None else {}
         return {
             "algorithm": "genetic",
             "fitness": options.fitness,

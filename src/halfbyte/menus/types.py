@@ -25,17 +25,20 @@ from halfbyte.prepare.candidates import Candidates, encode_candidates_, part_fil
 from halfbyte.prepare.menus import TensorMenu, menus_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.screen import screened
-from halfbyte.prepare.size import budget_bytes_of, ftype_types, largest_ftype
 from halfbyte.quant.ggml.encoded import save_encoded
 from halfbyte.report.search_reports import TYPE_FRONT_REPORTS, TYPE_REPORTS, beside, write_type_reports
 from halfbyte.search.found import Found
 from halfbyte.search.problem import Genome, Problem, pruned
 from halfbyte.search.type_evaluator import MixedTypes, TypeEvaluator
+from halfbyte.targets.gguf_files.size import budget_bytes_of, ftype_types, ftype_within
 from halfbyte.transforms import TRANSFORMS
 from halfbyte.workdir import Workdir
 
 DEFAULT_FTYPE = "Q4_K_M"
 FRONT_FTYPES = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")  # llama.cpp's, whose sizes make a front
+ENCODED_AS = 8.0  # forward passes that encoding takes as long as, per calibration token, ...
+CANDIDATES_AS = 40_000.0  # ... and tokens of forward passes for what does not depend on the text
+TRIED_AS = 6.0  # the same for trying transforms, per token of calibration and search text
 GROUP_SIZE = 32  # weights that share a scale in most types; for the choice of channel scales
 TINY = 1e-12  # nats: no matrix is free
 
@@ -78,6 +81,13 @@ class TypeMenu(Menu):
         names = [menu.name for menu in self.menus]
         self.imatrix = importance_for(source, self.options.imatrix, names) if self.options.imatrix else {}
 
+    def effort(self) -> dict[str, float]:
+        calib, search = 1.0 * self.options.calib_tokens, 1.0 * self.options.search_tokens
+        work = {"encode candidates": ENCODED_AS * calib + CANDIDATES_AS}
+        if self.transforms is None:
+            work["transforms that help"] = TRIED_AS * (calib + search) + CANDIDATES_AS / 4
+        return {**work, **self.search_effort(len(self.menus))}
+
     def prepare(self, model: Model) -> None:
         assert model.reference is not None
         source, device = model.source, self.setting.device
@@ -104,7 +114,7 @@ class TypeMenu(Menu):
     def starts(self, problem: Problem) -> dict[str, Genome]:
         """The exact knapsack over the losses, and llama.cpp's own types of about that size."""
         ftype = _named_ftype(self.options) if problem.budget == self.budget else ""
-        ftype = ftype or largest_ftype(self._source, self.menus, problem.budget)
+        ftype = ftype or ftype_within(self._source, self.menus, problem.budget)
         theirs = self._no_larger(ftype_types(self._source, self.menus, ftype))
         return {"KL knapsack": problem.knapsack(), f"types of {ftype}": problem.fill(problem.repair(theirs))}
 
@@ -238,7 +248,7 @@ class TypeMenu(Menu):
                 self.menus,
                 folder,
                 device=self.setting.exact_device,
-                given=self.imatrix,
+                imatrix=self.imatrix,
                 keep_on=self._keep_on,
             )
 

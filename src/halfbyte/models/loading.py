@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import platform
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
+import halfbyte
 from halfbyte.core import environment as hub
+from halfbyte.core.device import device_name
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.gguf_file import open_gguf
@@ -220,3 +224,15 @@ def fingerprint(model: torch.nn.Module) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def made_with(source: SourceModel) -> dict[str, str]:
+    """Package versions, and what ``source`` computes on and in, in this process."""
+    return {
+        "halfbyte": halfbyte.__version__,
+        "torch": str(torch.__version__),
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": device_name(source.device),
+        "dtype": str(source.dtype).removeprefix("torch."),
+    }

@@ -12,24 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from halfbyte.calibration.walk import TwinStep, walk_twins
+from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.files import write_text
 from halfbyte.core.progress import report
 from halfbyte.models.families import Family
 from halfbyte.models.loading import SourceModel
-from halfbyte.models.modules import head_dim, is_tied, linear
-from halfbyte.prepare.channel_scales import scale_unit_
+from halfbyte.models.modules import is_tied, linear
+from halfbyte.prepare.folding import fold_block_, fold_ends_, mixed_inputs
 from halfbyte.prepare.menus import OUTSIDE, TensorMenu
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.encoded import Encoded, save_encoded
 from halfbyte.quant.ggml.gptq import Job, encode_
-from halfbyte.quant.hadamard import rotation_matrix
 from halfbyte.quant.int4 import check_finite
-from halfbyte.quant.quant_linear import InputScheme
 from halfbyte.quant.quantisers.gptq import DAMPING, NotPositive, Ordered
-from halfbyte.transforms.rotation import rotate_block_, rotate_ends_, transform_heads_
 
 BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
 TOP_ROWS = 8192  # of embedding and head, encoded at once
@@ -62,7 +58,7 @@ def encode_candidates_(
     folder: Path,
     *,
     device: torch.device,
-    given: Mapping[str, torch.Tensor] | None = None,
+    imatrix: Mapping[str, torch.Tensor] | None = None,
     keep_on: torch.device | None = None,
 ) -> Candidates:
     """Fold the recipe's transforms into ``source.model``, in place, and encode its matrices into ``folder``.
@@ -73,8 +69,8 @@ def encode_candidates_(
     Args:
         tokens: calibration text, int64 ``[windows, length]``.
         menus: see :func:`halfbyte.prepare.menus.menus_of`.
-        given: matrix -> importance of its input channels in the model as it is, fp32 ``[in]``, to choose scales by in
-            place of what is measured; not for inputs that a rotation has mixed.
+        imatrix: matrix -> importance of its input channels in the model as it is, fp32 ``[in]``, to choose scales by
+            in place of what is measured; not for inputs that a rotation has mixed.
         keep_on: where calibration activations are kept, by default on ``device``.
 
     Raises:
@@ -84,33 +80,31 @@ def encode_candidates_(
     batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
     last: list[torch.Tensor] = []
 
-    def leave(step: TwinStep) -> None:
+    def leave(step: BlockStep) -> None:
         last[:] = step.outputs
 
-    if "r1" in recipe.transforms:
-        head = linear(source.model, family.head)
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
-        rotate_ends_(source.model, family, device)
-    mixed = [part for group in _rotated_groups(family, recipe) for part in group]
-    if given and mixed:
+    fold_ends_(source, recipe, device)
+    mixed = mixed_inputs(family, recipe)
+    imatrix = imatrix or {}
+    if imatrix and mixed:
         report("importance matrix", 1, 1, f"measured for {', '.join(mixed)}: their inputs are rotated")
-    for step in walk_twins(source.model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on):
-        shrunk = fold_(step, source, recipe)
+    for step in walk_blocks(source.model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on):
+        input_power = fold_block_(step, source, recipe).input_power
         stem = part_name(step.index)
         if not (folder / f"{stem}.json").exists():
             own = {menu.name: menu for menu in menus if menu.block == step.index}
-            folded = {
-                name: (shrunk[name] * value.to(shrunk[name].device)).to(device)
-                for name, value in (given or {}).items()
-                if name in shrunk
-            }
-            _encode_block(step, family, own, recipe, folded, folder, stem)
+            importance = {}
+            for part, power in input_power.items():
+                measured = imatrix.get(f"{family.blocks}.{step.index}.{part}")
+                if measured is not None:
+                    importance[part] = (power * measured.to(power.device)).to(device)
+            _encode_block(step, family, own, recipe, importance, folder, stem)
         made.add(folder, stem)
         report(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem)
     outside = [menu for menu in menus if menu.block == OUTSIDE]
     if not all((folder / f"{menu.name}.json").exists() for menu in outside):
-        unturned = {} if "r1" in recipe.transforms else given or {}
-        _encode_top(source, outside, last, unturned, folder, device, plain=not recipe.quantiser.looks_at_inputs)
+        importance = {name: value for name, value in imatrix.items() if name not in mixed}
+        _encode_top(source, outside, last, importance, folder, device, plain=not recipe.quantiser.looks_at_inputs)
     for menu in outside:
         made.add(folder, menu.name)
     report(STAGE, 1, 1, f"{len(menus)} matrices, {sum(len(menu.types) for menu in menus)} candidates")
@@ -128,47 +122,12 @@ def part_files(folder: Path, menus: Sequence[TensorMenu]) -> list[Path]:
     return [folder / f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".json")]
 
 
-def fold_(step: TwinStep, source: SourceModel, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Fold rotations and channel scales into the original block, and see its inputs.
-
-    Returns:
-        matrix -> what folding did to the mean square of each of its input channels, ``[in]``; without those whose
-        input was rotated.
-    """
-    family, size = source.family, head_dim(source.config)
-    behind_norm = [readers for _, readers in family.norm_readers]
-    rotated = _rotated_groups(family, recipe)
-    if "r1" in recipe.transforms:
-        rotate_block_(step.original, family)
-    if "r2" in recipe.transforms:
-        value = linear(step.original, family.value).weight
-        turn = rotation_matrix(size).to(value).expand(value.shape[0] // size, -1, -1)
-        transform_heads_(step.original, family, turn, turn.mT, size)
-    step.observe([group[0] for group in family.groups])
-    shrunk = {}
-    for group in family.groups:
-        before = step.seen[group[0]][0].square().sum(0)
-        if recipe.scales_channels and not ("r1" in recipe.transforms and group in behind_norm):  # R1: norms are plain
-            scale_unit_(step, family, group, recipe, InputScheme(), size)
-        after = step.seen[group[0]][0].square().sum(0)
-        ratio = torch.where(before > 0, after / before, torch.ones_like(before))
-        if group not in rotated:
-            shrunk |= {f"{family.blocks}.{step.index}.{part}": ratio for part in group}
-    return shrunk
-
-
-def _rotated_groups(family: Family, recipe: Recipe) -> list[tuple[str, ...]]:
-    """Linear layers whose input channels a folded rotation mixes."""
-    behind_norm = [readers for _, readers in family.norm_readers] if "r1" in recipe.transforms else []
-    return behind_norm + ([(family.attention_out,)] if "r2" in recipe.transforms else [])
-
-
 def _encode_block(
-    step: TwinStep,
+    step: BlockStep,
     family: Family,
     menus: dict[str, TensorMenu],
     recipe: Recipe,
-    given: Mapping[str, torch.Tensor],
+    importance: Mapping[str, torch.Tensor],  # linear -> [in], where it is not to be measured
     folder: Path,
     stem: str,
 ) -> None:
@@ -178,10 +137,9 @@ def _encode_block(
         name = f"{family.blocks}.{step.index}.{group[0]}"
         own = [menus[f"{family.blocks}.{step.index}.{part}"] for part in group]
         weights = [linear(step.original, part).weight.float() for part in group]
-        known, importance = hessian_of(step.seen.pop(group[0]), name, weights[0].device)
+        hessian, measured = hessian_of(step.seen.pop(group[0]), name, weights[0].device)
         jobs = [Job(weight, kind, menu.name) for menu, weight in zip(own, weights, strict=True) for kind in menu.types]
-        importance = given.get(own[0].name, importance)
-        encode_(jobs, importance, known, plain=not recipe.quantiser.looks_at_inputs)
+        encode_(jobs, importance.get(group[0], measured), hessian, plain=not recipe.quantiser.looks_at_inputs)
         for job in jobs:
             rows[job.where, job.type] = job.rows.cpu()
             errors.setdefault(job.where, {})[job.type] = float(job.error.sum())
@@ -198,7 +156,7 @@ def _encode_top(
     source: SourceModel,
     menus: Sequence[TensorMenu],
     hidden: Sequence[torch.Tensor],
-    given: Mapping[str, torch.Tensor],
+    importance: Mapping[str, torch.Tensor],
     folder: Path,
     device: torch.device,
     *,
@@ -210,19 +168,19 @@ def _encode_top(
     with torch.no_grad():
         final = [norm.to(device)(states.to(device, source.dtype)).float().flatten(0, 1) for states in hidden]
     norm.to(source.device)
-    known, importance = hessian_of(final, family.head, device)
+    hessian, measured = hessian_of(final, family.head, device)
     del final
     parameters = {f"{family.final_norm}.{name}": value for name, value in norm.named_parameters()}  # R1 makes it plain
     for menu in menus:
         is_read = menu.name == family.head or is_tied(model, family)
-        columns = given.get(menu.name, importance) if is_read else torch.ones_like(importance)
+        columns = importance.get(menu.name, measured) if is_read else torch.ones_like(measured)
         size = {kind: menu.nbytes(kind) // menu.rows for kind in menu.types}
         rows = {(menu.name, kind): torch.empty(menu.rows, size[kind], dtype=torch.uint8) for kind in menu.types}
         totals = dict.fromkeys(menu.types, 0.0)
         start = 0
         for weight in linear(model, menu.name).weight.split(TOP_ROWS):
             jobs = [Job(weight.to(device).float(), kind, menu.name) for kind in menu.types]
-            encode_(jobs, columns, known if is_read else None, plain=plain)
+            encode_(jobs, columns, hessian if is_read else None, plain=plain)
             for job in jobs:
                 rows[menu.name, job.type][start : start + len(weight)] = job.rows.cpu()
                 totals[job.type] += float(job.error.sum())
@@ -247,14 +205,14 @@ def hessian_of(
         hessian.addmm_(batch.T, batch, alpha=1 / count)
     importance = hessian.diagonal().clone()
     check_finite(importance, where, "activations are")
-    known = Ordered(hessian)
+    ordered = Ordered(hessian)
     del hessian  # 1.4 GB for 18,944 channels
     for damping in DAMPING:
         try:
-            known.factorise(damping)
+            ordered.factorise(damping)
         except NotPositive:
             continue
-        return known, importance
-    known = Ordered(torch.eye(width, device=importance.device))
-    known.factorise(0.0)
-    return known, importance
+        return ordered, importance
+    ordered = Ordered(torch.eye(width, device=importance.device))
+    ordered.factorise(0.0)
+    return ordered, importance

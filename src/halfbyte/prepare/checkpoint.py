@@ -1,87 +1,83 @@
-"""Preparation with codes that a checkpoint brings along: nothing is chosen but the range of 4-bit activations."""
+"""Take over what a quantised checkpoint brings along (``--weights_from``): codes and all other parameters, as they are.
+
+Whatever was folded into the checkpoint, it is a model of its own; nothing of it is compared with the original, except
+what both say in the end.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch import nn
 
-from halfbyte.calibration.blocks import block_copy
-from halfbyte.calibration.walk import TwinStep
-from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
+from halfbyte.calibration.blocks import block_copy, call_block, run_blocks
+from halfbyte.calibration.walk import BlockStep
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.models.checkpoint import CheckpointCodes
 from halfbyte.models.loading import SourceModel
-from halfbyte.models.modules import blocks, head_dim, linear
-from halfbyte.prepare.frames import adopt_frame_, check_frame, stream_rotation
-from halfbyte.quant.int4 import GroupedWeight, ScaleRule
+from halfbyte.models.modules import linear
+from halfbyte.quant.int4 import GroupedWeight
 from halfbyte.quant.quant_linear import set_parameters_
 
-
-@dataclass(frozen=True)
-class Given:
-    """A checkpoint's codes, and how its residual stream is turned.
-
-    Attributes:
-        codes: checked.
-        turn: see :func:`halfbyte.prepare.frames.stream_rotation`.
-    """
-
-    codes: CheckpointCodes
-    turn: torch.Tensor | None
+CHECKED_TOKENS = 128  # on which checkpoint and original are compared
+LARGEST_KL = 2.0  # nats per token; int4 weights lose 0.01 to 0.5, another model several
 
 
-def given_codes(folder: QuantisedFolder, source: SourceModel, rule: ScaleRule, *, device: torch.device) -> Given:
-    """Check a checkpoint against its unquantised model; the first and the last block down to the weights.
-
-    Raises:
-        HalfbyteError: what :class:`CheckpointCodes` refuses, or weights that are the model's in no coordinates known.
-    """
-    codes, name = CheckpointCodes(folder, source, rule), f"{source.family.embedding}.weight"
-    own = source.model.get_parameter(name)
-    turn = stream_rotation(own, codes.parameters.get(name, own), device, where=f"{folder.path}, {name}")
-    given, count = Given(codes, turn), source.config.num_hidden_layers
-    for index in sorted({0, count - 1}):
-        block = block_copy(blocks(source.model, source.family)[index], device, torch.float32)
-        adopt_block_(block, index, source, given)
-    return given
-
-
-def adopt_ends_(source: SourceModel, given: Given) -> None:
+def take_ends_(source: SourceModel, checkpoint: CheckpointCodes) -> None:
     """Give the model the checkpoint's embedding, final norm and head, in place."""
     inside = f"{source.family.blocks}."
-    ends = {name: value for name, value in given.codes.parameters.items() if not name.startswith(inside)}
+    ends = {name: value for name, value in checkpoint.parameters.items() if not name.startswith(inside)}
     set_parameters_(source.model, ends)
 
 
-def adopt_block_(block: nn.Module, index: int, source: SourceModel, given: Given) -> dict[str, GroupedWeight]:
-    """Bring an unquantised fp32 block into the checkpoint's coordinates, in place.
+def take_block_(step: BlockStep, source: SourceModel, checkpoint: CheckpointCodes) -> dict[str, GroupedWeight]:
+    """Turn the step's block into the checkpoint's, in place: norms, biases, and weights as the codes decode.
 
     Returns:
-        The linears' codes, on the block's device.
-
-    Raises:
-        HalfbyteError: weights that the codes are not a rounding of.
+        Linear in the block -> its codes, on the block's device.
     """
-    family, prefix = source.family, f"{source.family.blocks}.{index}."
-    device = linear(block, family.up).weight.device
-    codes: dict[str, GroupedWeight] = {}
-    for part in family.linears:
-        codes[part] = given.codes.weight(prefix + part, linear(block, part).in_features).to(device).unpack()
-    norms = {}
-    for norm, _ in family.norm_readers:
-        name = f"{prefix}{norm}.weight"
-        norms[norm] = given.codes.parameters.get(name, block.get_parameter(f"{norm}.weight"))
-    decoded = {part: weight.decode() for part, weight in codes.items()}
-    adopt_frame_(block, family, decoded, norms, given.turn, head_dim(source.config))
-    for part, weight in decoded.items():
-        check_frame(linear(block, part).weight, weight, where=f"{given.codes.folder.path}, {prefix}{part}")
+    prefix, block = f"{source.family.blocks}.{step.index}.", step.original
+    inside = {name: value for name, value in checkpoint.parameters.items() if name.startswith(prefix)}
+    set_parameters_(block, {name.removeprefix(prefix): value for name, value in inside.items()})
+    codes = {}
+    for part in source.family.linears:
+        layer = linear(block, part)
+        codes[part] = checkpoint.weight(prefix + part, layer.in_features).to(layer.weight.device).unpack()
+        set_parameters_(block, {f"{part}.weight": codes[part].decode()})
     return codes
 
 
-def adopt_parameters_(step: TwinStep, source: SourceModel, given: Given) -> None:
-    """Give the block that becomes the quantised one the checkpoint's own norms and biases, in place."""
-    prefix = f"{source.family.blocks}.{step.index}."
-    own = {
-        name.removeprefix(prefix): value for name, value in given.codes.parameters.items() if name.startswith(prefix)
-    }
-    set_parameters_(step.quantised, own)
+def original_answers(source: SourceModel, tokens: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+    """Log-probabilities ``[tokens, vocab]`` for a short piece of ``tokens`` ``[windows, length]``."""
+    (hidden,) = run_blocks(source.model, source.family, tokens[:1, :CHECKED_TOKENS], device=device)
+    return _answers(source, hidden, device)
+
+
+def check_same_model(
+    source: SourceModel, expected: torch.Tensor, outputs: torch.Tensor, *, device: torch.device, where: object
+) -> None:
+    """Refuse a checkpoint that says something else than the original.
+
+    Args:
+        expected: from :func:`original_answers`.
+        outputs: of the checkpoint's last block for the same text or more of it, ``[windows, length, hidden]``.
+
+    Raises:
+        HalfbyteError: with the KL divergence of both.
+    """
+    got = _answers(source, outputs[:1, :CHECKED_TOKENS], device)
+    kl = float((expected.exp() * (expected - got)).sum(-1).mean())
+    if not kl <= LARGEST_KL:
+        raise HalfbyteError(
+            f"{where}: the checkpoint is of another model, expected a KL of at most {LARGEST_KL:g} nats per token to "
+            f"the original, got {kl:.3g}",
+            fix="name the model that the checkpoint was made from with --model_id",
+        )
+
+
+def _answers(source: SourceModel, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
+    norm, head = (block_copy(source.model.get_submodule(part), device) for part in _ends(source))
+    final = call_block(norm, hidden.to(device, source.dtype), {})
+    return call_block(head, final, {}).flatten(0, 1).float().log_softmax(-1)
+
+
+def _ends(source: SourceModel) -> tuple[str, str]:
+    return source.family.final_norm, source.family.head

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from halfbyte.quant.base import QUANTISERS, WeightQuantiser
-from halfbyte.quant.hadamard import largest_block
 from halfbyte.quant.int4 import ANY_FP16, ScaleRule
+from halfbyte.transforms import TRANSFORMS, Transform, in_order
 
 A4_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
 
@@ -45,14 +45,14 @@ class Recipe:
         return QUANTISERS[self.weights]
 
     @property
-    def scales_channels(self) -> bool:
-        """Whether channel scales are folded: by ``smooth``, or because AWQ brings its own."""
-        return "smooth" in self.transforms or self.quantiser.scales_for_weights
+    def applied(self) -> tuple[Transform, ...]:
+        """The transforms in order; with one that folds channel scales if the quantiser cannot do without (AWQ)."""
+        names = list(self.transforms)
+        if self.quantiser.scales_for_weights:
+            names += [name for name, known in TRANSFORMS.items() if known.folds_channel_scales]
+        return in_order(names)
 
-    def rotated(self, part: str, down: str) -> bool:
-        """Whether the input of the linear at ``part`` is rotated at run time."""
-        return "online" in self.transforms or ("r4" in self.transforms and part == down)
-
-    def rotation_block(self, part: str, down: str, width: int) -> int:
-        """Channels of that input, ``width`` in all, that are rotated together; 0 if all are, or none."""
-        return largest_block(width) if self.block_rotations and self.rotated(part, down) else 0
+    @property
+    def needs_plain_norms(self) -> bool:
+        """Whether nothing may be folded into the norms of blocks."""
+        return any(transform.needs_plain_norms for transform in self.applied)

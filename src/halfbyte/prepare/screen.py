@@ -1,4 +1,4 @@
-"""Which transforms help a mixture of types: tried on some blocks, judged by the whole model's KL on unseen text."""
+"""Which transforms help a mixture of types: tried on some blocks, compared by the whole model's KL on unseen text."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.blocks import block_copy, call_block, capture
-from halfbyte.calibration.walk import TwinStep
+from halfbyte.calibration.walk import BlockStep
 from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, is_tied, linear
-from halfbyte.prepare.candidates import BATCH_TOKENS, fold_, hessian_of
+from halfbyte.prepare.candidates import BATCH_TOKENS, hessian_of
+from halfbyte.prepare.folding import fold_block_
 from halfbyte.prepare.menus import TensorMenu
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.gptq import Job, encode_
 from halfbyte.quant.ggml.stored import StoredMatrix
 from halfbyte.quant.ggml.types import bits_per_weight, decode_tensor
-from halfbyte.quant.hadamard import rotate, rotate_back
 from halfbyte.search.reference import Reference
 
 Variant = tuple[str, ...]
@@ -34,8 +34,8 @@ STAGE = "transforms that help"
 def screened(
     source: SourceModel,
     tokens: torch.Tensor,
-    judged: torch.Tensor,
-    known: Reference,
+    search_tokens: torch.Tensor,
+    reference: Reference,
     menus: Sequence[TensorMenu],
     mean_bits: float,
     weights: str,
@@ -43,7 +43,7 @@ def screened(
     device: torch.device,
     keep_on: torch.device | None = None,
 ) -> dict[str, float]:
-    """KL of each variant on the text ``judged``, nats per token: its names joined by commas -> KL.
+    """KL of each variant on ``search_tokens``, nats per token: its names joined by commas -> KL.
 
     ``BLOCKS`` blocks are quantised to the types nearest to ``mean_bits``, the others are not. One walk over the blocks
     carries all variants, so a block is on the device once. A residual stream that R1 rotates is turned back behind
@@ -51,7 +51,7 @@ def screened(
 
     Args:
         tokens: calibration text, int64 ``[windows, length]``; some of it is used.
-        known: the unquantised model's answers on ``judged``.
+        reference: the unquantised model's answers on ``search_tokens``.
         weights: name of the weight quantiser.
         keep_on: where calibration activations are kept, by default on ``device``.
     """
@@ -63,21 +63,20 @@ def screened(
     recipes = {variant: Recipe(variant, weights, group_size=32, scale_bits=8) for variant in variants}
     at_once = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
     inputs = capture(model, family, tokens[: max(1, TOKENS // tokens.shape[1])], device=device, batch=at_once)
-    answers = capture(model, family, judged, device=device, batch=at_once)
+    answers = capture(model, family, search_tokens, device=device, batch=at_once)
     hidden, states = inputs.hidden, dict.fromkeys(variants, answers.hidden)
     for index, layer in enumerate(layers):
         own = layer if next(layer.parameters()).device == device else block_copy(layer, device)
         if index in chosen:
             rounded = _Rounded()
             for variant, recipe in recipes.items():
-                turned = "r1" in variant
-                given = [(rotate(part) if turned else part.float()).to(keep_on or device) for part in hidden]
-                pairs, copied = list(zip(given, given, strict=True)), block_copy(own, device, torch.float32)
-                step = TwinStep(index, copied, pairs, inputs.kwargs, family.attention_out)
-                del given, pairs, copied
+                turned = [_to_stream(part.float(), recipe).to(keep_on or device) for part in hidden]
+                pairs, copied = list(zip(turned, turned, strict=True)), block_copy(own, device, torch.float32)
+                step = BlockStep(index, copied, pairs, inputs.kwargs, family.attention_out)
+                del turned, pairs, copied
                 block = _tried(source, step, recipe, types, rounded)
                 del step
-                states[variant] = [_through(block, part, answers.kwargs, turned=turned) for part in states[variant]]
+                states[variant] = [_through(block, part, answers.kwargs, recipe) for part in states[variant]]
                 del block
             report(STAGE, index, len(layers), f"block {index}")
         else:
@@ -88,37 +87,43 @@ def screened(
             hidden = [call_block(own, part, inputs.kwargs) for part in hidden]
     norm = copy.deepcopy(model.get_submodule(family.final_norm)).to(device)
     head = StoredMatrix(linear(model, family.head).weight.detach(), device)
-    found = {",".join(variant): _mean_kl(norm, head, parts, known) for variant, parts in states.items()}
+    found = {",".join(variant): _mean_kl(norm, head, parts, reference) for variant, parts in states.items()}
     report(STAGE, 1, 1, ", ".join(f"{name or 'none'} {loss:.4g}" for name, loss in found.items()))
     return found
 
 
 def _tried(
-    source: SourceModel, step: TwinStep, recipe: Recipe, types: Mapping[str, str], rounded: _Rounded
+    source: SourceModel, step: BlockStep, recipe: Recipe, types: Mapping[str, str], rounded: _Rounded
 ) -> nn.Module:
     """The step's block, transformed and rounded, on its device and in the model's dtype."""
-    fold_(step, source, recipe)
+    fold_block_(step, source, recipe)
     _round_(step, source, types, recipe, rounded)
     return step.original.to(source.dtype)
 
 
-def _through(block: nn.Module, hidden: torch.Tensor, kwargs: Mapping[str, Any], *, turned: bool) -> torch.Tensor:
+def _to_stream(hidden: torch.Tensor, recipe: Recipe) -> torch.Tensor:
+    for transform in recipe.applied:
+        hidden = transform.to_stream(hidden)
+    return hidden
+
+
+def _through(block: nn.Module, hidden: torch.Tensor, kwargs: Mapping[str, Any], recipe: Recipe) -> torch.Tensor:
     """``hidden`` ``[windows, length, hidden]`` after a block, whose own residual stream may be a rotated one."""
-    if not turned:
-        return call_block(block, hidden, kwargs)
-    after = call_block(block, rotate(hidden).to(hidden.dtype), kwargs)
-    return rotate_back(after).to(hidden.dtype)
+    after = call_block(block, _to_stream(hidden, recipe), kwargs)
+    for transform in reversed(recipe.applied):
+        after = transform.from_stream(after)
+    return after
 
 
-def _mean_kl(norm: nn.Module, head: StoredMatrix, states: Sequence[torch.Tensor], known: Reference) -> float:
+def _mean_kl(norm: nn.Module, head: StoredMatrix, states: Sequence[torch.Tensor], reference: Reference) -> float:
     """Over all tokens, from what the last block made of each batch."""
     total, start = 0.0, 0
     with torch.no_grad():
         for part in states:
             windows = torch.arange(start, start + len(part), device=part.device)
-            total += float(known.kl(head, norm(part).flatten(0, 1), windows).double().sum())
+            total += float(reference.kl(head, norm(part).flatten(0, 1), windows).double().sum())
             start += len(part)
-    return total / known.negentropy.numel()
+    return total / reference.negentropy.numel()
 
 
 class _Matrix(NamedTuple):
@@ -151,11 +156,11 @@ class _Rounded:
         self._made.setdefault(part, []).append((matrix, weight.cpu()))
 
 
-def _round_(step: TwinStep, source: SourceModel, types: Mapping[str, str], recipe: Recipe, rounded: _Rounded) -> None:
+def _round_(step: BlockStep, source: SourceModel, types: Mapping[str, str], recipe: Recipe, rounded: _Rounded) -> None:
     """Round the original's weights, in place."""
     family = source.family
     for group in family.groups:
-        seen, known = step.seen.pop(group[0]), None
+        seen, hessian = step.seen.pop(group[0]), None
         device = linear(step.original, group[0]).weight.device
         power = torch.stack([batch.to(device).square().sum(0) for batch in seen]).sum(0)
         for part in group:
@@ -164,9 +169,9 @@ def _round_(step: TwinStep, source: SourceModel, types: Mapping[str, str], recip
             matrix = _Matrix(layer.weight.square().mean(1), layer.weight.square().mean(0), power)
             weight = rounded.find(part, matrix)
             if weight is None:
-                known = known or hessian_of(seen, name, device)
+                hessian = hessian or hessian_of(seen, name, device)
                 job = Job(layer.weight.float(), types[name], name)
-                encode_([job], known[1], known[0], plain=not recipe.quantiser.looks_at_inputs)
+                encode_([job], hessian[1], hessian[0], plain=not recipe.quantiser.looks_at_inputs)
                 weight = decode_tensor(job.rows, job.type, source.dtype)
                 rounded.add(part, matrix, weight)
             with torch.no_grad():

@@ -17,17 +17,15 @@ from halfbyte.models.folding import fold_scales_
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, head_dim, linear
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.quant.hadamard import rotation_matrix
-from halfbyte.transforms.rotation import rotate_block_, transform_heads_
+from halfbyte.transforms import TRANSFORMS
 
 CPU = torch.device("cpu")
-NOT_REPLAYED = "learned"  # what it folds between v and o depends on the calibration text
 
 
 class TransformedBlocks:
     """Blocks with rotations and channel scales folded in, fp32 on the CPU, one in memory at a time.
 
-    The model is read, never written to. What a plan rotates at run time (R3, R4, ``online``) is not in the weights.
+    The model is read, never written to. What a plan rotates at run time (R4, ``online``) is not in the weights.
 
     Args:
         source: the unquantised model.
@@ -42,18 +40,19 @@ class TransformedBlocks:
     def __init__(
         self, source: SourceModel, recipe: Recipe, channel_scales: Mapping[str, torch.Tensor], *, where: object
     ) -> None:
-        if NOT_REPLAYED in recipe.transforms:
-            raise HalfbyteError(
-                f"{where}: the transform {NOT_REPLAYED} cannot be made again from the plan",
-                fix="search with --target gguf, which runs without it",
-            )
+        for name in recipe.transforms:
+            if not TRANSFORMS[name].can_be_repeated:
+                raise HalfbyteError(
+                    f"{where}: the transform {name} cannot be made again from the plan",
+                    fix="search with --target gguf, which runs without it",
+                )
         missing = [name for name in scaled_units(source, recipe) if name not in channel_scales]
         if missing:
             raise HalfbyteError(
                 f"{where}: the codes file has no channel scales, expected those of {missing[0]}",
                 fix="search again, or use --policy exact",
             )
-        self._source, self._transforms, self._scales = source, recipe.transforms, channel_scales
+        self._source, self._recipe, self._scales = source, recipe, channel_scales
         self._index, self._block = -1, nn.Module()
 
     def weight(self, name: str) -> torch.Tensor:
@@ -77,15 +76,11 @@ class TransformedBlocks:
         return self._block
 
     def _made(self, index: int) -> nn.Module:
-        """In the order of preparation: R1, R2, then unit by unit the channel scales."""
+        """In the order of preparation: rotations, then unit by unit the channel scales."""
         family, size = self._source.family, head_dim(self._source.config)
         block = block_copy(blocks(self._source.model, family)[index], CPU, torch.float32)
-        if "r1" in self._transforms:
-            rotate_block_(block, family)
-        if "r2" in self._transforms:
-            value = linear(block, family.value).weight
-            turn = rotation_matrix(size).to(value).expand(value.shape[0] // size, -1, -1)
-            transform_heads_(block, family, turn, turn.mT, size)
+        for transform in self._recipe.applied:
+            transform.fold_block_(block, family, size)
         for group in family.groups:
             scales = self._scales.get(f"{family.blocks}.{index}.{group[0]}")
             if scales is not None:
@@ -94,11 +89,11 @@ class TransformedBlocks:
 
 
 def scaled_units(source: SourceModel, recipe: Recipe) -> list[str]:
-    """First layers of the units into which ``recipe`` folds channel scales: R1 needs norms without them."""
+    """First layers of the units into which ``recipe`` folds channel scales."""
     family = source.family
     behind_norm = [readers for _, readers in family.norm_readers]
-    if not recipe.scales_channels:
+    if not any(transform.folds_channel_scales for transform in recipe.applied):
         return []
-    groups = [group for group in family.groups if "r1" not in recipe.transforms or group not in behind_norm]
+    groups = [group for group in family.groups if not (recipe.needs_plain_norms and group in behind_norm)]
     count = len(blocks(source.model, family))
     return [f"{family.blocks}.{index}.{group[0]}" for index in range(count) for group in groups]

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from halfbyte.calibration.walk import TwinStep
+from halfbyte.calibration.walk import BlockStep, sample
 from halfbyte.models.modules import linear
-from halfbyte.prepare.channel_scales import sample
 from halfbyte.prepare.recipe import A4_CLIPS, Recipe
 from halfbyte.quant.int4 import GroupedWeight, fitting_group_size
 from halfbyte.quant.moments import InputMoments
@@ -37,20 +36,20 @@ class QuantisedUnit:
 
 
 def quantise_unit(
-    step: TwinStep,
+    step: BlockStep,
     group: tuple[str, ...],
     recipe: Recipe,
     scheme: InputScheme,
     *,
     where: str,
-    given: Mapping[str, GroupedWeight] | None = None,
+    codes: Mapping[str, GroupedWeight] | None = None,
 ) -> QuantisedUnit:
     """Choose the range of 4-bit activations and the codes for the linears of ``group``, which share their input.
 
     What ``step`` has seen of that input is forgotten on the way, to make room.
 
     Args:
-        given: path of each linear -> its codes, if they are not to be chosen.
+        codes: path of each linear -> its codes, if they are not to be chosen.
     """
     layers = [linear(step.original, part) for part in group]
     plain = torch.cat([layer.weight for layer in layers])
@@ -59,11 +58,10 @@ def quantise_unit(
     inputs = scheme.transform(seen)
     if recipe.clip:
         scheme = replace(scheme, a4_clip=_best_clip(inputs, weight, scheme))
-    if given is None:
+    note = ""
+    if not codes:
         codes, note = _chosen(step, group, weight, recipe, scheme, where)
-    else:
-        codes, note = dict(given), ""
-        del step.seen[group[0]]
+    step.seen.pop(group[0], None)
     errors, start = {}, 0
     rounded = {bits: scheme.rounded(inputs, bits) for bits in (4, 8)}
     for part, layer in zip(group, layers, strict=True):
@@ -72,11 +70,11 @@ def quantise_unit(
         a4, a8 = (float((rounded[bits] @ decoded.T - expected).square().mean()) for bits in (4, 8))
         errors[part] = (a4, a8, float(expected.square().mean()))
         start = rows.stop
-    return QuantisedUnit(codes, scheme, note, errors)
+    return QuantisedUnit(dict(codes), scheme, note, errors)
 
 
 def _chosen(
-    step: TwinStep, group: tuple[str, ...], weight: torch.Tensor, recipe: Recipe, scheme: InputScheme, where: str
+    step: BlockStep, group: tuple[str, ...], weight: torch.Tensor, recipe: Recipe, scheme: InputScheme, where: str
 ) -> tuple[dict[str, GroupedWeight], str]:
     """Codes by the recipe's quantiser for ``weight`` ``[out, in]``, that of all linears stacked, and its note."""
     moments = InputMoments(weight)

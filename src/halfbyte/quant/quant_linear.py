@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.models.modules import linear
 from halfbyte.quant.balance import LowRank
 from halfbyte.quant.hadamard import rotate, rotate_blocks
 from halfbyte.quant.int4 import GroupedWeight, PackedWeight
@@ -215,7 +214,7 @@ def replace_linear_(
     Raises:
         HalfbyteError: the shapes differ.
     """
-    old = linear(model, name)
+    old = cast(nn.Linear, model.get_submodule(name))
     if (old.out_features, old.in_features) != weight.shape:
         raise HalfbyteError(
             f"{name}: codes do not fit the layer, expected {[old.out_features, old.in_features]}, "

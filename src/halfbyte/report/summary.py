@@ -105,7 +105,7 @@ def export_summary(result: ExportResult) -> str:
         kinds.setdefault(row.type, []).append(row.nbytes)
     rows = [[kind, len(sizes), format_bytes(sum(sizes))] for kind, sizes in kinds.items()]
     lines = [text_table(["type", "tensors", "size"], rows)]
-    what = "the W4A8 simulation" if result.policy != "budget" else "the simulation with these weights"
+    what = "the W4A8 simulation" if result.policy == "exact" else "the simulation with these weights"
     if result.kl is not None and result.top1 is not None:
         lines.append(
             f"checked: {len(result.rows)} tensors read back, {result.exact} matrices hold exactly what was searched; "

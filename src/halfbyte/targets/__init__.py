@@ -12,7 +12,7 @@ from halfbyte.core.registry import Registry
 from halfbyte.options import SearchOptions
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.int4 import fitting_group_size
-from halfbyte.transforms import TRANSFORMS
+from halfbyte.transforms import TRANSFORMS, sorted_names
 
 if TYPE_CHECKING:
     from halfbyte.models.layers import Layer
@@ -69,14 +69,14 @@ class Target(ABC):
             chosen |= set(self.rotations(tied=tied)) if name == ROTATE else {name}
         for name in chosen:
             self._check_transform(name, on_request)
-        return tuple(sorted(chosen, key=lambda name: TRANSFORMS[name].order))
+        return sorted_names(chosen)
 
     def can_run(self, name: str) -> bool:
         """Whether the target runs a transform: what is folded runs anywhere."""
         return not TRANSFORMS[name].at_run_time or name in self.runs_online
 
     def _check_transform(self, name: str, on_request: Sequence[str]) -> None:
-        if name not in TRANSFORMS:
+        if name not in TRANSFORMS.names():
             known = ", ".join(("auto", ROTATE, *TRANSFORMS, "none"))
             raise HalfbyteError(f"--transforms: unknown transform, expected {known}, got {name}")
         if self.can_run(name) or name in on_request:

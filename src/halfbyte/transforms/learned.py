@@ -6,15 +6,34 @@ spread evenly by a rotation: see :mod:`halfbyte.quant.balance`.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from halfbyte.calibration.walk import TwinStep
-from halfbyte.models.families import Family
 from halfbyte.models.modules import linear
 from halfbyte.quant.balance import LowRank, balancing_matrices, low_rank_balance
-from halfbyte.transforms.rotation import transform_heads_
+from halfbyte.transforms import Transform, UnitStep
+from halfbyte.transforms._rotation import transform_heads_
 
 RANK_SHARE, LARGEST_RANK = 8, 256
+
+
+class Learned(Transform):
+    """See the module."""
+
+    about = "low-rank affine transform in front of every linear layer, at run time"
+    order = 60
+    at_run_time = True
+    can_be_repeated = False
+
+    def fold_unit_(self, unit: UnitStep) -> None:
+        """Balance the heads in front of o, then the unit's input against its weights."""
+        if unit.reads_heads:
+            balance_heads_(unit)
+        unit.scheme = replace(unit.scheme, low_rank=learn_low_rank(unit))
+
+
+TRANSFORM = Learned()
 
 
 def rank_for(inputs: int) -> int:
@@ -22,21 +41,22 @@ def rank_for(inputs: int) -> int:
     return max(2, min(LARGEST_RANK, inputs // RANK_SHARE) // 2 * 2)
 
 
-def learn_low_rank(step: TwinStep, group: tuple[str, ...]) -> LowRank:
+def learn_low_rank(unit: UnitStep) -> LowRank:
     """The transform of a unit's input."""
-    weight = torch.cat([linear(step.original, part).weight for part in group])
+    weight = torch.cat([linear(unit.step.original, part).weight for part in unit.group])
     inputs = weight.shape[1]
     x_moment = weight.new_zeros(inputs, inputs)
-    for batch in step.seen[group[0]]:
+    for batch in unit.step.seen[unit.group[0]]:
         x_moment.addmm_(batch.T, batch)
     return low_rank_balance(x_moment, weight.T @ weight, rank_for(inputs))
 
 
-def balance_heads_(step: TwinStep, family: Family, head_dim: int) -> None:
+def balance_heads_(unit: UnitStep) -> None:
     """Fold into v and o, per key/value head, the transform that gives o's input and weights the same spread.
 
     What was seen of o's input is changed with it. Nothing is left for run time.
     """
+    step, family, head_dim = unit.step, unit.family, unit.head_dim
     out = linear(step.original, family.attention_out).weight
     heads = linear(step.original, family.value).weight.shape[0] // head_dim
     seen = step.seen[family.attention_out]

@@ -6,17 +6,8 @@ import torch
 from gguf import GGMLQuantizationType, dequantize
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.quant.ggml.types import (
-    WRITABLE,
-    bits_per_weight,
-    decode,
-    encode,
-    f16,
-    fits,
-    q4_0_blocks,
-    q8_0_blocks,
-    row_bytes,
-)
+from halfbyte.quant.ggml.q4_0 import q4_0_blocks
+from halfbyte.quant.ggml.types import WRITABLE, bits_per_weight, decode, encode, fits, row_bytes
 from halfbyte.quant.int4 import GroupedWeight
 from halfbyte.quant.quantisers.rtn import round_to_nearest
 
@@ -84,10 +75,10 @@ def test_encode_and_decode_are_inverse_up_to_rounding(type_name):
     assert error <= (0.0 if type_name == "F32" else max(1e-2, 2.5 * 2.0 ** -bits_per_weight(type_name)))
 
 
-def test_named_encoders_and_bits():
+def test_encoded_shapes_and_bits():
     values = torch.randn(2, 64, dtype=torch.float64)
-    assert q8_0_blocks(values).shape == (2, 2 * 34)
-    assert f16(values).dtype == np.float16
+    assert encode(values, "Q8_0").shape == (2, 2 * 34)
+    assert encode(values, "F16").dtype == np.float16
     bits = [bits_per_weight(name) for name in ("Q4_0", "Q8_0", "F16", "Q4_K")]
     assert bits == [4.5, 8.5, 16.0, 4.5]
 

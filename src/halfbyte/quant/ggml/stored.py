@@ -7,11 +7,11 @@ is brought over for one product. The numbers are those of a decoded weight, bit 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 from torch import nn
 
-from halfbyte.models.modules import linear
 from halfbyte.quant.ggml.types import decode_tensor
 
 
@@ -99,8 +99,8 @@ class StoredEmbedding(nn.Module):
 
 def store_matrix_(model: nn.Module, name: str, device: torch.device) -> StoredMatrix:
     """Let the linear layer or embedding ``name`` keep its weight stored, for products on ``device``."""
-    old = model.get_submodule(name)
-    stored = StoredMatrix(linear(model, name).weight.detach(), device)
+    old = cast(nn.Linear, model.get_submodule(name))  # or an embedding, which has a weight too
+    stored = StoredMatrix(old.weight.detach(), device)
     is_linear = isinstance(old, nn.Linear)
     model.set_submodule(name, StoredLinear(stored, old.bias) if is_linear else StoredEmbedding(stored))
     return stored

@@ -1,4 +1,4 @@
-"""ggml tensor types: int4 codes as Q4_0 blocks, floats in any type that llama.cpp writes, and back.
+"""ggml tensor types: floats in any type that llama.cpp writes, and back.
 
 Source of the layouts: ggml's block definitions (ggml-common.h) and the GGUF specification (ggml, docs/gguf.md).
 Quantised types are encoded by ``libgguf``, which is ggml's reference code: the bytes are llama.cpp's own.
@@ -19,9 +19,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from gguf.quants import quantize
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.quant.int4 import GroupedWeight
 
-BLOCK = 32  # elements that share one scale in Q4_0 and Q8_0
+SMALL_BLOCK = 32  # elements of Q4_0, IQ4_NL, Q8_0 and the like; 256 of the others
 QUANTISED = (  # ascending by bits per weight
     "IQ2_XXS",
     "IQ2_XS",
@@ -89,48 +88,12 @@ def row_bytes(in_features: int, type_name: str, *, where: object = "tensor") -> 
     """
     block, block_bytes = _sizes(type_name, WRITABLE, where=where)
     if in_features % block:
-        others = "F16 or BF16" if in_features % BLOCK else "F16, BF16 or a type in blocks of 32 (Q4_0, IQ4_NL)"
+        others = "F16 or BF16" if in_features % SMALL_BLOCK else "F16, BF16 or a type in blocks of 32 (Q4_0, IQ4_NL)"
         raise HalfbyteError(
             f"{where}: rows do not divide into {type_name} blocks, expected a multiple of {block}, got {in_features}",
             fix=f"choose {others} for it",
         )
     return in_features // block * block_bytes
-
-
-def check_q4_0(weight: GroupedWeight, *, where: object = "weight") -> None:
-    """Refuse codes that Q4_0 cannot hold as they are.
-
-    Raises:
-        HalfbyteError: not 4 bits, groups that 32 does not divide, or scales that do not cover the row.
-    """
-    in_features, groups = weight.codes.shape[1], weight.scales.shape[1]
-    if weight.bits != 4:
-        raise HalfbyteError("Q4_0 holds 4-bit codes", where=where, expected="bits 4", got=weight.bits)
-    if groups == 0 or in_features % groups or weight.group_size % BLOCK:
-        raise HalfbyteError(
-            f"{where}: weight groups do not divide into Q4_0 blocks, expected groups of a multiple of {BLOCK}, "
-            f"got {groups} groups in a row of {in_features}",
-            fix="use another group size, or leave this layer as F16",
-        )
-
-
-def q4_0_blocks(weight: GroupedWeight, *, where: object = "weight") -> Array:
-    """The codes themselves as Q4_0, uint8 ``[out, in / 32 * 18]``; nothing is quantised again.
-
-    A block is the fp16 scale of its group, then 16 bytes: code j + 8 in the low and code j + 16 (+ 8) in the high
-    nibble. A group of 128 becomes four blocks with the same scale.
-
-    Raises:
-        HalfbyteError: see :func:`check_q4_0`.
-    """
-    check_q4_0(weight, where=where)
-    out_features = weight.codes.shape[0]
-    codes = weight.codes.cpu().numpy().reshape(out_features, -1, 2, BLOCK // 2)  # [out, blocks, 2, 16]
-    nibbles = (codes + np.int8(8)).view(np.uint8)
-    packed = nibbles[:, :, 0] | (nibbles[:, :, 1] << np.uint8(4))  # [out, blocks, 16]
-    scales = weight.scales.cpu().numpy().astype("<f2").repeat(weight.group_size // BLOCK, axis=1)  # [out, blocks]
-    blocks = np.concatenate([scales[..., None].view(np.uint8), packed], axis=-1)  # [out, blocks, 18]
-    return blocks.reshape(out_features, -1)
 
 
 def encode(
@@ -180,18 +143,8 @@ def encode(
     return encoded.reshape(*values.shape[:-1], size)
 
 
-def q8_0_blocks(values: torch.Tensor, *, where: object = "tensor") -> Array:
-    """Q8_0 blocks (fp16 scale, 32 int8) of ``values``: uint8 ``[..., in / 32 * 34]``. See :func:`encode`."""
-    return encode(values, "Q8_0", where=where)
-
-
-def f16(values: torch.Tensor, *, where: object = "tensor") -> Array:
-    """``values`` as fp16, the same shape; beyond 65504 is an error, never Inf. See :func:`encode`."""
-    return encode(values, "F16", where=where)
-
-
 def decode(blocks: Array, type_name: str) -> Array:
-    """What encoded rows stand for, fp32 ``[..., in]``: undoes :func:`encode`, :func:`q4_0_blocks` and other ggml types.
+    """What encoded rows stand for, fp32 ``[..., in]``: undoes :func:`encode`, and reads the other ggml types.
 
     Raises:
         HalfbyteError: there is no such type.

@@ -33,7 +33,7 @@ from halfbyte.targets.gguf_files.writer import check_gguf, write_gguf
 CHECK_TOKENS = 256
 ADOPTED = "from "  # begins the name of a plan's weights where they are the codes of a checkpoint
 A8_TYPE = "Q8_0"  # of an A8 layer's weights in a tiered file
-LARGEST_KL = 0.05  # nats; llama.cpp rounds activations per block of 32, the simulation per token: see docs/numbers.md
+LARGEST_KL = 0.05  # nats; llama.cpp rounds activations per block of 32, the simulation per token: see docs/methods.md
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,20 @@
-"""Rotations folded into weights: the residual stream (R1) and the attention heads (R2).
+"""Rotations of the residual stream, of the attention heads and of a layer's input, folded into parameters.
 
-QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant (Liu et al. 2024, arXiv:2405.16406). RMSNorm without a
-scale commutes with a rotation, so every norm's scale is first moved into the layers that read it; with h → Q h a
-reader becomes ``W diag(norm) Qᵀ``, a writer ``Q W``, the embedding ``E Qᵀ``. The output head reads what the final norm
-makes, so it cannot stay tied to the embedding.
+QuaRot (Ashkboos et al. 2024, arXiv:2404.00456) and SpinQuant (Liu et al. 2024, arXiv:2405.16406).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from halfbyte.models.families import Family
-from halfbyte.models.modules import is_tied, linear
-from halfbyte.quant.hadamard import rotate
+from halfbyte.models.modules import linear
+from halfbyte.quant.hadamard import largest_block, rotate
+from halfbyte.transforms import UnitStep
 
 Rotate = Callable[[torch.Tensor], torch.Tensor]  # [..., width] -> [..., width], orthogonal
 
@@ -39,33 +38,20 @@ def rotate_block_(block: nn.Module, family: Family, turn: Rotate = rotate) -> No
 
 
 def rotate_ends_(model: nn.Module, family: Family, device: torch.device, turn: Rotate = rotate) -> None:
-    """Rotate the embedding and the output head, in place, a few rows at a time on ``device``; a tied head is untied."""
-    untie_(model, family)
+    """Rotate the embedding and the output head, a few rows at a time on ``device``.
+
+    The embedding is written to; the head gets a tensor of its own, which also unties it.
+    """
     embedding, head = model.get_submodule(family.embedding), linear(model, family.head)
     norm = model.get_submodule(family.final_norm).weight
     assert isinstance(norm, torch.Tensor)
     assert isinstance(embedding.weight, torch.Tensor)
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     for rows in embedding.weight.split(CHUNK_ROWS):
         _set_(rows, turn(rows.to(device).float()))
     for rows in head.weight.split(CHUNK_ROWS):
         _set_(rows, turn(rows.to(device).float() * norm.to(device).float()))
     _set_(norm, torch.ones_like(norm))
-
-
-def round_ends_(model: nn.Module, family: Family, dtype: torch.dtype) -> None:
-    """Round embedding and output head to ``dtype``, in place and in their own, a few rows at a time."""
-    for part in (family.embedding, family.head):
-        weight = model.get_submodule(part).weight
-        assert isinstance(weight, torch.Tensor)
-        for rows in weight.split(CHUNK_ROWS):
-            _set_(rows, rows.to(dtype))
-
-
-def untie_(model: nn.Module, family: Family) -> None:
-    """Give the output head its own copy of a tied embedding, in place."""
-    head = linear(model, family.head)
-    if is_tied(model, family):
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
 
 def transform_heads_(
@@ -84,6 +70,13 @@ def transform_heads_(
         _set_(value.bias, (forward @ value.bias.float().view(heads, head_dim, 1)).flatten())
     columns = out.weight.float().view(out.weight.shape[0], heads, -1, head_dim)  # [out, heads, group, head_dim]
     _set_(out.weight, torch.einsum("ohgd,hde->ohge", columns, backward).reshape(out.weight.shape))
+
+
+def rotate_input_(unit: UnitStep) -> None:
+    """Let the unit's input be rotated at run time; in blocks where the recipe says so."""
+    width = linear(unit.step.original, unit.group[0]).weight.shape[1]
+    block = largest_block(width) if unit.recipe.block_rotations else 0
+    unit.scheme = replace(unit.scheme, rotated=True, block=block)
 
 
 def _set_(target: torch.Tensor, value: torch.Tensor) -> None:

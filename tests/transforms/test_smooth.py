@@ -16,13 +16,12 @@ def tokens_for(source, length=40):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("alpha", [0.3, 0.8, None])
-def test_function_is_preserved(tiny, family, alpha, transformed):
+def test_function_is_preserved(tiny, family, transformed):
     source = copy.deepcopy(tiny(family))
     ids = tokens_for(source)
     before = source.model(ids).logits
     weights = {name: parameter.clone() for name, parameter in source.model.named_parameters()}
-    transformed(source, ids, "smooth", alpha)
+    transformed(source, ids, "smooth", 0.8)
     after = source.model(ids).logits
     assert float((after - before).norm() / before.norm()) < 1e-4
     changed = {

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from halfbyte.calibration.blocks import call_block, capture
-from halfbyte.calibration.walk import walk_twins
+from halfbyte.calibration.walk import walk_blocks
 
 PARTS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
 
@@ -35,7 +35,7 @@ def test_both_inputs_are_those_of_whole_models(tiny, batch):
     before = copy.deepcopy(source.model)
     names = [f"model.layers.{index}.{part}" for index in range(2) for part in PARTS]
     found = {}
-    for step in walk_twins(source.model, source.family, tokens, device=source.device, batch=batch):
+    for step in walk_blocks(source.model, source.family, tokens, device=source.device, batch=batch):
         step.observe(PARTS)
         step.split()
         for part in PARTS:  # "quantise" each layer after looking at its input
@@ -68,7 +68,7 @@ def test_attention_is_remembered_only_while_it_stays_the_same(tiny, order, passe
     source = copy.deepcopy(tiny("qwen2"))
     tokens = torch.randint(source.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
     known = capture(source.model, source.family, tokens, device=source.device)
-    walk = walk_twins(source.model, source.family, tokens, device=source.device)
+    walk = walk_blocks(source.model, source.family, tokens, device=source.device)
     step = next(walk)
     step.observe(PARTS)
     step.split()
@@ -105,7 +105,7 @@ def test_the_walk_is_in_fp32_and_leaves_the_models_dtype(tiny):
     def leave(step):
         left.append((step.index, source.model.model.layers[step.index] is blocks[step.index]))
 
-    for step in walk_twins(source.model, source.family, tokens, device=source.device, leave=leave):
+    for step in walk_blocks(source.model, source.family, tokens, device=source.device, leave=leave):
         step.observe(PARTS)
         assert {x.dtype for batches in step.seen.values() for x in batches} == {torch.float32}
         step.original.get_submodule("mlp.up_proj").weight.data.zero_()
@@ -121,7 +121,7 @@ def test_a_block_is_free_when_its_copy_has_taken_its_place(tiny):
     source = copy.deepcopy(tiny("llama"))
     tokens = torch.randint(source.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(0))
     known = [weakref.ref(block.mlp.up_proj.weight) for block in source.model.model.layers]
-    for step in walk_twins(source.model, source.family, tokens, device=source.device):
+    for step in walk_blocks(source.model, source.family, tokens, device=source.device):
         gc.collect()
         assert [weight() is not None for weight in known] == [index >= step.index for index in range(2)]
         step.observe(PARTS)

@@ -58,37 +58,12 @@ def test_round_trip(saved):
     assert torch.equal(found.channel_scales[NAME], codes.channel_scales[NAME])
 
 
-def test_a_plan_of_version_1_is_read(tmp_path):
-    """As halfbyte 0.1 wrote it: nothing about rotated inputs or ranges."""
-    entry = {
-        "w_bits": 4,
-        "a_bits": 4,
-        "group_size": 32,
-        "a_symmetric": True,
-        "note": "group 32: 128 does not divide 96",
-    }
-    old = {
-        "model_id": "demo",
-        "fingerprint": "abc",
-        "target": "gguf",
-        "granularity": "fused",
-        "layers": {NAME: entry},
-        "budget_asked": 0.75,
-        "budget_reached": 0.5,
-        "transforms": ["smooth"],
-        "weights": "rtn",
-        "text": {"name": "pydoc", "note": "", "calib": "0", "search": "1", "eval": "2"},
-        "search": {"algorithm": "genetic", "fitness": "kl", "scores": {"plan": 0.1}},
-        "seed": 0,
-        "versions": {"halfbyte": "0.1"},
-        "codes_sha256": "",
-        "version": 1,
-    }
-    path = tmp_path / "old.json"
-    path.write_text(json.dumps(old))
-    plan = load_plan(path, with_codes=False)
-    assert plan.layers == {NAME: LayerPlan(4, 4, 32, True, entry["note"], a4_clip=1.0, rotated=False, rank=0)}
-    assert plan.transforms == ("smooth",)
+def test_a_plan_of_another_version_is_refused(saved):
+    path, plan, *_ = saved
+    other = path.with_name("other.json")
+    other.write_text(json.dumps({**plan.to_dict(), "version": 1}))
+    with pytest.raises(HalfbyteError, match="plan version is not readable, expected 2, got 1; make the plan again"):
+        load_plan(other, with_codes=False)
 
 
 def test_hash_is_of_the_choice(saved):
@@ -132,14 +107,14 @@ class Bomb:
 def test_a_malicious_plan_runs_nothing(tmp_path):
     marker = tmp_path / "ran"
     path = tmp_path / "plan.pt"
-    torch.save({"layers": Bomb(str(marker)), "version": 1}, path)
+    torch.save({"layers": Bomb(str(marker)), "version": 2}, path)
     with pytest.raises(HalfbyteError, match="refused"):
         load_plan(path)
     assert not marker.exists()
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", "[1, 2]", '{"layers": {}, "version": 99}', '{"layers": {"a": 1}, "version": 1}']
+    "content", ["{}", "[1, 2]", '{"layers": {}, "version": 99}', '{"layers": {"a": 1}, "version": 2}']
 )
 def test_other_json_is_not_a_plan(tmp_path, content):
     path = tmp_path / "plan.json"

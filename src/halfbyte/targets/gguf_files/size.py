@@ -40,28 +40,28 @@ def around(source: SourceModel, menus: Sequence[TensorMenu]) -> int:
     return header_bytes(source) + METADATA + sum(4 * prod(value.shape) for value in others) + ALIGNMENT * (count + 1)
 
 
-def ftype_types(source: SourceModel, menus: Sequence[TensorMenu], file_type: str) -> dict[str, str]:
-    """Matrix -> the type it has in llama.cpp's ``file_type`` with an importance matrix."""
+def ftype_types(source: SourceModel, menus: Sequence[TensorMenu], ftype: str) -> dict[str, str]:
+    """Matrix -> the type it has in llama.cpp's ``ftype`` with an importance matrix."""
     config, family = source.config, source.family
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", heads)
     tied = is_tied(source.model, family)
     shape = Shape(family.gguf_arch, config.num_hidden_layers, heads, kv_heads, tied, has_imatrix=True)
     names = {menu.name: family.gguf_name(f"{menu.name}.weight") for menu in menus}
-    return {menu.name: tensor_type(file_type, names[menu.name], menu.columns, shape)[1].name for menu in menus}
+    return {menu.name: tensor_type(ftype, names[menu.name], menu.columns, shape)[1].name for menu in menus}
 
 
-def largest_ftype(source: SourceModel, menus: Sequence[TensorMenu], room: int) -> str:
+def ftype_within(source: SourceModel, menus: Sequence[TensorMenu], budget_bytes: int) -> str:
     """llama.cpp's largest quantised file type that fits, else its smallest.
 
     Args:
-        room: bytes that the matrices may take, with what the export says about itself on top.
+        budget_bytes: bytes that the matrices may take, with what the export says about itself on top.
     """
     sizes = {
         name: sum(menu.nbytes(kinds[menu.name]) for menu in menus)
         for name, kinds in ((name, ftype_types(source, menus, name)) for name in FILE_TYPES if name not in FLOATS)
     }
-    fitting = {name: size for name, size in sizes.items() if size <= room + METADATA}
+    fitting = {name: size for name, size in sizes.items() if size <= budget_bytes + METADATA}
     return max(fitting, key=fitting.__getitem__) if fitting else min(sizes, key=sizes.__getitem__)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from halfbyte.arguments import ENGINE, MODEL, OUTPUT, SEARCH, TEXT, WEIGHTS, Options, option
-from halfbyte.core.registry import names_in
+from halfbyte.core.registry import known_names
 
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 DEFAULT_PLAN = "mixed_precision_config.pt"
@@ -17,11 +17,11 @@ TOP_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 
 def _targets() -> tuple[str, ...]:
-    return names_in("halfbyte.targets")  # the package itself imports torch, which --help should not wait for
+    return known_names("halfbyte.targets")  # the package itself imports torch, which --help should not wait for
 
 
 def _menus() -> tuple[str, ...]:
-    return names_in("halfbyte.menus")
+    return known_names("halfbyte.menus")
 
 
 def _transforms() -> tuple[str, ...]:
@@ -37,7 +37,7 @@ def _quantisers() -> tuple[str, ...]:
 
 
 def _engines() -> tuple[str, ...]:
-    return names_in("halfbyte.engines")
+    return known_names("halfbyte.engines")
 
 
 @dataclass(frozen=True)

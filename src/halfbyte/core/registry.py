@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import pkgutil
 from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from halfbyte.core.errors import HalfbyteError
 
@@ -19,6 +19,15 @@ def names_in(package: str) -> tuple[str, ...]:
     path = spec.submodule_search_locations if spec else None
     found = [info.name for info in pkgutil.iter_modules(path or []) if not info.ispkg]
     return tuple(sorted(name.replace("_", "-") for name in found if not name.startswith("_")))
+
+
+_registries: dict[str, Registry[Any]] = {}  # by their package
+
+
+def known_names(package: str) -> tuple[str, ...]:
+    """The names that the registry of ``package`` has, without importing the package if nobody has yet."""
+    registry = _registries.get(package)
+    return names_in(package) if registry is None else registry.names()
 
 
 class Registry(Mapping[str, T]):
@@ -38,6 +47,7 @@ class Registry(Mapping[str, T]):
     def __init__(self, kind: str, package: str, attribute: str) -> None:
         self.kind, self._package, self._attribute = kind, package, attribute
         self._registered: dict[str, T] = {}
+        _registries[package] = self
 
     def register(self, name: str, thing: T) -> None:
         """Add ``thing``, or put it in the place of the one that had this name."""

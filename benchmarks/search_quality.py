@@ -73,7 +73,7 @@ def options_of() -> argparse.Namespace:
 
 
 class Bench:
-    """The command's menu over a prepared model, and the unquantised model's answers on all of the text."""
+    """The command's menu over a prepared model, and the unquantised model's answers on the text that is used."""
 
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         device = resolve_device(options.device)
@@ -92,6 +92,10 @@ class Bench:
         source = loaded.source
         self.windows = {part: loaded.windows(part, options.ctx) for part in PARTS}
         self.windows["eval"] = self.windows["eval"][: options.eval_windows]
+        self.drawn = [self._draw(np.random.default_rng(seed)) for seed in range(options.seeds)]
+        used = {part: sorted({at for drawn in self.drawn for at in drawn[part]}) for part in ("valid", "search")}
+        self.drawn = [{part: [used[part].index(at) for at in drawn[part]] for part in used} for drawn in self.drawn]
+        self.windows |= {part: self.windows[part][rows] for part, rows in used.items()}
         self.references = {
             part: reference(source.model, source.family, windows, device=device)
             for part, windows in self.windows.items()
@@ -115,6 +119,11 @@ class Bench:
             "eval_windows": self.unseen.windows,
         }
 
+    def _draw(self, rng: np.random.Generator) -> dict[str, list[int]]:
+        """The windows of one repeat."""
+        count = max(1, self.asked.search_tokens // self.options.ctx)
+        return {part: sorted(rng.permutation(len(self.windows[part]))[:count].tolist()) for part in ("valid", "search")}
+
     def evaluator(self, chosen: Sequence[int], part: str) -> KLEvaluator:
         """Measures genomes on the ``chosen`` windows of a part."""
         known, rows = self.references[part], torch.tensor(list(chosen))
@@ -125,14 +134,8 @@ class Bench:
 
     def draw(self, seed: int) -> None:
         """Give the menu windows and losses of single units of its own for one repeat."""
-        rng = np.random.default_rng(seed)
-
-        def drawn(part: str) -> KLEvaluator:
-            there = len(self.windows[part])
-            count = min(there, max(1, self.asked.search_tokens // self.options.ctx))
-            return self.evaluator(sorted(rng.permutation(there)[:count].tolist()), part)
-
-        self.menu.on_validation_text, self.menu.on_search_text = drawn("valid"), drawn("search")
+        valid, search = (self.evaluator(self.drawn[seed][part], part) for part in ("valid", "search"))
+        self.menu.on_validation_text, self.menu.on_search_text = valid, search
         self.gains = self.menu._gains()
 
     def found(self, seed: int, budget: float, methods: Sequence[str]) -> dict[str, Found]:

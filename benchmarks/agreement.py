@@ -10,14 +10,15 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from common import machine, run
+
 from halfbyte.calibration.text import pydoc_text
 from halfbyte.calibration.windows import first_scored
-from halfbyte.core.environment import cores, cpu_name
+from halfbyte.core.environment import cores
 from halfbyte.evaluate.quality import LogitsFile, measure
 from halfbyte.evaluate.worker import run_worker
 from halfbyte.report.tables import markdown_table, significant
@@ -92,9 +93,9 @@ def main() -> int:
                 row = [Path(path).name, metric, significant(value, 5), significant(mine, 5)]
                 rows.append([*row, f"{100 * (mine / value - 1):+.2f}%"])
     print(markdown_table(["file", "number", "llama-perplexity", "halfbyte", "difference"], rows))
-    print(f"\n{cpu_name()}, {cores()} cores, {options.chunks} windows of 512, text pydoc")
+    print(f"\n{machine()}, {options.chunks} windows of 512, text pydoc")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

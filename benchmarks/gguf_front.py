@@ -1,12 +1,13 @@
 """Size against quality of GGUF files: llama.cpp's recipes with an importance matrix, and any files beside them.
 
-    python mixed_precision_ptq.py --model_id DIR --spaces ggml --pareto --output PLAN
+    python mixed_precision_ptq.py --model_id DIR --spaces types --pareto --output PLAN
     python benchmarks/gguf_front.py --model DIR --work DIR --plan PLAN [--json OUT] [--plot OUT.png] [--tool PATH]
 
 The model becomes an F16 file, which is the reference, and the recipes are made from that file with an importance matrix
 of the calibration part of the text. Every file is then run by llama.cpp on the evaluation part: mean KL (nats per
-token) and its 99th percentile against the F16 file, top-1 agreement, perplexity. Speeds are taken in rounds, one file
-after the other, and the median counts; they compare within one run only. ``--tool`` is llama.cpp's own
+token) and its 99th percentile against the F16 file, top-1 agreement, perplexity. Points of our front are no larger than
+llama.cpp's file of the same name; the ratio of their KL is printed. ``--rounds`` adds speeds, taken in rounds, one file
+after the other, of which the median counts; they compare within one run only. ``--tool`` is llama.cpp's own
 llama-perplexity, whose KL is then put beside ours. For a fair comparison of formats take a model whose weights lie on
 no grid (``benchmarks/unaligned.py``).
 
@@ -16,31 +17,24 @@ Files that are made stay in ``--work``, in a folder named after the weights and 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from agreement import by_tool, by_us
+from common import Loaded, Row, Rows, arguments, load_model, machine, medians, parse, run
 from matplotlib.figure import Figure
-from transformers.utils.logging import disable_progress_bar
 
 from halfbyte.calibration.imatrix import matrices, measure_importance
 from halfbyte.calibration.imatrix_file import check_for, read_imatrix, write_imatrix
-from halfbyte.calibration.text import Text, load_text
-from halfbyte.calibration.windows import cut, first_scored
-from halfbyte.core.environment import cores, cpu_name
-from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output, write_text
+from halfbyte.calibration.windows import first_scored
+from halfbyte.core.files import check_output
 from halfbyte.engines import open_engine
 from halfbyte.evaluate.quality import LogitsFile, measure
 from halfbyte.menus.types import FRONT_FTYPES
-from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.models.loading import SourceModel
 from halfbyte.options import ExportOptions
 from halfbyte.report.plots import DOTS_PER_INCH, LINE_COLOURS, SEARCH_COLOUR, save_figure, set_title
 from halfbyte.report.tables import Cell, format_bytes, markdown_table, significant
@@ -54,6 +48,7 @@ UPPER_RIGHT: dict[str, Any] = {"xytext": (5, 4), "ha": "left"}  # of a point, wh
 UPPER_LEFT: dict[str, Any] = {"xytext": (-5, 4), "ha": "right"}
 LOWER_LEFT: dict[str, Any] = {"xytext": (-5, -4), "ha": "right", "va": "top"}
 PROMPT, GENERATED = 512, 64  # tokens that are timed
+SPEEDS = ("prompt_tokens_per_second", "generation_tokens_per_second")
 
 
 @dataclass(frozen=True)
@@ -70,23 +65,22 @@ class Candidate:
     maker: str
 
 
-def parse() -> argparse.Namespace:
+def options_of() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="Hugging Face id, local folder, .gguf file, or demo")
+    parser = arguments(__doc__, device=False, text="pydoc")
     parser.add_argument("--work", required=True, type=Path, help="folder for the files that are made")
     parser.add_argument("--recipes", nargs="*", default=list(RECIPES), help="llama.cpp file types")
     parser.add_argument("--plan", type=Path, help="plan of a search with --pareto, whose front is exported")
     parser.add_argument("--ours", nargs="*", type=Path, default=[], help="more GGUF files of the same model")
-    parser.add_argument("--text", default="pydoc", help="wikitext2, pydoc, or a file")
     parser.add_argument("--calib_tokens", type=int, default=32768, help="for the importance matrix")
     parser.add_argument("--chunks", type=int, default=24, help=f"windows of {CTX} tokens to score")
-    parser.add_argument("--rounds", type=int, default=5, help="of speed; 0 leaves speed out")
+    parser.add_argument("--rounds", type=int, default=0, help="of speed; 0 leaves speed out")
     parser.add_argument("--tool", help="llama-perplexity, to put its numbers beside ours")
-    parser.add_argument("--json", help="also write the rows here, after each file")
     parser.add_argument("--plot", help="also draw KL against size, a PNG file")
-    parser.add_argument("--force", action="store_true", help="overwrite existing --json and --plot files")
-    return parser.parse_args()
+    options = parse(parser)
+    if options.plot:
+        check_output(options.plot, force=options.force or options.resume)
+    return options
 
 
 def reference_file(folder: Path, source: SourceModel) -> Candidate:
@@ -97,13 +91,12 @@ def reference_file(folder: Path, source: SourceModel) -> Candidate:
     return Candidate("F16", path, REFERENCE)
 
 
-def importance_file(folder: Path, source: SourceModel, text: Text, tokens: int) -> Path:
+def importance_file(folder: Path, loaded: Loaded, tokens: int) -> Path:
     """The importance matrix of ``tokens`` tokens spread over the calibration part of the text."""
-    path = folder / "imatrix.gguf"
+    path, source = folder / "imatrix.gguf", loaded.source
     if not path.exists():
-        ids = source.tokenizer(text.parts["calib"], add_special_tokens=False).input_ids
-        windows = torch.tensor(cut(ids, CTX, max(1, tokens // CTX), spread=True, where="calibration text"))
-        write_imatrix(path, measure_importance(source, windows, device=source.device, text=text.name))
+        windows = loaded.windows("calib", CTX, max(1, tokens // CTX))
+        write_imatrix(path, measure_importance(source, windows, device=source.device, text=loaded.text.name))
     check_for(read_imatrix(path), matrices(source), where=path)
     return path
 
@@ -120,12 +113,12 @@ def recipe_files(folder: Path, reference: Path, importance: Path, recipes: Seque
 def our_files(folder: Path, plan: Path) -> list[Candidate]:
     """The front of ``plan`` as files, each checked by the export."""
     found = []
-    for like in FRONT_FTYPES:
-        config = plan.with_name(f"{plan.stem}.{like}{plan.suffix}")
+    for ftype in FRONT_FTYPES:
+        config = plan.with_name(f"{plan.stem}.{ftype}{plan.suffix}")
         if config.exists():
-            path = folder / f"halfbyte-{like}.gguf"
+            path = folder / f"halfbyte-{ftype}.gguf"
             export_gguf(ExportOptions(config=str(config), output=str(path), force=True))
-            found.append(Candidate(f"at {like}", path, OURS))
+            found.append(Candidate(f"at {ftype}", path, OURS))
     return found
 
 
@@ -140,7 +133,7 @@ class Ruler:
         if tool:
             by_tool(tool, str(reference), self.text, self._base, chunks, is_reference=True)
 
-    def quality(self, path: Path) -> dict[str, Any]:
+    def quality(self, path: Path) -> Row:
         """Fields of :class:`halfbyte.evaluate.quality.Quality`, ``bytes``, ``peak_memory``, ``engine`` and ``tool``."""
         is_reference = path == self.reference
         run = self._reference if is_reference else by_us(str(path), self.text, self._folder("candidate"), self.chunks)
@@ -158,27 +151,35 @@ class Ruler:
         return self.scratch / name
 
     @staticmethod
-    def _logits(run: dict[str, Any]) -> LogitsFile:
+    def _logits(run: Row) -> LogitsFile:
         return LogitsFile(Path(run["logits_file"]), run["vocab"], CTX - first_scored(CTX) - 1)
 
 
-def speeds(paths: Sequence[Path], rounds: int) -> list[dict[str, float]]:
-    """Median tokens per second of each file, prompt and generation; the files take turns in every round."""
-    seen: list[list[tuple[float, float]]] = [[] for _ in paths]
-    for _ in range(rounds):
-        for path, runs in zip(paths, seen, strict=True):
-            with open_engine().load(path, n_ctx=max(PROMPT, GENERATED)) as model:
-                run = model.speed(PROMPT, GENERATED)
-            runs.append((run.prompt_tokens_per_second, run.generation_tokens_per_second))
-    names = ("prompt_tokens_per_second", "generation_tokens_per_second")
+def speed_of(path: Path) -> Callable[[], Sequence[float]]:
+    """A job that measures tokens per second of a file, prompt and generation."""
+
+    def measured() -> Sequence[float]:
+        with open_engine().load(path, n_ctx=max(PROMPT, GENERATED)) as model:
+            found = model.speed(PROMPT, GENERATED)
+        return found.prompt_tokens_per_second, found.generation_tokens_per_second
+
+    return measured
+
+
+def ratios(rows: Sequence[Row]) -> list[str]:
+    """Our KL as a share of llama.cpp's, one line for each file of theirs that has one of ours at its size."""
+    theirs = {f"at {row['label']}": row for row in rows if row["maker"] == LLAMACPP}
+    pairs = [(row, theirs[row["label"]]) for row in rows if row["maker"] == OURS and row["label"] in theirs]
     return [
-        dict(zip(names, map(statistics.median, zip(*runs, strict=True)), strict=True)) if runs else {} for runs in seen
+        f"{ours['label']}: KL {ours['kld_mean'] / peer['kld_mean']:.3f} of llama.cpp's, "
+        f"in {ours['bytes'] / peer['bytes']:.4f} of the bytes"
+        for ours, peer in pairs
     ]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The rows as Markdown, largest file first."""
-    with_tool, with_speed = any("tool" in row for row in rows), any("prompt_tokens_per_second" in row for row in rows)
+    with_tool, with_speed = any("tool" in row for row in rows), any(SPEEDS[0] in row for row in rows)
     headers = ["file", "by", "bytes", "KL", "KL 99%", "top-1", "ppl"]
     headers += ["prompt, tokens/s", "generation, tokens/s"] if with_speed else []
     headers += ["KL, llama-perplexity", "difference"] if with_tool else []
@@ -187,7 +188,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cell: list[Cell] = [row["label"], row["maker"], f"{row['bytes']:,}", significant(row["kld_mean"])]
         cell += [significant(row["kld_p99"]), f"{100 * row['top1_agreement']:.1f}%", significant(row["ppl"], 4)]
         if with_speed:
-            cell += [significant(row.get(f"{kind}_tokens_per_second")) for kind in ("prompt", "generation")]
+            cell += [significant(row.get(speed)) for speed in SPEEDS]
         if with_tool:
             theirs = row["tool"]["kld_mean"] if "tool" in row else None
             cell += [significant(theirs), f"{100 * (row['kld_mean'] / theirs - 1):+.1f}%" if theirs else None]
@@ -195,7 +196,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table(headers, cells)
 
 
-def plot(path: str | Path, rows: Sequence[dict[str, Any]], *, title: str) -> None:
+def plot(path: str | Path, rows: Sequence[Row], *, title: str) -> None:
     """Write a PNG of KL (logarithmic) against size; the reference is left out, its KL is 0.
 
     Raises:
@@ -236,59 +237,53 @@ def _meet(first: tuple[float, float, str], second: tuple[float, float, str]) -> 
 
 def main() -> int:
     """Make what is missing, measure everything, print one table."""
-    options = parse()
-    outputs = [check_output(path, force=options.force) for path in (options.json, options.plot) if path]
-    disable_progress_bar()
-    text = load_text(options.text)
-    source = load(find(options.model), device=torch.device("cpu"), dtype=torch.float32)
-    folder = options.work / f"{source.fingerprint}-{text.record()['calib']}-{options.calib_tokens}"
+    options = options_of()
+    loaded = load_model(options.model, options.text)
+    text = loaded.text
+    folder = options.work / f"{loaded.source.fingerprint}-{text.record()['calib']}-{options.calib_tokens}"
     folder.mkdir(parents=True, exist_ok=True)
-    reference = reference_file(folder, source)
-    importance = importance_file(folder, source, text, options.calib_tokens)
+    reference = reference_file(folder, loaded.source)
+    importance = importance_file(folder, loaded, options.calib_tokens)
     made_by = {
         "model": options.model,
-        "fingerprint": source.fingerprint,
-        "text": text.record(),
+        **loaded.made_by,
         "ctx": CTX,
         "calib_tokens": read_imatrix(importance).tokens,
         "chunks": options.chunks,
         "speed_rounds": options.rounds,
-        "machine": f"{cpu_name()}, {cores()} cores",
+        "machine": machine(),
         "engine": open_engine().version,
     }
-    del source
+    del loaded
+    rows = Rows(options, made_by)
     candidates = [reference, *recipe_files(folder, reference.path, importance, options.recipes)]
     candidates += our_files(folder, options.plan) if options.plan else []
     candidates += [Candidate(path.stem, path, OURS) for path in options.ours]
     print(f"files are in {folder}", flush=True)
-    rows: list[dict[str, Any]] = []
-
-    def keep() -> None:
-        if options.json:
-            write_text(outputs[0], json.dumps({"made_by": made_by, "rows": rows}, indent=1))
-
+    there = {(row["label"], row["maker"]) for row in rows}
     with tempfile.TemporaryDirectory(prefix="halfbyte-", dir=options.work) as name:
         ruler = Ruler(reference.path, text.parts["eval"], options.chunks, Path(name), options.tool)
         for candidate in candidates:
+            if (candidate.label, candidate.maker) in there:
+                continue
             found = ruler.quality(candidate.path)
-            rows.append({"label": candidate.label, "maker": candidate.maker, **found})
-            keep()
+            rows.add({"label": candidate.label, "maker": candidate.maker, **found})
             print(f"{candidate.label}: {format_bytes(found['bytes'])}, KL {significant(found['kld_mean'])}", flush=True)
-    for row, speed in zip(rows, speeds([candidate.path for candidate in candidates], options.rounds), strict=True):
-        row |= speed
-    keep()
-    print(f"\n{table(rows)}\n")
+    if options.rounds:
+        by_label = {(row["label"], row["maker"]): row for row in rows}
+        found = medians([speed_of(candidate.path) for candidate in candidates], options.rounds)
+        for candidate, speeds in zip(candidates, found, strict=True):
+            by_label[candidate.label, candidate.maker] |= dict(zip(SPEEDS, speeds, strict=True))
+        rows.keep()
+    print(f"\n{table(rows.rows)}\n", *ratios(rows.rows), sep="\n")
     print(
         f"{made_by['machine']}, {made_by['engine']}; text {text.name}: {made_by['calib_tokens']} tokens of its first "
-        f"half for the importance matrix, {rows[0]['tokens']} scored in {options.chunks} windows of {CTX}"
+        f"half for the importance matrix, {rows.rows[0]['tokens']} scored in {options.chunks} windows of {CTX}"
     )
     if options.plot:
-        plot(outputs[-1], rows, title="GGUF files: KL against size")
+        plot(options.plot, rows.rows, title="GGUF files: KL against size")
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except HalfbyteError as error:
-        sys.exit(str(error))
+    run(main)

@@ -18,25 +18,19 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
+from common import Row, Rows, arguments, load_model, machine, parse, run
 from peers_env import peer_python
-from transformers.utils.logging import disable_progress_bar
 
-from halfbyte.calibration.text import load_text
-from halfbyte.calibration.windows import cut
-from halfbyte.core.environment import cores, cpu_name
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output, write_text
 from halfbyte.evaluate.quality import windows_for
-from halfbyte.models.loading import find, load
 from halfbyte.report.tables import Cell, format_bytes, format_seconds, markdown_table, significant
 
 HERE = Path(__file__).resolve().parent
-TEXT, LINES_SHOWN = "pydoc", 30
+LINES_SHOWN = 30
 
 
 @dataclass(frozen=True)
@@ -64,50 +58,42 @@ OURS = [  # label, name in peers_ours.py, activation bits
 ]
 
 
-def parse() -> argparse.Namespace:
+def options_of() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="Hugging Face id, local folder, .gguf file, or demo")
+    parser = arguments(__doc__, device=False, text="pydoc")
     parser.add_argument("--calib_windows", type=int, default=8, help="windows for calibration")
     parser.add_argument("--eval_windows", type=int, default=16, help="windows to score")
     parser.add_argument("--ctx", type=int, default=512, help="tokens per window")
     parser.add_argument("--only", choices=("peer", "ours", "both"), default="both")
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), help="the peer's")
     parser.add_argument("--env", type=Path, default=Path(".venv-peers"), help="llm-compressor's environment")
-    parser.add_argument("--json", help="also write the rows here, after each one")
-    parser.add_argument("--force", action="store_true", help="overwrite an existing --json file")
-    return parser.parse_args()
+    return parse(parser)
 
 
-def write_original(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def write_original(options: argparse.Namespace, folder: Path) -> tuple[Row, Row]:
     """Save the model for both sides; what every request has in common, and what made the numbers."""
-    source = load(find(options.model), device=torch.device("cpu"), dtype=torch.float32)
+    loaded = load_model(options.model, options.text)
+    source = loaded.source
     source.model.save_pretrained(folder)
     source.tokenizer.save_pretrained(folder)
-    text = load_text(TEXT)
-    ids = source.tokenizer(text.parts["calib"], add_special_tokens=False).input_ids
-    request = {
-        "folder": str(folder),
-        "calib": cut(ids, options.ctx, options.calib_windows, spread=True, where="calibration text"),
-        "evaluation": windows_for(source, text.parts["eval"], options.ctx, options.eval_windows, where="eval text"),
-    }
+    evaluation = windows_for(source, loaded.text.parts["eval"], options.ctx, options.eval_windows, where="eval text")
+    calib = loaded.windows("calib", options.ctx, options.calib_windows).tolist()
     made_by = {
         "model": options.model,
-        "fingerprint": source.fingerprint,
-        "text": text.record(),
+        **loaded.made_by,
         "ctx": options.ctx,
-        "calib_windows": len(request["calib"]),
-        "eval_windows": len(request["evaluation"]),
-        "machine": f"{cpu_name()}, {cores()} cores",
+        "calib_windows": len(calib),
+        "eval_windows": len(evaluation),
+        "machine": machine(),
     }
-    return request, made_by
+    return {"folder": str(folder), "calib": calib, "evaluation": evaluation}, made_by
 
 
-def run(python: Path, script: str, request: dict[str, Any], folder: Path, log: Path) -> dict[str, Any]:
+def ask(python: Path, script: str, request: Row, folder: Path, log: Path) -> Row:
     """One request in a process of its own; what it prints goes to ``log``.
 
     Raises:
-        SystemExit: the process failed.
+        HalfbyteError: the process failed.
     """
     request = {**request, "result": str(folder / "result.json")}
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
@@ -118,17 +104,17 @@ def run(python: Path, script: str, request: dict[str, Any], folder: Path, log: P
         code = subprocess.call(command, env={**os.environ, **settings}, stdout=noise, stderr=subprocess.STDOUT)
     if code:
         last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-LINES_SHOWN:])
-        raise SystemExit(f"{last}\n{script} failed with exit code {code}")
+        raise HalfbyteError(f"{last}\n{script}: failed with exit code {code}")
     return json.loads(Path(request["result"]).read_text(encoding="utf-8"))
 
 
-def peer_row(name: str, request: dict[str, Any], folder: Path, python: Path, env: Path) -> dict[str, Any]:
+def peer_row(name: str, request: Row, folder: Path, python: Path, env: Path) -> Row:
     """One recipe of llm-compressor, and what its worker saw."""
     recipe = RECIPES[name]
     log = env / f"{name}.log"
     print(f"llm-compressor: {recipe.label}, W4A{recipe.a_bits} (log: {log}) …", flush=True)
     asked = {"transform": recipe.transform, "rounding": recipe.rounding, "a_bits": recipe.a_bits}
-    result = run(python, "peers_worker.py", {**request, **asked}, folder, log)
+    result = ask(python, "peers_worker.py", {**request, **asked}, folder, log)
     seen = result["checks"]
     print(
         f"  checked: {seen['layers']} layers multiply at most {seen['activation_levels']} activation levels per token "
@@ -140,16 +126,16 @@ def peer_row(name: str, request: dict[str, Any], folder: Path, python: Path, env
     return {"tool": tool, "recipe": recipe.label, "scheme": f"W4A{recipe.a_bits}", **result}
 
 
-def our_row(label: str, recipe: str, a_bits: int, request: dict[str, Any], folder: Path) -> dict[str, Any]:
+def our_row(label: str, recipe: str, a_bits: int, request: Row, folder: Path) -> Row:
     """halfbyte, every layer at the same activation bits."""
     print(f"halfbyte: {label}, W4A{a_bits} …", flush=True)
     asked = {"recipe": recipe, "a_bits": a_bits}
-    result = run(Path(sys.executable), "peers_ours.py", {**request, **asked}, folder, folder / "log")
+    result = ask(Path(sys.executable), "peers_ours.py", {**request, **asked}, folder, folder / "log")
     tool = f"halfbyte {result['versions']['halfbyte']}"
     return {"tool": tool, "recipe": label, "scheme": f"W4A{a_bits}", **result}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The rows as Markdown, by scheme."""
     headers = ["tool", "recipe", "scheme", "time", "peak memory", "KL", "top-1", "ppl"]
     cells: list[list[Cell]] = [
@@ -170,41 +156,33 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> int:
     """Run every row, check that both sides used one ruler, print one table."""
-    options = parse()
-    disable_progress_bar()
-    output = check_output(options.json, force=options.force) if options.json else None
+    options = options_of()
     python = peer_python(options.env) if options.only != "ours" else None
-    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="halfbyte-") as name:
         folder = Path(name)
         request, made_by = write_original(options, folder / "original")
-
-        def add(row: dict[str, Any]) -> None:
-            rows.append(row)
-            if output:
-                write_text(output, json.dumps({"made_by": made_by, "rows": rows}, indent=1))
-
+        rows = Rows(options, made_by)
+        there = {(row["tool"].split()[0], row["recipe"], row["scheme"]) for row in rows}
         if options.only != "peer":
             asked = {RECIPES[name].a_bits for name in options.recipes}
             for label, recipe, a_bits in OURS:
-                if a_bits in asked:
-                    add(our_row(label, recipe, a_bits, request, folder))
+                if a_bits in asked and ("halfbyte", label, f"W4A{a_bits}") not in there:
+                    rows.add(our_row(label, recipe, a_bits, request, folder))
         if python:
-            for recipe in options.recipes:
-                add(peer_row(recipe, request, folder, python, options.env))
+            for name, recipe in RECIPES.items():
+                if name in options.recipes and ("llm-compressor", recipe.label, f"W4A{recipe.a_bits}") not in there:
+                    rows.add(peer_row(name, request, folder, python, options.env))
     references = [row["ppl_reference"] for row in rows]
     if max(references) > 1.001 * min(references):
-        raise SystemExit(f"the sides disagree about the original's perplexity: {references}")
-    print(f"\n{table(rows)}\n")
+        raise HalfbyteError(f"the sides disagree about the original's perplexity: {references}")
+    print(f"\n{table(rows.rows)}\n")
     print(
-        f"{made_by['machine']}; {options.model}, original perplexity {significant(references[0], 4)}; text {TEXT}: "
-        f"{made_by['calib_windows']} windows for calibration, {made_by['eval_windows']} scored, of {options.ctx} tokens"
+        f"{made_by['machine']}; {options.model}, original perplexity {significant(references[0], 4)}; text "
+        f"{made_by['text']['name']}: {made_by['calib_windows']} windows for calibration, {made_by['eval_windows']} "
+        f"scored, of {options.ctx} tokens"
     )
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except HalfbyteError as error:
-        sys.exit(str(error))
+    run(main)

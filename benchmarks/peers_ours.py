@@ -8,10 +8,10 @@ The request names ``folder``, ``recipe`` (one of ``RECIPES``), ``a_bits``, the t
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,12 @@ from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import set_activation_bits_
 
 # Symmetric activations over a token's whole range, as serving engines compute them.
+SERVED = Recipe(weights="gptq", symmetric=True, clip=False)
 RECIPES = {
-    "smooth": Recipe(("smooth",), "gptq", symmetric=True, clip=False),
-    "r1r2r4": Recipe(("smooth", "r1", "r2", "r4"), "gptq", symmetric=True, clip=False),
-    "online": Recipe(("smooth", "online"), "gptq", symmetric=True, clip=False),
-    "learned": Recipe(("smooth", "online", "learned"), "gptq", symmetric=True, clip=False),
+    "smooth": replace(SERVED, transforms=("smooth",)),
+    "r1r2r4": replace(SERVED, transforms=("smooth", "r1", "r2", "r4")),
+    "online": replace(SERVED, transforms=("smooth", "online")),
+    "learned": replace(SERVED, transforms=("smooth", "online", "learned")),
 }
 
 
@@ -60,4 +61,6 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("request", metavar="REQUEST.json")
+    main(parser.parse_args().request)

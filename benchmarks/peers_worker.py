@@ -9,9 +9,9 @@ in fp32 on the CPU. What the scheme does not fix is llm-compressor's default.
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -227,4 +227,6 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("request", metavar="REQUEST.json")
+    main(parser.parse_args().request)

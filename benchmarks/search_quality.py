@@ -2,235 +2,242 @@
 
     python benchmarks/search_quality.py [--model demo] [--device auto] [--budgets 0.6 0.75 0.9] [--json OUT]
 
-The model is prepared once, as ``mixed_precision_ptq.py --target sim`` does. Each of ``--seeds`` repeats draws its own
-windows of the search and validation text and its own random numbers; what is printed is the mean KL (nats per token) on
-the evaluation text, which no method has seen, and the standard deviation over the repeats.
+The model is prepared once, as ``mixed_precision_ptq.py --target sim`` does it. Each of ``--seeds`` repeats draws
+its own windows of the search and validation text and its own random numbers; what is printed is the mean KL (nats per
+token) on the evaluation text, which no method has seen, and the standard deviation over the repeats.
 
-- random: the best of ``--evaluations`` random genomes;
-- rule, MSE, Fisher: no evaluations; the sensitivity rule, and knapsacks over tables of layer errors;
-- KL knapsack: one evaluation per unit;
-- evolution (1+28), plain genetic: from the rule and the KL and Fisher knapsacks, on whole search texts;
-- search, whole texts: halfbyte's genetic algorithm with its model, without stages, then validation;
-- search: the same in stages, the default.
+- random: the best of ``--evaluations`` random genomes on the search text;
+- rule, MSE knapsack, Fisher knapsack: no evaluations; the sensitivity rule, and knapsacks over layer errors;
+- KL knapsack, KL + Fisher knapsack: one evaluation per unit, of half of the blocks on average;
+- best start: of rule and knapsacks, the one that the validation text chooses;
+- genetic: the genetic algorithm from the same starts, every genome on the whole search text;
+- genetic + validation: its finalists and the starts, chosen between by validation text;
+- search: what the command does: the same with two rungs of text.
 
-``tokens`` is what the search itself read, as a share of ``--evaluations`` whole texts.
+``tokens`` is what was read of the search text, as a share of ``--evaluations`` whole texts; the genetic rows start from
+knapsacks, whose share comes on top.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import numpy as np
 import torch
-from halfbyte.allocation import starting_points, table_knapsack, validated
-from halfbyte.search.asktell import AskTell
-from halfbyte.search.evolution import Evolution, EvolutionSettings
-from halfbyte.search.fitness import KLFitness, stages_of
-from halfbyte.search.racing import choose
+from common import Row, Rows, arguments, load_model, parse, run
 
-from halfbyte.calibration.gradients import output_gradient_power
-from halfbyte.calibration.text import load_text
-from halfbyte.calibration.windows import cut
 from halfbyte.core.device import device_name, resolve_device, resolve_dtype
-from halfbyte.core.distributed import ALONE
-from halfbyte.core.files import check_output, write_text
-from halfbyte.models.layers import layers_of, units_of
-from halfbyte.models.loading import find, load
+from halfbyte.menus._base import Model, Setting
+from halfbyte.menus._checks import with_tokens
+from halfbyte.menus.activations import A_BITS, ActivationMenu
 from halfbyte.options import SearchOptions
-from halfbyte.pipeline import FISHER_WINDOWS
-from halfbyte.prepare.recipe import recipe_of
-from halfbyte.prepare.walk import prepare_
 from halfbyte.report.tables import Cell, markdown_table
 from halfbyte.search.baselines import random_genome
 from halfbyte.search.evaluator import KLEvaluator
-from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
-from halfbyte.search.problem import Genome, Problem
+from halfbyte.search.genetic import GeneticAlgorithm, GeneticResult, GeneticSettings
+from halfbyte.search.problem import Genome, activation_problem
 from halfbyte.search.reference import Reference, reference
-from halfbyte.search.sensitivity import unit_errors
+from halfbyte.search.run import FINALISTS, search_menu
+from halfbyte.search.validate import choose
+from halfbyte.targets import TARGETS
+from halfbyte.workdir import Workdir
 
-POPULATION = 30
-FINALISTS = 6
-TWO_RUNGS = "plain genetic, two rungs, then validation"
+START_ROWS = ("rule", "KL knapsack", "Fisher knapsack", "KL + Fisher knapsack")  # as the menu calls its starts
+GENETIC_ROWS = ("genetic", "genetic + validation")
+METHODS = ("random", "rule", "MSE knapsack", *START_ROWS[1:], "best start", *GENETIC_ROWS, "search")
+PARTS = ("search", "valid", "eval")
+
+EMPTY: Row = {"kl": []}
+Found = tuple[Genome, float]  # and the share of tokens that was read for it
 
 
-def parse() -> argparse.Namespace:
+def options_of() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="Hugging Face id, local folder, .gguf file, or demo")
-    parser.add_argument("--device", default="auto")
+    parser = arguments(__doc__)
     parser.add_argument("--dtype", default="fp32", choices=("auto", "bf16", "fp32"))
-    parser.add_argument("--text", default="auto", help="auto (wikitext2, else pydoc), wikitext2, pydoc, or a file")
     parser.add_argument("--budgets", nargs="+", type=float, default=[0.6, 0.75, 0.9])
-    parser.add_argument("--whole", nargs="*", type=float, default=[0.6], help="budgets also searched without stages")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--evaluations", type=int, default=240)
-    parser.add_argument("--calib_tokens", type=int, default=SearchOptions().calib_tokens)
-    parser.add_argument("--search_tokens", type=int, default=SearchOptions().search_tokens)
+    parser.add_argument("--population", type=int, default=SearchOptions().ga_pop)
+    parser.add_argument("--calib_tokens", type=int, default=0, help="0 is the command's default on the device")
+    parser.add_argument("--search_tokens", type=int, default=0, help="the same")
     parser.add_argument("--eval_windows", type=int, default=16)
     parser.add_argument("--ctx", type=int, default=512)
-    parser.add_argument("--json", help="also write the numbers here, after each repeat")
-    parser.add_argument("--force", action="store_true", help="overwrite an existing --json file")
-    return parser.parse_args()
+    return parse(parser)
 
 
 class Bench:
-    """A prepared model, its text, and the unquantised model's answers on all of it."""
+    """The command's menu over a prepared model, and the unquantised model's answers on the text that is used."""
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.device = options, resolve_device(options.device)
-        dtype = resolve_dtype(options.dtype, self.device)
-        source = load(find(options.model), device=torch.device("cpu"), dtype=dtype)
-        self.source, self.text = source, load_text(options.text)
-        windows = {part: self._windows(part) for part in ("calib", "search", "valid", "eval")}
-        calib = windows["calib"][:: max(1, len(windows["calib"]) * options.ctx // options.calib_tokens)]
-        windows["eval"] = windows["eval"][: options.eval_windows]
-        self.windows = windows
-        self.known = {
-            part: reference(source.model, source.family, windows[part], device=self.device)
-            for part in ("search", "valid", "eval")
+    def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
+        device = resolve_device(options.device)
+        dtype = resolve_dtype(options.dtype, device)
+        asked = SearchOptions(
+            model_id=options.model,
+            target="sim",
+            codes="decoded",
+            ctx=options.ctx,
+            calib_tokens=options.calib_tokens,
+            search_tokens=options.search_tokens,
+        )
+        self.options, self.device, self.scratch = options, device, scratch
+        self.asked = with_tokens(asked, device)
+        loaded = load_model(options.model, options.text, dtype)
+        source = loaded.source
+        self.windows = {part: loaded.windows(part, options.ctx) for part in PARTS}
+        self.windows["eval"] = self.windows["eval"][: options.eval_windows]
+        self.drawn = [self._draw(np.random.default_rng(seed)) for seed in range(options.seeds)]
+        used = {part: sorted({at for drawn in self.drawn for at in drawn[part]}) for part in ("valid", "search")}
+        self.drawn = [{part: [used[part].index(at) for at in drawn[part]] for part in used} for drawn in self.drawn]
+        self.windows |= {part: self.windows[part][rows] for part, rows in used.items()}
+        self.references = {
+            part: reference(source.model, source.family, windows, device=device)
+            for part, windows in self.windows.items()
         }
-        recipe = recipe_of(SearchOptions(target="sim"), tied=False)
-        self.prepared = prepare_(source, calib, recipe, device=self.device)
-        source.model.to(self.device)
-        layers = layers_of(source.model, source.family)
-        self.units = units_of(layers, source.family, "fused")
-        power: dict[str, float] = {}
-        for power in output_gradient_power(source.model, layers, calib[:FISHER_WINDOWS]):  # noqa: B007
-            pass
-        self.rows = {name: replace(row, grad_power=power[name]) for name, row in self.prepared.sensitivity.items()}
-        self.unseen = self._evaluator(windows["eval"], self.known["eval"])
-
-    def _windows(self, part: str) -> torch.Tensor:
-        ids = self.source.tokenizer(self.text.parts[part], add_special_tokens=False).input_ids
-        return torch.tensor(cut(ids, self.options.ctx, len(ids), where=part))
-
-    def _evaluator(self, tokens: torch.Tensor, known: Reference) -> KLEvaluator:
-        return KLEvaluator(self.source.model, self.source.family, self.units, tokens, known, group=ALONE)
-
-    def drawn(self, part: str, rng: np.random.Generator) -> KLEvaluator:
-        """An evaluator on some windows of a part."""
-        count = min(len(self.windows[part]), self.options.search_tokens // self.options.ctx)
-        chosen = torch.from_numpy(np.sort(rng.permutation(len(self.windows[part]))[:count]))
-        known = self.known[part]
-        there = chosen.to(known.projected.device)
-        return self._evaluator(self.windows[part][chosen], Reference(known.projected[there], known.negentropy[there]))
-
-    def repeat(self, seed: int) -> Iterator[tuple[float, dict[str, tuple[Genome, float]]]]:
-        """Per budget: method -> (genome, share of tokens read), for one draw of texts and random numbers."""
-        rng = np.random.default_rng(seed)
-        judge, evaluator = self.drawn("valid", rng), self.drawn("search", rng)
-        gains = KLFitness(evaluator, stages_of(evaluator.windows)).gains(lambda _: None)
-        for budget in self.options.budgets:
-            yield budget, self.methods(seed, budget, gains, evaluator, judge)
-
-    def methods(
-        self, seed: int, budget: float, gains: list[float], evaluator: KLEvaluator, judge: KLEvaluator
-    ) -> dict[str, tuple[Genome, float]]:
-        """Method -> (genome, share of tokens read) at one budget."""
-        options, rng = self.options, np.random.default_rng(seed)
-        fitness = KLFitness(evaluator, stages_of(evaluator.windows))
-        problem = Problem(tuple(unit.macs for unit in self.units), budget, priority=tuple(gains))
-        starts = starting_points(problem, self.units, self.rows)
-        found = {
-            "rule": (starts["rule"], 0.0),
-            "MSE knapsack": (table_knapsack(problem, self.units, self.rows, "mse"), 0.0),
-            "Fisher knapsack": (starts["Fisher knapsack"], 0.0),
-            "KL knapsack": (starts["knapsack"], len(self.units) / 2 / options.evaluations),
+        self.menu = ActivationMenu(Setting(self.asked, TARGETS["sim"], source.origin, device, dtype))
+        self.menu.check(source)
+        calib = loaded.windows("calib", options.ctx, max(1, self.asked.calib_tokens // options.ctx))
+        one = {part: self.windows[part][:1] for part in ("search", "valid")}  # each repeat draws its own
+        answers = reference(source.model, source.family, torch.cat(list(one.values())), device=device)
+        with Workdir(scratch / "plan.json", {}, resume=False) as workdir:
+            self.menu.prepare(Model(source, {"calib": calib, **one}, answers, workdir))
+        self.source = source
+        self.unseen = self.evaluator(range(len(self.windows["eval"])), "eval")
+        self.made_by = {
+            "model": options.model,
+            "device": device_name(device),
+            **loaded.made_by,
+            **{name: getattr(options, name) for name in ("dtype", "ctx", "evaluations", "population")},
+            "calib_tokens": calib.numel(),
+            "search_tokens": self.asked.search_tokens,
+            "eval_windows": self.unseen.windows,
         }
 
-        fisher = np.array([errors[4] - errors[8] for errors in unit_errors(self.units, self.rows, "fisher")])
-        both = np.array(gains) / np.sum(gains) + fisher / fisher.sum()
-        found["KL + Fisher knapsack"] = problem.fill(problem.knapsack(both.tolist())), found["KL knapsack"][1]
-        draws = [random_genome(problem, rng) for _ in range(options.evaluations)]
-        found["random"] = min(draws, key=evaluator.score), 1.0
-        seeds = list(starts.values())
-        generations = round((options.evaluations - POPULATION) / (POPULATION - 2))
-        common: dict[str, Any] = {"generations": generations, "patience": generations + 1}
-        settings = GeneticSettings(population=POPULATION, **common)
-        evolution = EvolutionSettings(**{**common, "generations": round(options.evaluations / 28)})
-        runs: dict[str, AskTell[Any]] = {
-            "evolution (1+28)": Evolution(problem, evolution, np.random.default_rng(seed), seeds),
-            "plain genetic": GeneticAlgorithm(
-                problem, replace(settings, model_share=0.0), np.random.default_rng(seed), seeds
-            ),
+    def _draw(self, rng: np.random.Generator) -> dict[str, list[int]]:
+        """The windows of one repeat."""
+        count = max(1, self.asked.search_tokens // self.options.ctx)
+        return {part: sorted(rng.permutation(len(self.windows[part]))[:count].tolist()) for part in ("valid", "search")}
+
+    def evaluator(self, chosen: Sequence[int], part: str) -> KLEvaluator:
+        """Measures genomes on the ``chosen`` windows of a part."""
+        known, rows = self.references[part], torch.tensor(list(chosen))
+        there = rows.to(known.projected.device)
+        answers = Reference(known.projected[there], known.negentropy[there])
+        model = self.source.model
+        return KLEvaluator(model, self.source.family, self.menu.units, self.windows[part][rows], answers, A_BITS)
+
+    def draw(self, seed: int) -> None:
+        """Give the menu windows and losses of single units of its own for one repeat."""
+        valid, search = (self.evaluator(self.drawn[seed][part], part) for part in ("valid", "search"))
+        self.menu.on_validation_text, self.menu.on_search_text = valid, search
+        self.gains = self.menu._gains()
+
+    def found(self, seed: int, budget: float, methods: Sequence[str]) -> dict[str, Found]:
+        """Method -> its genome, and its share of tokens, for one repeat at one budget."""
+        menu, options = self.menu, self.options
+        macs = [unit.macs for unit in menu.units]
+        menu.problem = activation_problem(macs, budget, self.gains, A_BITS)
+        starts = menu.starts(menu.problem)
+        errors = menu._table_gains("mse")
+        of_units = len(menu.units) / 2 / options.evaluations
+        generations = max(1, round((options.evaluations - options.population) / (options.population - 2)))
+        settings = GeneticSettings(population=options.population, generations=generations)
+        found: dict[str, Found] = {
+            "MSE knapsack": (menu.problem.knapsack([(error, 0.0) for error in errors]), 0.0),
+            "best start": (self.validated(starts.values()), of_units),
         }
-        plain = replace(settings, model_share=0.0)
-        for name in ("plain genetic, then validation", TWO_RUNGS):
-            runs[name] = GeneticAlgorithm(problem, plain, np.random.default_rng(seed), seeds)
-        two_rungs = KLFitness(evaluator, (max(1, evaluator.windows // 4), evaluator.windows))
-        if budget in options.whole:
-            runs["search, whole texts"] = GeneticAlgorithm(problem, settings, np.random.default_rng(seed), seeds)
-        runs["search"] = GeneticAlgorithm(problem, settings, np.random.default_rng(seed), seeds)
-        for name, algorithm in runs.items():
-            evaluator.forget()
-            before = evaluator.tokens_run
-            while not algorithm.done:
-                genomes = algorithm.ask()
-                if name in ("search", TWO_RUNGS):
-                    incumbent = algorithm.best[0] if algorithm.history else None
-                    scored = fitness if name == "search" else two_rungs
-                    algorithm.tell(*scored.scores(genomes, incumbent, algorithm.complete))
-                else:
-                    algorithm.tell({genome: evaluator.score(genome) for genome in genomes})
-            share = (evaluator.tokens_run - before) / (options.evaluations * evaluator.windows * evaluator.length)
-            best = algorithm.best[0]
-            if "genetic" in name and "validation" in name:
-                ranked = sorted(algorithm.scores, key=lambda genome: (algorithm.scores[genome], genome))
-                best = _by_validation([*seeds, *ranked[:FINALISTS]], evaluator, judge)
-            if name.startswith("search"):
-                best = validated(seeds, algorithm, evaluator, judge).winner
-            found[name] = best, share
-        by_validation = _by_validation(list(starts.values()), evaluator, judge)
-        found["best start, by validation text"] = by_validation, len(self.units) / 2 / options.evaluations
-        return found
+        for label, genome in starts.items():
+            found[label] = genome, of_units if label.startswith("KL") else 0.0
+        if "random" in methods:
+            found["random"] = self.read(lambda: self.best_of_random(np.random.default_rng(seed)))
+        if set(methods) & set(GENETIC_ROWS):
+            runs: list[GeneticResult] = []
 
+            def genetic() -> Genome:
+                runs.append(GeneticAlgorithm(menu.problem, settings, seed, list(starts.values())).run(self.scores))
+                return runs[0].best
 
-def _by_validation(genomes: list[Genome], evaluator: KLEvaluator, judge: KLEvaluator) -> Genome:
-    """The genome that other text than the search's chooses."""
-    unique = list(dict.fromkeys(genomes))
-    unseen, seen = (dict(zip(unique, text.losses(unique), strict=True)) for text in (judge, evaluator))
-    return choose(unseen, seen).winner
+            found["genetic"] = self.read(genetic)
+            scores = runs[0].scores
+            ranked = sorted(scores, key=lambda genome: (scores[genome], genome))[:FINALISTS]
+            found["genetic + validation"] = self.validated([*starts.values(), *ranked]), found["genetic"][1]
+        if "search" in methods:
+            state = self.scratch / "genetic.json"
+            found["search"] = self.read(
+                lambda: search_menu(menu, settings, seed=seed, state_file=state, resume=False).genome
+            )
+        return {method: found[method] for method in methods if method in found}
+
+    def read(self, search: Callable[[], Genome]) -> Found:
+        """What ``search`` finds, and the share of tokens that it reads of the search text."""
+        scorer = self.menu.on_search_text
+        assert isinstance(scorer, KLEvaluator)
+        scorer.forget()
+        before = scorer.tokens_run
+        genome = search()
+        whole = self.options.evaluations * scorer.windows * scorer.length
+        return genome, (scorer.tokens_run - before) / whole
+
+    def scores(self, genomes: Sequence[Genome], best: Genome | None = None) -> dict[Genome, float]:
+        """KL of each genome on the whole search text."""
+        assert self.menu.on_search_text is not None
+        return {genome: self.menu.on_search_text.score(genome) for genome in genomes}
+
+    def best_of_random(self, rng: np.random.Generator) -> Genome:
+        """The best of so many random genomes."""
+        scores = self.scores([random_genome(self.menu.problem, rng) for _ in range(self.options.evaluations)])
+        return min(scores, key=lambda genome: (scores[genome], genome))
+
+    def validated(self, genomes: Iterable[Genome]) -> Genome:
+        """The genome that the validation text chooses, as the command does it."""
+        texts = self.menu.on_validation_text, self.menu.on_search_text
+        candidates = list(dict.fromkeys(genomes))
+        validation, search = (
+            dict(zip(candidates, text.losses(candidates), strict=True)) for text in texts if text is not None
+        )
+        return choose(validation, search).winner
 
 
 def main() -> int:
     """Run the repeats and print a table."""
-    options = parse()
-    if options.json:
-        check_output(options.json, force=options.force)
+    options = options_of()
     started = time.monotonic()
-    bench = Bench(options)
-    kept = ("dtype", "evaluations", "seeds", "calib_tokens", "search_tokens", "eval_windows")
-    made_by = {
-        "model": options.model,
-        "device": device_name(bench.device),
-        "text": bench.text.record(),
-        **{key: getattr(options, key) for key in kept},
-    }
-    rows: dict[tuple[str, float], dict[str, Any]] = {}
-    for seed in range(options.seeds):
-        for budget, found in bench.repeat(seed):
-            for name, (genome, share) in found.items():
-                new = {"method": name, "budget": budget, "kl": [], "tokens": []}
-                row = rows.setdefault((name, budget), new)
-                row["kl"].append(bench.unseen.score(genome))
-                row["tokens"].append(share)
-        print(f"repeat {seed + 1} of {options.seeds}: {time.monotonic() - started:.0f} s", flush=True)
-        if options.json:
-            write_text(options.json, json.dumps({"made_by": made_by, "rows": list(rows.values())}, indent=1))
-    ends = {f"all A{bits}": bench.unseen.score((bits,) * len(bench.units)) for bits in (8, 4)}
-    about = f"{options.model}, {made_by['device']}, {bench.text.name}, {bench.unseen.windows} windows of {options.ctx}"
-    print(f"\n{about}; {', '.join(f'{name} {score:.4f}' for name, score in ends.items())}\n")
-    print(table(list(rows.values())))
+    with tempfile.TemporaryDirectory(prefix="halfbyte-") as scratch:
+        bench = Bench(options, Path(scratch))
+        rows = Rows(options, bench.made_by)
+        for seed in range(options.seeds):
+            # A row has one value per repeat, in order; one that was resumed may have it already.
+            there = {(row["method"], row["budget"]): row for row in rows}
+            missing = {
+                budget: [name for name in options.methods if seed >= len(there.get((name, budget), EMPTY)["kl"])]
+                for budget in options.budgets
+            }
+            if any(missing.values()):
+                bench.draw(seed)
+            for budget, methods in missing.items():
+                for name, (genome, share) in bench.found(seed, budget, methods).items() if methods else ():
+                    if (name, budget) not in there:
+                        there[name, budget] = {"method": name, "budget": budget, "kl": [], "tokens": []}
+                        rows.rows.append(there[name, budget])
+                    there[name, budget]["kl"].append(bench.unseen.score(genome))
+                    there[name, budget]["tokens"].append(share)
+            rows.keep()
+            print(f"repeat {seed + 1} of {options.seeds}: {time.monotonic() - started:.0f} s", flush=True)
+        ends = {label: bench.unseen.score(genome) for label, genome in bench.menu.ends(bench.menu.problem).items()}
+    text = f"{bench.made_by['text']['name']}, {bench.unseen.windows} windows of {options.ctx}"
+    print(f"\n{options.model}, {bench.made_by['device']}, {text}; ", end="")
+    print(", ".join(f"{name} {score:.4f}" for name, score in ends.items()))
+    print(f"\n{table(rows.rows)}")
     return 0
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The ``rows`` of the JSON as Markdown."""
     budgets = sorted({row["budget"] for row in rows})
     cells: list[list[Cell]] = []
@@ -246,4 +253,4 @@ def _spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

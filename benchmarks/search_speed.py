@@ -9,7 +9,7 @@ in one process per GPU, one after the other, so ratios compare what ran side by 
 
 - backbone: the bf16 model's blocks and final norm alone, decoded weights, activations left alone;
 - candidates: whole genomes, KL included, as the search measures them;
-- search: KL of every unit at A4, then the genetic search with staged texts, as ``mixed_precision_ptq.py`` runs it;
+- search: KL of every unit at A4, then the genetic search with two rungs of text, as ``mixed_precision_ptq.py`` runs it;
 - pure: whether genomes measured in another order and in other company have the same bits.
 """
 
@@ -21,65 +21,51 @@ import gc
 import json
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from halfbyte.search.fitness import KLFitness, stages_of
-from halfbyte.search.runner import run_genetic
+from common import Row, Rows, arguments, parse, run
+from seven_b_shape import SHAPE, shape_of
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM
 
 from halfbyte.core.device import device_name, peak_memory
-from halfbyte.core.distributed import Group, joined
-from halfbyte.core.files import check_output, write_text
+from halfbyte.core.distributed import joined, processes
+from halfbyte.menus.activations import A_BITS
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.layers import layers_of, units_of
 from halfbyte.quant.int4 import PackedWeight
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_activation_bits_
-from halfbyte.report.tables import markdown_table
-from halfbyte.search.baselines import knapsack_genome, random_genome
+from halfbyte.report.tables import Cell, markdown_table, significant
+from halfbyte.search.baselines import random_genome
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.genetic import GeneticSettings
-from halfbyte.search.problem import Problem
+from halfbyte.search.problem import Genome, Problem, activation_problem
 from halfbyte.search.reference import Reference, reference
+from halfbyte.search.run import Searchable, search_menu
 
 GROUP_SIZE, BITS_STD = 128, 4.6  # standard deviation of codes drawn evenly from -8 to 7
 
 
-def parse() -> argparse.Namespace:
+def options_of() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=28)
-    parser.add_argument("--hidden", type=int, default=3584, help="with --intermediate and --vocab: a smaller shape")
-    parser.add_argument("--intermediate", type=int, default=18944)
-    parser.add_argument("--vocab", type=int, default=152064)
+    parser = arguments(__doc__, model=None, device=False, text=None)
+    for name, value in SHAPE.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--modes", nargs="+", choices=("packed", "decoded"), default=["packed", "decoded"])
     parser.add_argument("--search", nargs="*", choices=("packed", "decoded"), default=["decoded"], help="search these")
     parser.add_argument("--ctx", type=int, default=512)
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--ga_pop", type=int, default=30)
     parser.add_argument("--ga_gen", type=int, default=26, help="30 + 26 · 28 genomes are 758")
-    parser.add_argument("--json", help="also write the numbers here")
-    parser.add_argument("--force", action="store_true", help="overwrite an existing --json file")
-    return parser.parse_args()
+    return parse(parser)
 
 
 def build(options: argparse.Namespace, device: torch.device, *, packed: bool) -> tuple[nn.Module, Family]:
     """The model with random codes on ``device``, block after block; packed leaves the embedding on the host."""
-    heads = options.hidden // 128
-    config = Qwen2Config(
-        hidden_size=options.hidden,
-        intermediate_size=options.intermediate,
-        num_hidden_layers=1,
-        num_attention_heads=heads,
-        num_key_value_heads=max(1, heads // 7),
-        vocab_size=options.vocab,
-        max_position_embeddings=32768,
-        rms_norm_eps=1e-6,
-        tie_word_embeddings=False,
-    )
+    config = shape_of(**{**{name: getattr(options, name) for name in SHAPE}, "layers": 1})
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
@@ -104,7 +90,7 @@ def build(options: argparse.Namespace, device: torch.device, *, packed: bool) ->
     return model, family
 
 
-def timed(device: torch.device, work: Any) -> float:
+def timed(device: torch.device, work: Callable[[], object]) -> float:
     """Seconds of ``work()``, the device's included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -130,95 +116,124 @@ def backbone_rate(model: nn.Module, family: Family, tokens: torch.Tensor, rows: 
     return batch.numel() / min(timed(device, forward) for _ in range(5))
 
 
+class Menu(Searchable):
+    """Activation bits of the random model, as :class:`halfbyte.menus.activations.ActivationMenu` searches them."""
+
+    name, title, score_label = "activations", "activation bits", "KL, nats per token"
+
+    def __init__(self, evaluator: KLEvaluator) -> None:
+        self.on_search_text, self.on_validation_text = evaluator, None
+        self.set_gains([0.0] * len(evaluator.units))
+
+    def set_gains(self, gains: list[float]) -> None:
+        """What each unit gains by A8 alone."""
+        self.problem = activation_problem([unit.macs for unit in self.on_search_text.units], 0.75, gains, A_BITS)
+
+    def starts(self, problem: Problem) -> dict[str, Genome]:
+        return {"KL knapsack": problem.knapsack()}
+
+    def choice(self, genome: Genome) -> dict[str, int | str]:
+        units = self.on_search_text.units
+        return {unit.name: A_BITS[gene] for unit, gene in zip(units, genome, strict=True)}
+
+
 def measure(
-    options: argparse.Namespace, device: torch.device, group: Group, known: Reference | None, *, packed: bool
-) -> tuple[dict[str, Any], Reference]:
+    options: argparse.Namespace, device: torch.device, mode: str, known: Reference | None
+) -> tuple[Row, Reference]:
     """Numbers of one mode, and the reference for the next."""
     gc.collect()  # what the last mode left
-    model, family = build(options, device, packed=packed)
+    model, family = build(options, device, packed=mode == "packed")
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(options.vocab, (options.windows, options.ctx), generator=generator)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     units = units_of(layers_of(model, family), family, "fused")
-    known = known or reference(model, family, tokens, device=device)
+    answers = known or reference(model, family, tokens, device=device)
 
     def evaluator() -> KLEvaluator:
-        return KLEvaluator(model, family, units, tokens, known, group=group)
+        return KLEvaluator(model, family, units, tokens, answers, A_BITS)
 
-    found: dict[str, Any] = {"mode": "packed" if packed else "decoded", "units": len(units)}
-    problem = Problem(costs=tuple(unit.macs for unit in units), budget=0.75)
+    menu, size = Menu(evaluator()), processes().size
     rng = np.random.default_rng(0)
-    genomes = [random_genome(problem, rng) for _ in range(12 * group.size)]
-    evaluator().losses(genomes[: 2 * group.size])  # warm
+    genomes = [random_genome(menu.problem, rng) for _ in range(12 * size)]
+    evaluator().losses(genomes[: 2 * size])  # warm
     fresh = evaluator()
     seconds = timed(device, lambda: fresh.losses(genomes))
-    found["candidate_tokens_per_second"] = len(genomes) * tokens.numel() / seconds
-    again = evaluator().losses(genomes[::-1][: 3 * group.size], [options.windows - 1])
-    expected = fresh.losses(genomes[::-1][: 3 * group.size], [options.windows - 1])
-    found["pure"] = bool((again == expected).all())
-    if not packed:
+    few, last = genomes[::-1][: 3 * size], [options.windows - 1]
+    found: Row = {
+        "mode": mode,
+        "units": len(units),
+        "candidate_tokens_per_second": len(genomes) * tokens.numel() / seconds,
+        "pure": bool((evaluator().losses(few, last) == fresh.losses(few, last)).all()),
+    }
+    if mode == "decoded":
         found["backbone_tokens_per_second"] = backbone_rate(model, family, tokens, fresh.rows, device)
-    if found["mode"] in options.search:
-        found |= search(options, evaluator(), problem, device, group)
-    found["peak_memory"] = peak_memory(device)
-    return found, known
+    if mode in options.search:
+        found |= search(options, menu, device)
+    return {**found, "peak_memory": peak_memory(device)}, answers
 
 
-def search(
-    options: argparse.Namespace, evaluator: KLEvaluator, problem: Problem, device: torch.device, group: Group
-) -> dict[str, Any]:
+def search(options: argparse.Namespace, menu: Menu, device: torch.device) -> Row:
     """Time of the units' KL and of the genetic search."""
-    fitness = KLFitness(evaluator, stages_of(evaluator.windows))
+    evaluator = menu.on_search_text
     gains: list[float] = []
-    sensitivity = timed(device, lambda: gains.extend(fitness.gains(lambda _: None)))
-    problem = Problem(problem.costs, problem.budget, priority=tuple(gains))
+
+    def alone() -> None:
+        base = evaluator.score((1,) * len(evaluator.units))
+        gains.extend(loss - base for loss in evaluator.one_at_a_time(1, 0))
+
+    sensitivity = timed(device, alone)
+    menu.set_gains(gains)
     settings = GeneticSettings(population=options.ga_pop, generations=options.ga_gen, patience=options.ga_gen + 1)
     before, evaluations = evaluator.tokens_run, 0
 
-    def run() -> None:
+    def genetic() -> None:
         nonlocal evaluations
         with tempfile.TemporaryDirectory() as folder:
-            algorithm = run_genetic(
-                problem,
-                settings,
-                seeds=[problem.fill(knapsack_genome(problem, gains))],
-                seed=0,
-                fitness=fitness,
-                state_file=Path(folder) / "state.json",
-                resume=False,
-                group=group,
-            )
-        evaluations = len(algorithm.scores)
+            found = search_menu(menu, settings, seed=0, state_file=Path(folder) / "state.json", resume=False)
+        evaluations = found.evaluations
 
-    seconds = timed(device, run)
+    seconds = timed(device, genetic)
     whole = evaluations * evaluator.windows * evaluator.length
     return {
         "sensitivity_seconds": sensitivity,
         "search_seconds": seconds,
         "evaluations": evaluations,
-        "share_of_tokens": (evaluator.tokens_run - before) * group.size / whole,
+        "share_of_tokens": (evaluator.tokens_run - before) * processes().size / whole,
     }
+
+
+def table(rows: list[Row], size: int) -> str:
+    """The rows of ``size`` processes as Markdown."""
+    backbone = next((row["backbone_tokens_per_second"] for row in rows if "backbone_tokens_per_second" in row), None)
+    headers = ["weights", "candidate tokens/s", "of backbone", "units' KL (s)", "search (s)", "genomes"]
+    cells: list[list[Cell]] = [
+        [
+            row["mode"],
+            round(row["candidate_tokens_per_second"]),
+            None if backbone is None else f"{row['candidate_tokens_per_second'] / backbone / size:.2f}",
+            significant(row.get("sensitivity_seconds")),
+            significant(row.get("search_seconds")),
+            row.get("evaluations"),
+            significant(row.get("share_of_tokens")),
+            f"{row['peak_memory'] / 1e9:.2f} GB",
+            "yes" if row["pure"] else "NO",
+        ]
+        for row in rows
+    ]
+    return markdown_table([*headers, "share of tokens", "peak memory", "pure"], cells)
 
 
 def main() -> int:
     """Measure the modes and print a table."""
-    options = parse()
-    if options.json:
-        check_output(options.json, force=options.force)
+    options = options_of()
     with joined() as group:
         device = torch.device("cuda", group.local_rank) if torch.cuda.is_available() else torch.device("cpu")
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        rows, known = [], None
-        for mode in options.modes:
-            row, known = measure(options, device, group, known, packed=mode == "packed")
-            rows.append(row)
-            if group.first:
-                print(json.dumps(row), flush=True)
         if not group.first:
-            return 0
+            options.json = None
         made_by = {
             "device": device_name(device),
             "processes": group.size,
@@ -227,46 +242,18 @@ def main() -> int:
             "tokens": options.windows * options.ctx,
             "torch": torch.__version__,
         }
-    backbone = next((row["backbone_tokens_per_second"] for row in rows if "backbone_tokens_per_second" in row), None)
-    cells = [
-        [
-            row["mode"],
-            round(row["candidate_tokens_per_second"]),
-            None if backbone is None else f"{row['candidate_tokens_per_second'] / backbone / group.size:.2f}",
-            row.get("sensitivity_seconds"),
-            row.get("search_seconds"),
-            row.get("evaluations"),
-            row.get("share_of_tokens"),
-            f"{row['peak_memory'] / 1e9:.2f} GB",
-            "yes" if row["pure"] else "NO",
-        ]
-        for row in rows
-    ]
-    print(
-        f"\n{made_by['device']} × {group.size}, {options.layers} blocks of {options.hidden}"
-        + ("" if backbone is None else f", bf16 backbone {backbone:.0f} tokens/s")
-        + "\n"
-    )
-    print(
-        markdown_table(
-            [
-                "weights",
-                "candidate tokens/s",
-                "of backbone",
-                "units' KL (s)",
-                "search (s)",
-                "genomes",
-                "share of tokens",
-                "peak memory",
-                "pure",
-            ],
-            cells,
-        )
-    )
-    if options.json:
-        write_text(options.json, json.dumps({"made_by": made_by, "rows": rows}, indent=1))
+        rows, known = Rows(options, made_by), None
+        there = {row["mode"] for row in rows}
+        for mode in (mode for mode in options.modes if mode not in there):
+            row, known = measure(options, device, mode, known)
+            rows.add(row)
+            if group.first:
+                print(json.dumps(row), flush=True)
+        if group.first:
+            print(f"\n{made_by['device']} × {group.size}, {options.layers} blocks of {options.hidden}\n")
+            print(table(rows.rows, group.size))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

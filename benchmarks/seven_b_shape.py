@@ -1,12 +1,17 @@
-"""Time and memory of a search on the shape of Qwen2.5-7B-Instruct, with random weights.
+"""Time and memory of a search, and of encoding, on the shape of Qwen2.5-7B-Instruct, with random weights.
 
-    python benchmarks/seven_b_shape.py --folder /tmp/seven_b [--layers 28] [-- further flags of mixed_precision_ptq.py]
-    python benchmarks/seven_b_shape.py --folder /tmp/seven_b --device-memory 8 -- --spaces ggml --codes packed
+    python benchmarks/seven_b_shape.py --folder seven_b [--layers 28] [-- further flags of mixed_precision_ptq.py]
+    python benchmarks/seven_b_shape.py --folder seven_b --device-memory 8 -- --spaces types --codes packed
+    python benchmarks/seven_b_shape.py --folder seven_b --encode Q4_K_M [--json OUT]
 
-Writes the model once (15 GB in bf16), runs the real command on it and prints what it took. Random weights say nothing
-about quality; time and memory are those of the real model. The candidates of a search of types take about 30 GB of disk
-beside it. With ``--device-memory`` PyTorch may allocate no more than that on the GPU, as if it were a smaller one.
-``--decode`` only measures how quickly rows of each type are decoded.
+Writes the model once (15 GB in bf16), runs the real command on it and prints what each stage took. Random weights say
+nothing about quality; time and memory are those of the real model. With ``--device-memory`` PyTorch may allocate no
+more than that on the GPU, as if it were a smaller one.
+
+``--encode`` writes one GGUF file instead: every matrix is encoded by llama.cpp's own quantiser in the type that the
+file type gives it, with an importance, and written before the next one is read. Its main memory is what the process
+holds itself (anonymous pages), and apart from that mapped pages, which the system takes back when it needs them.
+``--decode`` measures how quickly rows of each type are decoded.
 """
 
 from __future__ import annotations
@@ -15,36 +20,49 @@ import argparse
 import json
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import psutil
 import torch
+from common import Row, Rows, arguments, machine, parse, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from halfbyte.models.loading import find, load
+from halfbyte.prepare.menus import menus_of
+from halfbyte.prepare.size import ftype_types
 from halfbyte.quant.ggml.types import QUANTISED, decode_tensor, row_bytes
+from halfbyte.targets.gguf_files.writer import write_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
+SHAPE = {"layers": 28, "hidden": 3584, "intermediate": 18944, "vocab": 152064}  # of Qwen2.5-7B
 
 
-def write_model(folder: Path, layers: int) -> None:
-    """Save a random model of that shape and a small byte-level tokenizer."""
-    config = Qwen2Config(
-        hidden_size=3584,
-        intermediate_size=18944,
+def shape_of(layers: int, hidden: int, intermediate: int, vocab: int) -> Qwen2Config:
+    """The config of a model of that shape: heads of 128 channels, seven of which share a key and value head."""
+    heads = hidden // 128
+    return Qwen2Config(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152064,
+        num_attention_heads=heads,
+        num_key_value_heads=max(1, heads // 7),
+        vocab_size=vocab,
         max_position_embeddings=32768,
         rms_norm_eps=1e-6,
         tie_word_embeddings=False,
     )
+
+
+def write_model(folder: Path, shape: dict[str, int]) -> None:
+    """Save a random model of that shape and a small byte-level tokenizer."""
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(shape_of(**shape), dtype=torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="5GB")
-    small_tokenizer(8000).save_pretrained(folder)
+    small_tokenizer(min(8000, shape["vocab"])).save_pretrained(folder)
 
 
 def small_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
@@ -81,6 +99,52 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+class MemoryWatch:
+    """Peaks of this process while a ``with`` block runs: ``own`` bytes, and ``mapped`` bytes of files on top."""
+
+    def __enter__(self) -> MemoryWatch:
+        self.own = self.mapped = 0
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._done.wait(0.2):
+            now = process.memory_info()
+            self.own, self.mapped = max(self.own, now.rss - now.shared), max(self.mapped, now.shared)
+
+
+def encode(folder: Path, ftype: str) -> Row:
+    """Write the model as one GGUF file of llama.cpp's ``ftype``, and delete it; time, size and memory."""
+    path = folder / "encoded.gguf"
+    with MemoryWatch() as memory:
+        started = time.monotonic()
+        source = load(find(str(folder)), device=torch.device("cpu"), dtype=torch.bfloat16)
+        menus = menus_of(source, mean_bits=4.5)
+        types = ftype_types(source, menus, ftype)
+        ends = {"embedding_type": types.pop(source.family.embedding), "output_type": types.pop(source.family.head)}
+        generator = torch.Generator().manual_seed(0)
+        importance = {menu.name: torch.rand(menu.columns, generator=generator) + 0.1 for menu in menus}
+        rows = write_gguf(path, source, layer_types=types, importance=importance, **ends)
+        seconds = time.monotonic() - started
+    path.unlink()
+    return {
+        "types": ftype,
+        "blocks": source.config.num_hidden_layers,
+        "weights": sum(menu.rows * menu.columns for menu in menus),
+        "bytes": sum(row.nbytes for row in rows),
+        "seconds": seconds,
+        "peak_own_memory": memory.own,
+        "peak_mapped_memory": memory.mapped,
+    }
+
+
 def run_search(arguments: list[str], device_memory: float) -> int:
     """The real command in a process of its own, with at most ``device_memory`` GB on the GPU (0: all of it)."""
     command = [sys.executable, str(ROOT / "mixed_precision_ptq.py")]
@@ -92,49 +156,61 @@ def run_search(arguments: list[str], device_memory: float) -> int:
     return subprocess.call([*command, *arguments])
 
 
+def search(options: argparse.Namespace, further: list[str]) -> Row:
+    """Run the command; what it says it took.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    folder, result = options.folder, options.folder / "result.json"
+    arguments = ["--model_id", str(folder), "--output", str(folder / "plan.pt"), "--calib", "pydoc", "--force"]
+    started = time.monotonic()
+    if code := run_search([*arguments, "--json", str(result), *further], options.device_memory):
+        raise SystemExit(code)
+    measured = json.loads(result.read_text(encoding="utf-8"))["measured"]
+    return {"flags": further, "device_memory": options.device_memory, "wall": time.monotonic() - started, **measured}
+
+
+def describe(row: Row) -> str:
+    """One measurement for people."""
+    if "types" in row:
+        return (
+            f"{row['weights'] / 1e9:.2f} billion weights in {row['blocks']} blocks as {row['types']}, "
+            f"{row['bytes'] / 1e9:.2f} GB, {row['seconds']:.0f} s, own memory {row['peak_own_memory'] / 1e9:.2f} GB, "
+            f"mapped {row['peak_mapped_memory'] / 1e9:.2f} GB"
+        )
+    lines = [f"{row['wall']:.0f} s in all, of these", *(f"  {at}: {took:.1f} s" for at, took in row["seconds"].items())]
+    if row["preparation_memory"] is not None:
+        lines.append(f"peak device memory until the W4 codes stood: {row['preparation_memory'] / 1e9:.1f} GB")
+    lines.append(f"peak memory: device {row['peak_memory'] / 1e9:.1f} GB, host {row['peak_host'] / 1e9:.1f} GB")
+    return "\n".join([*lines, "(host: with pages of mapped files, which the system drops where others need room)"])
+
+
 def main() -> int:
-    """Write the model if it is not there, search, report."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Write the model if it is not there, search or encode, report."""
+    parser = arguments(__doc__, model=None, device=False, text=None)
     parser.add_argument("--folder", type=Path, default=Path("seven_b"))
-    parser.add_argument("--layers", type=int, default=28)
+    for name, value in SHAPE.items():
+        parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device-memory", type=float, default=0.0, help="GB of the GPU to use; 0 is all")
+    parser.add_argument("--encode", metavar="FTYPE", help="write a file of this type of llama.cpp's, search nothing")
     parser.add_argument("--decode", action="store_true", help="measure decoding only")
-    options, further = parser.parse_known_args()
+    parser.add_argument("further", nargs="*", help="after --: flags of mixed_precision_ptq.py")
+    options = parse(parser)
     if options.decode:
         time_decoding()
         return 0
+    shape = {name: getattr(options, name) for name in SHAPE}
     if not (options.folder / "config.json").exists():
         started = time.monotonic()
-        write_model(options.folder, options.layers)
+        write_model(options.folder, shape)
         print(f"model written in {time.monotonic() - started:.0f} s", flush=True)
-    output = options.folder / "plan.pt"
-    further = [flag for flag in further if flag != "--"]
-    arguments = [
-        "--model_id",
-        str(options.folder),
-        "--output",
-        str(output),
-        "--calib",
-        "pydoc",
-        "--force",
-        "--json",
-        str(options.folder / "result.json"),
-        *further,
-    ]
-    started = time.monotonic()
-    code = run_search(arguments, options.device_memory)
-    if code == 0:
-        measured = json.loads((options.folder / "result.json").read_text(encoding="utf-8"))["measured"]
-        where = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        print(f"{options.layers} blocks on {where}: {time.monotonic() - started:.0f} s in all, of these")
-        for stage, seconds in measured["seconds"].items():
-            print(f"  {stage}: {seconds:.1f} s")
-        if measured["preparation_memory"] is not None:
-            print(f"peak device memory until the W4 codes stood: {measured['preparation_memory'] / 1e9:.1f} GB")
-        print(f"peak memory: device {measured['peak_memory'] / 1e9:.1f} GB, host {measured['peak_host'] / 1e9:.1f} GB")
-        print("(host: pages of mapped files count while they are there; the system drops them where others need room)")
-    return code
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    rows = Rows(options, {"machine": machine(), "gpu": gpu, **shape})
+    rows.add(encode(options.folder, options.encode) if options.encode else search(options, options.further))
+    print(f"{options.layers} blocks on {gpu or machine()}: {describe(rows.rows[-1])}")
+    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run(main)

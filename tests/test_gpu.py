@@ -86,7 +86,7 @@ def test_what_was_saved_runs_on_the_device(tiny, tmp_path):
     recipe = Recipe(("smooth", "r2", "online", "learned"), "gptq")
     tokens = torch.randint(800, (4, 64), generator=torch.Generator().manual_seed(0))
     source, fresh = copy.deepcopy(tiny("qwen2-tied")), copy.deepcopy(tiny("qwen2-tied"))
-    stages = Workdir(tmp_path / "plan.pt", {}, resume=False)
+    workdir = Workdir(tmp_path / "plan.pt", {}, resume=False)
     made = prepare_(source, tokens, recipe, device=torch.device("cuda"))
     save_prepared(workdir, made)
     load_prepared_(fresh, workdir, recipe, device=torch.device("cuda"))

@@ -3,32 +3,15 @@
 from __future__ import annotations
 
 import json
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import halfbyte
 from halfbyte import cli
-from halfbyte.arguments import parse
-from halfbyte.options import CompareOptions, EvalOptions, ExportOptions, SearchOptions, SimulateOptions
 from halfbyte.plan import codes_path, load_codes, load_plan
 from halfbyte.report.terminal import Drawing
-from tests.command_line import CODES, EVAL, GA, QUICK, ROOT, changed, fails, search
-
-EMPTY_PLAN = {
-    "model_id": "m",
-    "fingerprint": "0",
-    "target": "gguf",
-    "granularity": "fused",
-    "layers": {},
-    "budget_asked": 1.0,
-    "budget_reached": 1.0,
-    "version": 2,
-}
+from tests.command_line import CODES, EVAL, GA, QUICK, changed, fails, search
 
 
 @pytest.fixture
@@ -62,6 +45,11 @@ def test_the_four_commands(family, tiny_folder, here, capsys):
     assert cli.run("export", ["--policy", "exact", "--output", "models/exact.gguf"]) == 0
     assert "14 matrices hold exactly what was searched" in capsys.readouterr().out
 
+    assert cli.run("simulate", [*EVAL, "--json", "s.json"]) == 0
+    simulated = {row["name"]: row["quality"] for row in json.loads(Path("s.json").read_text())["rows"]}
+    assert simulated["all A8"]["kld_mean"] < simulated["all A4"]["kld_mean"]
+    if family != "qwen2-tied":  # four processes that load torch: one family is enough
+        return
     assert cli.run("compare", [*EVAL, "--mixed_path", "models/mixed.gguf", "--json", "compare.json"]) == 0
     rows = {row["name"]: row for row in json.loads(Path("compare.json").read_text())["rows"]}
     assert set(rows) == {"original", "original, F16 GGUF", "Q4_K_M", "mixed"}
@@ -73,10 +61,6 @@ def test_the_four_commands(family, tiny_folder, here, capsys):
     assert mixed["measured"]["peak_memory"] < rows["original"]["measured"]["peak_memory"]
     assert mixed["quality"]["kld_mean"] > 0
     assert mixed["measured"]["bytes"] <= rows["Q4_K_M"]["measured"]["bytes"] < f16["measured"]["bytes"]
-
-    assert cli.run("simulate", [*EVAL, "--json", "s.json"]) == 0
-    simulated = {row["name"]: row["quality"] for row in json.loads(Path("s.json").read_text())["rows"]}
-    assert simulated["all A8"]["kld_mean"] < simulated["all A4"]["kld_mean"]
     assert simulated["GGUF types"]["kld_mean"] == pytest.approx(mixed["quality"]["kld_mean"], rel=0.3)
     assert simulated["original"]["ppl"] == pytest.approx(rows["original"]["quality"]["ppl"], rel=1e-4)
 
@@ -89,7 +73,7 @@ def test_simulated_weights_are_the_exported_weights(tiny_folder, here):
     from halfbyte.models.gguf_source import halves_from_pairs
 
     assert search(tiny_folder("llama"), "--output", "plan.json") == 0
-    assert cli.run("export", ["--config", "plan.json", "--output", "m.gguf"]) == 0
+    assert cli.run("export", ["--config", "plan.json", "--output", "m.gguf", "--policy", "exact"]) == 0
     plan = load_plan("plan.json")
     source = load_for_plan(plan, None, device="cpu", dtype="fp32")
     codes = load_codes(codes_path("plan.json"))
@@ -215,24 +199,6 @@ def test_missing_rows_are_named_and_the_others_run(tiny_folder, here, capsys):
     assert "original" not in out.split("mixed: no file")[0]
 
 
-def test_a_foreign_f16_file_is_neither_used_nor_replaced(tiny_folder, here, capsys):
-    from halfbyte.core.naming import f16_gguf
-
-    folder = str(tiny_folder("llama"))
-    f16 = f16_gguf(folder)
-    f16.parent.mkdir()
-    quick = ["--model_id", folder, *EVAL, "--json", "c.json", "--force"]
-    assert search(tiny_folder("qwen2")) == 0
-    assert cli.run("export", ["--output", str(f16)]) == 0
-    for content in (f16.read_bytes(), b"GGUF and then nonsense"):
-        f16.write_bytes(content)
-        assert cli.run("compare", ["--config", "mixed_precision_config.pt", *quick]) == 0
-        rows = {row["name"]: row for row in json.loads(Path("c.json").read_text())["rows"]}
-        assert "move it away" in rows["original, F16 GGUF"]["missing"]
-        assert rows["original"]["measured"]
-        assert f16.read_bytes() == content
-
-
 @pytest.mark.parametrize("what", ["model", "plan", "gguf"])
 def test_eval_is_one_ruler(what, tiny_folder, here):
     folder = tiny_folder("llama")
@@ -278,106 +244,3 @@ def test_doctor(tiny_folder, here, capsys):
     assert "8-bit activations" in report["llama.cpp"]
     assert "weights" in report["model"]
     assert cli.main(["doctor", "--model_id", "no/such/model/x"]) == 0
-
-
-def test_the_library_does_what_the_commands_do(tiny_folder, here):
-    """The calls of the README, on a tiny model."""
-    folder = str(tiny_folder("llama"))
-    quick = {"device": "cpu", "calib": "pydoc", "ctx": 64, "calib_tokens": 128, "search_tokens": 128}
-    quantised = halfbyte.quantize(folder, output="plan.json", spaces="types", ga_pop=6, ga_gen=3, **quick)
-    assert quantised.path == Path("plan.json")
-    assert quantised.plan.hash == quantised.search.plan.hash == halfbyte.load_plan("plan.json").plan.hash
-    written = quantised.export("m.gguf")
-    assert written.path == Path("m.gguf")
-    assert written.kl < 0.05
-    score = {"text": "pydoc", "ctx": 64, "chunks": 2}
-    in_file = halfbyte.evaluate(folder, gguf="m.gguf", **score)
-    simulated = halfbyte.evaluate(folder, plan=quantised, **score)
-    assert in_file.quality.kld_mean == pytest.approx(simulated.quality.kld_mean, rel=0.3)
-    assert in_file.tokenizers_agree
-    rows = {row.name: row for row in quantised.simulate(max_tokens=4, **score).rows}
-    assert rows["GGUF types"].quality.kld_mean == pytest.approx(simulated.quality.kld_mean, rel=1e-3)
-    comparison = quantised.compare(mixed_path="m.gguf", skip_original=True, max_tokens=4, **score)
-    assert {row.name: bool(row.measured) for row in comparison.rows} == {"Q4_K_M": False, "mixed": True}
-
-
-def test_the_library_refuses_what_it_does_not_know(here):
-    with pytest.raises(halfbyte.HalfbyteError, match=r"quantize: unknown option bits, expected one of .*group_size"):
-        halfbyte.quantize("demo", bits=4)
-    with pytest.raises(halfbyte.HalfbyteError, match=r"--target: unknown value, expected one of .*sim.*, got cpu"):
-        halfbyte.quantize("demo", target="cpu")
-    Path("plan.json").write_text(json.dumps(EMPTY_PLAN))
-    with pytest.raises(halfbyte.HalfbyteError, match="export: unknown option json"):
-        halfbyte.export("plan.json", "m.gguf", json="x.json")
-    with pytest.raises(halfbyte.HalfbyteError, match="no such plan"):
-        halfbyte.load_plan("missing.json")
-
-
-@pytest.mark.parametrize("code", ["import halfbyte", "from halfbyte import cli; cli.main(['search', '--help'])"])
-def test_neither_the_import_nor_the_help_waits_for_torch(code):
-    check = f"import sys, atexit\natexit.register(lambda: print('torch' in sys.modules))\n{code}"
-    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "False"
-
-
-def test_the_package_of_the_evaluation_and_the_function_share_a_name():
-    """Whatever was imported before, ``halfbyte.evaluate`` is the function."""
-    code = "import halfbyte.evaluate.quality, halfbyte; print(callable(halfbyte.evaluate))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "True"
-
-
-def test_as_a_module():
-    done = subprocess.run([sys.executable, "-m", "halfbyte", "--version"], capture_output=True, text=True)
-    assert done.stdout.strip() == halfbyte.__version__
-
-
-def test_the_help_shows_what_matters_first(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["search", "--help"])
-    _, options, *groups = re.split(r"^(?=\S.*:$)", capsys.readouterr().out, flags=re.MULTILINE)
-    first = re.findall(r"^  --(\w+)", options, flags=re.MULTILINE)
-    assert len(first) == 10
-    assert {"model_id", "target", "output", "target_compression", "ga_pop", "ga_gen", "device", "resume"} <= set(first)
-    assert [group.partition(":")[0] for group in groups] == [
-        "model and device",
-        "transforms and weights",
-        "search",
-        "text",
-        "output",
-    ]
-
-
-def test_older_names_of_flags_still_work(capsys):
-    asked = parse(SearchOptions, ["--like", "Q5_K_M", "--spaces", "ggml"], prog=None, about="")
-    assert (asked.ftype, asked.spaces) == ("Q5_K_M", "ggml")
-    with pytest.raises(SystemExit):
-        cli.main(["search", "--help"])
-    assert "--like" not in capsys.readouterr().out
-
-
-def test_help_and_unknown_command(capsys):
-    assert cli.main([]) == 0
-    assert cli.main(["frobnicate"]) == 2
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["search", "--help"])
-    assert stop.value.code == 0
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["search", "--no_such_flag"])
-    assert stop.value.code == 2
-
-
-def test_the_contract_of_flags():
-    """Names and defaults that users know."""
-    assert SearchOptions().ga_pop == 30
-    assert SearchOptions().ga_gen == 25
-    assert SearchOptions().target_compression == 0.75
-    assert SearchOptions().model_id == "Qwen/Qwen2.5-7B-Instruct"
-    assert SearchOptions().output == ExportOptions().config == SimulateOptions().config == "mixed_precision_config.pt"
-    assert CompareOptions().max_tokens == 200
-    assert SearchOptions().calib_tokens == SearchOptions().search_tokens == 0  # what the machine can do
-    assert {"skip_original", "q4km_path", "mixed_path", "json"} <= set(CompareOptions.__dataclass_fields__)
-    assert {"model_id", "config", "gguf", "text", "ctx", "chunks", "json"} <= set(EvalOptions.__dataclass_fields__)
-    for script in ("mixed_precision_ptq", "export_gguf_official", "compare_real_quant", "test_mixed_precision"):
-        done = subprocess.run([sys.executable, str(ROOT / f"{script}.py"), "--help"], capture_output=True, text=True)
-        assert done.returncode == 0
-        assert "--json" in done.stdout

@@ -41,7 +41,7 @@ def test_ctrl_c_is_one_line(tiny_folder, here):
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's & ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell starts jobs with it ignored
     )
     while "transforms and W4 codes" not in process.stderr.readline():
         assert process.poll() is None

@@ -144,7 +144,8 @@ def _score_file(options: EvalOptions, source: SourceModel, file: Measured, text_
     vocab = vocabulary(source.model, source.family)
     if file.vocab != vocab:
         raise HalfbyteError(
-            f"{options.gguf}: the file is of another model, expected a vocabulary of {vocab}, got {file.vocab}",
+            f"{options.gguf}: the file is of another model, expected {vocab}, got {file.vocab} tokens in its "
+            "vocabulary",
             fix="pass its original with --model_id",
         )
     ours = LogitsFile(Path(file.logits_file), vocab, _scored_tokens(options))

@@ -50,10 +50,8 @@ def check_same_model(source: SourceModel, plan: Plan) -> None:
     """
     if source.fingerprint != plan.fingerprint:
         raise HalfbyteError(
-            "the plan was made for another model",
-            where=source.origin.model_id,
-            expected=f"{plan.model_id} ({plan.fingerprint})",
-            got=source.fingerprint,
+            f"{source.origin.model_id}: the plan was made for another model, expected {plan.model_id} "
+            f"({plan.fingerprint}), got {source.fingerprint}",
             fix="pass the plan's model with --model_id",
         )
 

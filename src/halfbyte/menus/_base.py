@@ -96,7 +96,7 @@ class Menu(Searchable):
         HalfbyteError: there is too little memory.
     """
 
-    needs_reference = True
+    needs_reference = True  # its scores are KL, not layer errors
     preparation_memory: int | None = None  # bytes on the device until the W4 codes stood
     front_share: ClassVar[int] = 5  # of the generations, for each budget of a front
 

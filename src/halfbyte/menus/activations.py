@@ -65,7 +65,7 @@ class ActivationMenu(Menu):
 
     def prepare(self, model: Model) -> None:
         source, device, workdir = model.source, self.setting.device, model.workdir
-        reference = model.reference
+        reference = model.reference if self.needs_reference else None
         if reference is not None:
             for transform in self.recipe.applied:
                 reference = transform.reference(reference, source.model, source.family)

@@ -12,6 +12,7 @@ from halfbyte.targets.served.rules import (
     HARDWARE,
     HEADERS,
     HUMMING_READ,
+    ROWS,
     VLLM_READ,
     Hardware,
     Stored,
@@ -86,11 +87,8 @@ def test_shapes_that_the_cpu_kernel_refuses():
 
 
 def test_transformers_computes_what_is_asked():
-    assert [in_transformers(replace(USUAL, a_bits=bits), HARDWARE["cpu-avx2"]).a_bits for bits in (4, 8, 16)] == [
-        4,
-        8,
-        16,
-    ]
+    for bits in (4, 8, 16):
+        assert in_transformers(replace(USUAL, a_bits=bits), HARDWARE["cpu-avx2"]).a_bits == bits
 
 
 def test_the_table_follows_the_rules():
@@ -105,9 +103,7 @@ def test_the_table_follows_the_rules():
 
 
 def test_hardware_of_one_row_shares_its_rules():
-    from halfbyte.targets.served.rules import _ROWS
-
-    for _, keys, _ in _ROWS:
+    for _, keys, _ in ROWS:
         for rule in (in_vllm, in_humming, forced_int8, forced_humming):
             for bits in (4, 8):
                 layer = replace(USUAL, a_bits=bits)

@@ -46,7 +46,7 @@ class Hardware:
         return self.key.startswith("cpu")
 
 
-_GPUS = (
+GPUS = (
     (75, "Turing (T4, RTX 20)"),
     (80, "Ampere (A100, A800, A30)"),
     (86, "Ampere (A10, A40, RTX 30)"),
@@ -62,7 +62,7 @@ _GPUS = (
 HARDWARE = {
     entry.key: entry
     for entry in (
-        *(Hardware(f"sm{capability}", name, capability) for capability, name in _GPUS),
+        *(Hardware(f"sm{capability}", name, capability) for capability, name in GPUS),
         Hardware("rocm", "AMD GPU"),
         Hardware("cpu-amx", "x86 CPU with AMX"),
         Hardware("cpu-avx512", "x86 CPU with AVX-512, without AMX"),
@@ -237,7 +237,7 @@ HEADERS = (
 USUAL = Stored(a_bits=8, group_size=128, in_features=4096, out_features=4096)
 ASKED = "vLLM's selection code, run without the GPU"
 # (name, hardware of which the first stands for all, how it is known)
-_ROWS = (
+ROWS = (
     ("Turing (sm75)", ("sm75",), ASKED),
     ("Ampere, Ada (sm80, sm86, sm87, sm89)", ("sm80", "sm86", "sm87", "sm89"), ASKED),
     ("Hopper (sm90)", ("sm90",), ASKED),
@@ -254,7 +254,7 @@ _ROWS = (
 def serving_table() -> list[tuple[str, ...]]:
     """One row per kind of hardware, in the order of ``HEADERS``; cells are what a layer is computed as."""
     rows = []
-    for name, keys, known in _ROWS:
+    for name, keys, known in ROWS:
         hardware = HARDWARE[keys[0]]
         rows.append(
             (
@@ -284,7 +284,7 @@ def serving_markdown() -> str:
 
 def known_about(hardware: Hardware) -> str:
     """How the table knows about ``hardware``; empty if it is not in the table."""
-    return next((known for _, keys, known in _ROWS if hardware.key in keys), "")
+    return next((known for _, keys, known in ROWS if hardware.key in keys), "")
 
 
 def _cell(rule: Rule, a_bits: int, hardware: Hardware) -> str:

@@ -1,7 +1,7 @@
 """A folder in vLLM's CPU build, and what that really computed. Opt-in: it needs an environment with vLLM.
 
 python benchmarks/serve_env.py ENV
-HALFBYTE_SERVE_PYTHON=ENV/bin/python pytest tests/targets/test_vllm.py
+HALFBYTE_SERVE_PYTHON=ENV/bin/python pytest tests/targets/vllm_files/test_in_vllm.py
 """
 
 from __future__ import annotations

@@ -28,10 +28,11 @@ def kl_of(source, path, count=300):
     return kl_of_llamacpp(path, ids, logits_of(source.model, ids))
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
-@pytest.mark.parametrize(
-    "rope", [{**THETA, "rope_theta": 500.0}, LINEAR, YARN, {**YARN, "attention_factor": 1.5}], ids=str
-)
+SCALINGS = [{"rope_theta": 500.0}, LINEAR, YARN, {**YARN, "attention_factor": 1.5}]
+CASES = [("llama", rope) for rope in SCALINGS] + [(family, SCALINGS[3]) for family in ("qwen2", "qwen3", "mistral")]
+
+
+@pytest.mark.parametrize(("family", "rope"), CASES, ids=str)
 def test_rotary_scaling(tiny, tmp_path, family, rope):
     assert kl_of(tiny(family, rope_parameters={"rope_type": "default", **rope}), tmp_path / "m.gguf") < 1e-5
 

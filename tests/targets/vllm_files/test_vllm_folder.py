@@ -44,6 +44,11 @@ def plain(tiny_folder, tmp_path_factory):
     return *plan_for(tiny_folder("llama"), folder / PLAN, transforms="none", weights="rtn"), folder
 
 
+def export(at, *more, code=0):
+    """Export the plan in ``at``; the folder is ``out``."""
+    assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", *more]) == code
+
+
 def stored(folder):
     found = {}
     for file in Path(folder).glob("*.safetensors"):
@@ -130,7 +135,7 @@ def test_scales_that_vllm_would_change_are_refused(scale):
 
 def test_the_config_names_every_layer_in_one_group(plain, here):
     _, plan, at = plain
-    assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", "--no-check"]) == 0
+    export(at, "--no-check")
     config = json.loads(Path("out/config.json").read_text())["quantization_config"]
     assert (config["format"], config["quantization_status"]) == ("pack-quantized", "compressed")
     assert config["ignore"] == ["lm_head"]
@@ -147,9 +152,7 @@ def test_the_config_names_every_layer_in_one_group(plain, here):
 
 def test_the_size_is_what_the_format_costs(plain, here):
     source, plan, at = plain
-    assert (
-        cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", "--no-check", "--json", "e.json"]) == 0
-    )
+    export(at, "--no-check", "--json", "e.json")
     linear = 0
     for layer in layers_of(source.model, source.family):
         linear += layer.macs // 2 + 2 * layer.macs // plan.layers[layer.name].group_size + 2 * 8
@@ -160,8 +163,7 @@ def test_the_size_is_what_the_format_costs(plain, here):
 
 def test_shards(plain, here):
     source, _, at = plain
-    arguments = ["--config", str(at / PLAN), "--output", "out"]
-    assert cli.run("export vllm", [*arguments, "--shard_size", "200KB"]) == 0  # with the check
+    export(at, "--shard_size", "200KB")  # with the check
     index = json.loads(Path("out/model.safetensors.index.json").read_text())
     shards = sorted(Path("out").glob("*.safetensors"))
     assert len(shards) > 2
@@ -179,7 +181,7 @@ def test_shards(plain, here):
 @pytest.mark.parametrize("name", ["model.layers.0.mlp.up_proj.weight_packed", "model.norm.weight"])
 def test_the_check_sees_a_damaged_tensor(name, plain, here):
     source, _, at = plain
-    assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", "--no-check"]) == 0
+    export(at, "--no-check")
     codes = load_codes(codes_path(at / PLAN))
     entries = plan_tensors(load(source.origin, device=source.device, dtype=torch.float32), codes)
     check_tensors(Path("out"), entries, codes)
@@ -196,19 +198,11 @@ def test_the_check_sees_a_damaged_tensor(name, plain, here):
 
 def test_the_card_says_what_it_is_and_how_it_was_measured(plain, here):
     _, plan, at = plain
-    assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", "--no-check"]) == 0
+    export(at, "--no-check")
     card = Path("out/README.md").read_text(encoding="utf-8")
     assert plan.model_id not in card  # a path here
-    for said in (
-        Path(plan.model_id).name,
-        plan.hash,
-        plan.fingerprint,
-        "random tokens",
-        "128 calib",
-        "halfbyte test",
-        "| plan",
-        "0.500",
-    ):
+    made = (Path(plan.model_id).name, plan.hash, plan.fingerprint, "random tokens", "128 calib", "halfbyte test")
+    for said in (*made, "| plan", "0.500"):
         assert said in card, said
     first = next(line for line in card.splitlines() if line.strip("| ").startswith("0 "))
     bits = [f"A{entry.a_bits}" for name, entry in plan.layers.items() if ".0." in name]
@@ -259,7 +253,7 @@ def test_an_interrupted_export_leaves_nothing(when, plain, here, capsys, monkeyp
         raise KeyboardInterrupt
 
     monkeypatch.setattr(exporting_vllm, when, interrupted)
-    assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out"]) == 2
+    export(at, code=2)
     assert "interrupted after" in capsys.readouterr().err
     assert list(here.iterdir()) == []
 
@@ -269,7 +263,7 @@ def test_a_killed_export_leaves_nothing_that_loads(plain, here, monkeypatch):
     _, _, at = plain
     seen = []
     monkeypatch.setattr(exporting_vllm, "write_config", lambda folder, *_, **__: seen.extend(folder.iterdir()))
-    assert cli.run("export vllm", ["--config", str(at / PLAN), "--output", "out", "--no-check"]) == 0
+    export(at, "--no-check")
     names = {path.name for path in seen}
     assert {"model.safetensors", "tokenizer.json", "README.md", "generation_config.json"} <= names
     assert "config.json" not in names
@@ -295,10 +289,7 @@ def test_what_vllm_cannot_run_is_refused_before_the_search(tiny_folder, here, ca
         (["--granularity", "layer"], "--granularity: vLLM wants one choice for q, k and v"),
         (["--spaces", "a4a8,ggml"], "only a GGUF file has types"),
         (["--transforms", "smooth,online"], "the target vllm cannot run this transform"),
-        (
-            ["--transforms", "r4"],
-            "vllm runs this transform on request only, expected smooth, r1, r2, got r4; ask for it",
-        ),
+        (["--transforms", "r4"], "this transform on request only, expected smooth, r1, r2, got r4; ask for it"),
         (["--group_size", "16"], "vLLM's kernels need groups of 32"),
     ]:
         fails(capsys, search(folder, "--target", "vllm", *arguments), match=match)

@@ -19,7 +19,13 @@ from halfbyte.quant.int4 import GroupedWeight
 from halfbyte.quant.quant_linear import set_activation_bits_
 from tests.tiny_models import MODELS, SIZE, hf_byte_level, hf_sentencepiece, randomise_
 
-LONGEST = ("test_demo.py", "test_parallel.py", "test_resume.py")  # files that start first where several processes share
+LONGEST = (
+    "test_demo.py",
+    "test_types.py",
+    "test_parallel.py",
+    "test_resume.py",
+    "test_pipeline.py",
+)  # files that start first where several processes share
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -52,10 +52,10 @@ def read_back(plan: Path):
     return AutoModelForCausalLM.from_pretrained(plan.parent, gguf_file=file, dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2-tied"])
-def test_transformers_reads_the_very_weights_that_were_searched(family, tiny_folder, here):
+@pytest.mark.parametrize(("family", "transforms"), [("llama", "smooth,rotate"), ("qwen2-tied", "auto")])
+def test_transformers_reads_the_very_weights_that_were_searched(family, transforms, tiny_folder, here):
     folder, path = tiny_folder(family), here / "plan.json"
-    found = run(folder, path, "gguf", spaces="types", bpw=5.5).found["types"]
+    found = run(folder, path, "gguf", spaces="types", transforms=transforms, bpw=5.5).found["types"]
     plan = load_plan(path)
     assert found.cost == plan.file["nbytes"] <= plan.file["capacity"] == found.budget
     source = load_for_plan(plan, str(folder), device="cpu", dtype="fp32")

@@ -144,16 +144,21 @@ def _write(
     plans = {output: plan}
     for written in left:
         plans |= written.plans
-    for here, there in moved:
-        here.replace(there)
-    try:
-        for path, one in plans.items():
-            save_plan(path, one)
-    except HalfbyteError:
-        for here, there in moved:
-            there.replace(here)  # a resumed run starts from here
-        raise
     reports = [path for written in left for path in written.reports]
+    saved: list[Path] = []
+    try:
+        for here, there in moved:
+            here.replace(there)
+        for path, one in reversed(plans.items()):
+            save_plan(path, one)
+            saved.append(path)
+    except BaseException:  # Ctrl-C too: a resumed run starts from here, and nothing speaks of a plan that is not there
+        for here, there in moved:
+            if not here.exists():
+                there.replace(here)
+        for path in (*saved, *reports):
+            path.unlink()
+        raise
     return plan, outcomes, [*plans, *(there for _, there in moved), *reports]
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from halfbyte.targets.gguf_files.size import ftype_types
 from seven_b_shape import write_model
 from transformers.utils.logging import disable_progress_bar
 
@@ -29,6 +28,7 @@ from halfbyte.core.files import write_text
 from halfbyte.models.loading import find, load
 from halfbyte.prepare.menus import menus_of
 from halfbyte.report.terminal import Drawing
+from halfbyte.targets.gguf_files.size import ftype_types
 from halfbyte.targets.gguf_files.writer import write_gguf
 
 

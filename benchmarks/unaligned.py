@@ -71,7 +71,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.output.exists():
-        raise HalfbyteError("output already exists", where=options.output, fix="choose another name")
+        raise HalfbyteError(f"{options.output}: output already exists", fix="choose another name")
     disable_progress_bar()
     source = load(find(options.model), device=torch.device("cpu"), dtype=torch.float32)
     before = logits_on_text(source)
@@ -80,7 +80,7 @@ def main() -> int:
     difference = float((after - before).norm() / before.norm())
     print(f"logits differ by {significant(difference, 2)} (relative, fp32)")
     if difference > TOLERANCE:
-        raise HalfbyteError("the copy says something else", where="logits", expected=f"< {TOLERANCE}", got=difference)
+        raise HalfbyteError(f"logits: the copy says something else, expected < {TOLERANCE}, got {difference}")
     save(source, options.output, DTYPES[options.dtype])
     print(f"{options.output}: {options.model}, spread {options.spread}, seed {options.seed}, {options.dtype}")
     return 0

@@ -20,10 +20,8 @@ from halfbyte.arguments import options_of
 from halfbyte.options import (
     CompareOptions,
     EvalOptions,
-    ExportOptions,
     SearchOptions,
     SimulateOptions,
-    VllmExportOptions,
 )
 
 if TYPE_CHECKING:
@@ -102,24 +100,19 @@ def export(
 
     Args:
         plan: the plan, or its path.
-        output: a GGUF file if the name ends in ``.gguf``, else a folder for vLLM; by default what the plan is for, in
-            ``models/``.
+        output: what the plan's target writes: a GGUF file, or a folder for vLLM; by default in ``models/``.
         options: further fields of :class:`halfbyte.options.ExportOptions`, or of ``VllmExportOptions``.
 
     Raises:
         HalfbyteError: an unknown option, a plan for another target, or files that do not pass the check: nothing is
             left of them.
     """
+    from halfbyte.targets import TARGETS
+
     at_hand = plan if isinstance(plan, Quantized) else load_plan(plan)
-    as_folder = at_hand.plan.target == "vllm" if output is None else Path(output).suffix != ".gguf"
+    target = TARGETS.find(at_hand.plan.target, where=at_hand.path)
     given = {"config": str(at_hand.path), "output": None if output is None else str(output), **options}
-    if as_folder:
-        from halfbyte.targets.vllm_files.export import export_vllm
-
-        return export_vllm(options_of(VllmExportOptions, given, where="export"))
-    from halfbyte.targets.gguf_files.export import export_gguf
-
-    return export_gguf(options_of(ExportOptions, given, where="export"))
+    return target.export(options_of(target.export_options, given, where="export"))
 
 
 def simulate(plan: Quantized | str | Path, **options: Any) -> SimulationResult:

@@ -118,7 +118,7 @@ class Plan:
             HalfbyteError: a key is missing or unknown, a value is of the wrong kind, or the version is newer.
         """
         if not isinstance(data, Mapping) or "layers" not in data:
-            raise HalfbyteError("not a halfbyte plan", where=where, fix="make one with mixed_precision_ptq.py")
+            raise HalfbyteError(f"{where}: not a halfbyte plan", fix="make one with mixed_precision_ptq.py")
         if data.get("version") != PLAN_VERSION:
             raise HalfbyteError(
                 f"{where}: plan version is not readable, expected {PLAN_VERSION}, got {data.get('version')}",
@@ -129,11 +129,11 @@ class Plan:
             rest = {key: value for key, value in data.items() if key not in ("layers", "transforms")}
             plan = cls(layers=layers, transforms=tuple(data.get("transforms", ())), **rest)
         except (TypeError, AttributeError) as error:
-            raise HalfbyteError("plan is damaged", where=where, got=error, fix="run the search again") from error
+            raise HalfbyteError(f"{where}: plan is damaged, got {error}", fix="run the search again") from error
         for name, entry in plan.layers.items():
             if entry.a_bits not in ACTIVATION_BITS:
                 raise HalfbyteError(
-                    "activation bits out of range", where=f"{where}, {name}", expected="4 or 8", got=entry.a_bits
+                    f"{where}, {name}: activation bits out of range, expected 4 or 8, got {entry.a_bits}"
                 )
         return plan
 
@@ -164,7 +164,7 @@ def check_suffix(path: Path) -> None:
     """Refuse a plan name that is neither ``.pt`` nor ``.json``."""
     if path.suffix not in SUFFIXES:
         raise HalfbyteError(
-            "unknown plan format", where=path, expected=" or ".join(SUFFIXES), got=path.suffix or "no suffix"
+            f"{path}: unknown plan format, expected {' or '.join(SUFFIXES)}, got {path.suffix or 'no suffix'}"
         )
 
 
@@ -220,12 +220,10 @@ def load_codes(path: str | Path) -> Codes:
                 elif not name.endswith((".scales", ".gain")):
                     codes.parameters[name] = handle.get_tensor(name)
     except FileNotFoundError as error:
-        raise HalfbyteError(
-            "codes file is missing", where=path, fix="keep it beside the plan, or search again"
-        ) from error
+        raise HalfbyteError(f"{path}: codes file is missing", fix="keep it beside the plan, or search again") from error
     except (SafetensorError, OSError) as error:
         raise HalfbyteError(
-            "codes file is truncated or corrupt", where=path, got=first_line(error), fix="search again"
+            f"{path}: codes file is truncated or corrupt, got {first_line(error)}", fix="search again"
         ) from error
     return codes
 
@@ -254,7 +252,7 @@ def load_plan(path: str | Path, *, with_codes: bool = True) -> Plan:
     path = Path(path)
     check_suffix(path)
     if not path.is_file():
-        raise HalfbyteError("no such plan", where=path, fix="make one with mixed_precision_ptq.py")
+        raise HalfbyteError(f"{path}: no such plan", fix="make one with mixed_precision_ptq.py")
     try:
         if path.suffix == ".json":
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -263,11 +261,11 @@ def load_plan(path: str | Path, *, with_codes: bool = True) -> Plan:
 
             data = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise HalfbyteError("refused: the file is damaged or holds code, not only data", where=path) from error
+        raise HalfbyteError(f"{path}: refused: the file is damaged or holds code, not only data") from error
     except (RuntimeError, EOFError, ValueError, KeyError, zipfile.BadZipFile, UnicodeDecodeError) as error:
-        raise HalfbyteError("plan is damaged", where=path, got=first_line(error), fix="search again") from error
+        raise HalfbyteError(f"{path}: plan is damaged, got {first_line(error)}", fix="search again") from error
     except OSError as error:
-        raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
+        raise HalfbyteError(f"{path}: cannot be read, got {error.strerror or error}") from error
     plan = Plan.from_dict(data, where=path)
     if with_codes:
         for digest, beside in ((plan.codes_sha256, codes_path(path)), (plan.file.get("sha256"), types_path(path))):
@@ -278,6 +276,6 @@ def load_plan(path: str | Path, *, with_codes: bool = True) -> Plan:
 
 def _check_beside(path: Path, digest: str) -> None:
     if not path.is_file():
-        raise HalfbyteError("codes file is missing", where=path, fix="keep it beside the plan, or search again")
+        raise HalfbyteError(f"{path}: codes file is missing", fix="keep it beside the plan, or search again")
     if sha256(path) != digest:
-        raise HalfbyteError("codes file belongs to another plan, or is damaged", where=path, fix="search again")
+        raise HalfbyteError(f"{path}: codes file belongs to another plan, or is damaged", fix="search again")

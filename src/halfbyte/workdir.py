@@ -29,8 +29,7 @@ def refuse_waiting(output: Path) -> None:
     """
     if any((work_folder(output) / name).exists() for name in (CODES, CANDIDATES)):
         raise HalfbyteError(
-            "an interrupted search is waiting",
-            where=work_folder(output),
+            f"{work_folder(output)}: an interrupted search is waiting",
             fix="go on with it: --resume; or start over: --force",
         )
 
@@ -62,10 +61,8 @@ class Workdir:
             changed = [key for key in settings if before.get(key) != settings[key]]
             if changed:
                 raise HalfbyteError(
-                    "the interrupted search had other settings",
-                    where="--resume",
-                    expected=f"{changed[0]}={before.get(changed[0])}",
-                    got=settings[changed[0]],
+                    "--resume: the interrupted search had other settings, expected "
+                    f"{changed[0]}={before.get(changed[0])}, got {settings[changed[0]]}",
                     fix="use the same settings, or start over with --force",
                 )
             return True

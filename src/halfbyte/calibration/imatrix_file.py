@@ -43,7 +43,7 @@ class Importance:
 
     def __post_init__(self) -> None:
         if self.tokens < 1:
-            raise HalfbyteError("importance of no tokens", where="importance matrix", got=self.tokens)
+            raise HalfbyteError(f"importance matrix: importance of no tokens, got {self.tokens}")
         check_values(self.values)
 
     @property
@@ -60,9 +60,9 @@ def check_values(values: Mapping[str, np.ndarray]) -> None:
     """
     for name, value in values.items():
         if not np.isfinite(value).all():
-            raise HalfbyteError("importance is not finite", where=name, fix=FIX)
+            raise HalfbyteError(f"{name}: importance is not finite", fix=FIX)
         if (value < 0).any():
-            raise HalfbyteError("importance is negative", where=name, got=float(value.min()), fix=FIX)
+            raise HalfbyteError(f"{name}: importance is negative, got {float(value.min())}", fix=FIX)
 
 
 def check_for(importance: Importance, needed: Mapping[str, int], *, where: object = "importance matrix") -> None:
@@ -80,10 +80,8 @@ def check_for(importance: Importance, needed: Mapping[str, int], *, where: objec
     if wrong:
         first, size = wrong[0], sizes.get(wrong[0])
         raise HalfbyteError(
-            f"does not belong to this model: {len(wrong)} of {len(needed)} matrices are missing or differ",
-            where=where,
-            expected=f"{needed[first]} values for {first}",
-            got="none" if size is None else size,
+            f"{where}: does not belong to this model: {len(wrong)} of {len(needed)} matrices are missing or differ, "
+            f"expected {needed[first]} values for {first}, got {'none' if size is None else size}",
             fix=FIX,
         )
 
@@ -128,7 +126,7 @@ def read_imatrix(path: str | Path) -> Importance:
             is_gguf = handle.read(4) == b"GGUF"
         return _from_gguf(open_gguf(path), path) if is_gguf else _from_dat(path.read_bytes(), path)
     except OSError as error:
-        raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
+        raise HalfbyteError(f"{path}: cannot be read, got {error.strerror or error}") from error
 
 
 def _from_gguf(reader: GGUFReader, path: Path) -> Importance:
@@ -136,15 +134,13 @@ def _from_gguf(reader: GGUFReader, path: Path) -> Importance:
     names = [name.removesuffix(SUM) for name in tensors if name.endswith(SUM)]
     parts = [tensors.get(name + end) for name in names for end in (SUM, COUNT)]
     if not names or any(part is None or part.tensor_type.name != "F32" for part in parts):
-        raise HalfbyteError(
-            "not an importance matrix", where=path, expected="tensors .in_sum2 and .counts in F32", fix=FIX
-        )
+        raise HalfbyteError(f"{path}: not an importance matrix, expected tensors .in_sum2 and .counts in F32", fix=FIX)
     values, tokens = {}, 1
     for name in names:
         counts = np.array(tensors[name + COUNT].data, np.float32).reshape(-1, 1)  # [experts, 1]
         sums = np.array(tensors[name + SUM].data, np.float32).reshape(-1)  # [experts * in]
         if not np.isfinite(counts).all() or sums.size % counts.size:
-            raise HalfbyteError("counts do not fit", where=f"{path}, {name}", got=counts.reshape(-1)[:3], fix=FIX)
+            raise HalfbyteError(f"{path}, {name}: counts do not fit, got {counts.reshape(-1)[:3]}", fix=FIX)
         rows = sums.reshape(counts.size, -1)
         values[name] = np.where(counts > 0, rows / np.maximum(counts, 1), np.float32(1)).reshape(-1)
         tokens = max(tokens, int(counts.max()))
@@ -161,7 +157,7 @@ def _from_dat(data: bytes, path: Path) -> Importance:
         part = data[position : position + count]
         if count < 0 or len(part) < count:
             raise HalfbyteError(
-                "not an importance matrix", where=path, expected="a GGUF file, or a whole .dat file", fix=FIX
+                f"{path}: not an importance matrix, expected a GGUF file, or a whole .dat file", fix=FIX
             )
         position += count
         return part

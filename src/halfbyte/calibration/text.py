@@ -85,13 +85,13 @@ def _wikitext2() -> Text:
         )
     except (OSError, ValueError) as error:
         raise HalfbyteError(
-            "wikitext2 is neither cached nor downloadable", where="--calib/--text", fix="use pydoc or a file"
+            "--calib/--text: wikitext2 is neither cached nor downloadable", fix="use pydoc or a file"
         ) from error
     try:
         with zipfile.ZipFile(path) as archive:
             raw = {part: archive.read(f"wikitext-2-raw/wiki.{part}.raw").decode() for part in ("train", "test")}
     except (zipfile.BadZipFile, KeyError) as error:
-        raise HalfbyteError("wikitext2 archive is damaged", where=path, fix="delete it, or use pydoc") from error
+        raise HalfbyteError(f"{path}: wikitext2 archive is damaged", fix="delete it, or use pydoc") from error
     train = split(raw["train"])
     return Text("wikitext2", {**train, "eval": raw["test"]})
 
@@ -100,9 +100,9 @@ def _file(path: Path) -> Text:
     try:
         return Text(str(path), split(path.read_text(encoding="utf-8")))
     except UnicodeDecodeError as error:
-        raise HalfbyteError("not a UTF-8 text file", where=path) from error
+        raise HalfbyteError(f"{path}: not a UTF-8 text file") from error
     except OSError as error:
-        raise HalfbyteError("text cannot be read", where=path, got=error.strerror or error) from error
+        raise HalfbyteError(f"{path}: text cannot be read, got {error.strerror or error}") from error
 
 
 SOURCES: dict[str, Callable[[], Text]] = {"pydoc": _pydoc, "wikitext2": _wikitext2}
@@ -122,16 +122,16 @@ def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -
         try:
             return _wikitext2()
         except HalfbyteError as error:
-            return Text("pydoc", _pydoc().parts, note=f"wikitext2 was not available ({error.what})")
+            return Text("pydoc", _pydoc().parts, note=f"wikitext2 was not available ({error.text})")
     if name == "self":
         if written_by_model is None:
-            raise HalfbyteError("no model to write the text", where="--calib self")
+            raise HalfbyteError("--calib self: no model to write the text")
         return Text("self", split(written_by_model()))
     if name in SOURCES:
         return SOURCES[name]()
     path = Path(name).expanduser()
     if not path.exists():
-        raise HalfbyteError("no such text", where=name, expected="auto, self, " + ", ".join(SOURCES) + " or a file")
+        raise HalfbyteError(f"{name}: no such text, expected auto, self, {', '.join(SOURCES)} or a file")
     return _file(path)
 
 

@@ -22,10 +22,7 @@ def cut(
     whole = len(token_ids) // length
     if whole < 1:
         raise HalfbyteError(
-            "text is shorter than one window",
-            where=where,
-            expected=f"{length} tokens",
-            got=len(token_ids),
+            f"{where}: text is shorter than one window, expected {length} tokens, got {len(token_ids)}",
             fix="use a longer text or a smaller --ctx",
         )
     count = min(count, whole)
@@ -42,9 +39,9 @@ def scored(token_ids: Sequence[int], ctx: int, chunks: int, *, bos: int | None, 
         HalfbyteError: the text is shorter than one window, or ``ctx`` too small to score anything.
     """
     if ctx < 4:
-        raise HalfbyteError("context is too short", where="--ctx", expected="at least 4", got=ctx)
+        raise HalfbyteError(f"--ctx: context is too short, expected at least 4, got {ctx}")
     if chunks < 1:
-        raise HalfbyteError("must be positive", where="--chunks", got=chunks)
+        raise HalfbyteError(f"--chunks: must be positive, got {chunks}")
     if bos is None:
         return cut(token_ids, ctx, chunks, where=where)
     return [[bos, *window[1:]] for window in cut([bos, *token_ids], ctx, chunks, where=where)]

@@ -23,7 +23,7 @@ def resolve_device(name: str) -> torch.device:
     if not available.get(name.partition(":")[0], False):
         there = ", ".join(device for device, here in available.items() if here)
         raise HalfbyteError(
-            "device is not available", where="--device", expected=there, got=name, fix="pass --device auto"
+            f"--device: device is not available, expected {there}, got {name}", fix="pass --device auto"
         )
     return torch.device(name)
 

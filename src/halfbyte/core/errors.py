@@ -13,29 +13,10 @@ class HalfbyteError(Exception):
     """A problem the user can act on. The command line prints it as one line and exits with code 2.
 
     Args:
-        what: what is wrong, as a short clause ("budget is out of range").
-        where: the file, flag, layer or tensor it was found in.
-        expected: what would have been right.
-        got: what was there instead.
+        text: ``where: what is wrong, expected X, got Y``; line ends and runs of spaces become one space.
         fix: what to do about it, as an imperative clause or a command.
     """
 
-    def __init__(
-        self,
-        what: str,
-        *,
-        where: object = None,
-        expected: object = None,
-        got: object = None,
-        fix: str | None = None,
-    ) -> None:
-        self.what, self.where, self.expected, self.got, self.fix = what, where, expected, got, fix
-        parts = [f"{where}: {what}" if where is not None else what]
-        if expected is not None:
-            parts.append(f"expected {expected}")
-        if got is not None:
-            parts.append(f"got {got}")
-        line = ", ".join(parts)
-        if fix:
-            line += f"; {fix}"
-        super().__init__(" ".join(line.split()))
+    def __init__(self, text: str, *, fix: str | None = None) -> None:
+        self.text, self.fix = " ".join(text.split()), fix
+        super().__init__(" ".join(f"{text}; {fix}".split()) if fix else self.text)

@@ -21,16 +21,16 @@ def check_output(path: str | Path, *, force: bool = False) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        raise HalfbyteError("output is a folder", where=path, expected="a file name")
+        raise HalfbyteError(f"{path}: output is a folder, expected a file name")
     if path.exists() and not force:
-        raise HalfbyteError("output already exists", where=path, fix="choose another name or pass --force")
+        raise HalfbyteError(f"{path}: output already exists", fix="choose another name or pass --force")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         raise HalfbyteError(
-            "folder cannot be written", where=path.parent, got=error.strerror or error, fix="choose another --output"
+            f"{path.parent}: folder cannot be written, got {error.strerror or error}", fix="choose another --output"
         ) from error
     return path
 
@@ -63,14 +63,14 @@ def check_output_folder(path: str | Path, *, force: bool = False) -> Path:
     """
     path = Path(os.path.abspath(path))
     if path.is_file():
-        raise HalfbyteError("output is a file", where=path, expected="the name of a folder")
+        raise HalfbyteError(f"{path}: output is a file, expected the name of a folder")
     if path.exists():
         if not force:
-            raise HalfbyteError("output already exists", where=path, fix="choose another name or pass --force")
+            raise HalfbyteError(f"{path}: output already exists", fix="choose another name or pass --force")
         inside = list(path.iterdir())
         if inside and not ((path / "config.json").is_file() and all(entry.is_file() for entry in inside)):
             raise HalfbyteError(
-                "will not replace a folder that holds other things than a model", where=path, fix="choose another name"
+                f"{path}: will not replace a folder that holds other things than a model", fix="choose another name"
             )
     check_output(path.with_name(f"{path.name}.new"), force=True)  # the folder above: there, and writable
     return path
@@ -128,9 +128,9 @@ def _umask() -> int:
 def write_error(error: OSError, path: str | Path) -> HalfbyteError:
     """What an operating-system error while writing ``path`` means for the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return HalfbyteError("disk is full", where=path, fix="free some space or write elsewhere; nothing was kept")
+        return HalfbyteError(f"{path}: disk is full", fix="free some space or write elsewhere; nothing was kept")
     return HalfbyteError(
-        "cannot be written", where=path, got=error.strerror or error, fix="check the path and its permissions"
+        f"{path}: cannot be written, got {error.strerror or error}", fix="check the path and its permissions"
     )
 
 

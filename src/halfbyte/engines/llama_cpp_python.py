@@ -20,15 +20,15 @@ def load() -> Any:
         HalfbyteError: it is missing, cannot be loaded, or was written for another library than it finds.
     """
     if importlib.util.find_spec("llama_cpp") is None:
-        raise HalfbyteError("llama.cpp engine is not installed", where=PACKAGE, fix=INSTALL)
+        raise HalfbyteError(f"{PACKAGE}: llama.cpp engine is not installed", fix=INSTALL)
     try:
         api = importlib.import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise HalfbyteError("llama.cpp engine cannot be loaded", where=PACKAGE, got=error, fix=INSTALL) from error
+        raise HalfbyteError(f"{PACKAGE}: llama.cpp engine cannot be loaded, got {error}", fix=INSTALL) from error
     params = api.llama_context_default_params()
     if (params.n_ctx, params.n_batch) != (512, 2048):
         got = f"n_ctx {params.n_ctx}, n_batch {params.n_batch}"
-        raise HalfbyteError("module and library disagree", where=PACKAGE, expected="n_ctx 512, n_batch 2048", got=got)
+        raise HalfbyteError(f"{PACKAGE}: module and library disagree, expected n_ctx 512, n_batch 2048, got {got}")
     return api
 
 

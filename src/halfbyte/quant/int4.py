@@ -76,7 +76,7 @@ class GroupedWeight:
             HalfbyteError: codes of another width than 4 bits, or an odd number of inputs.
         """
         if self.bits != 4:
-            raise HalfbyteError("only 4-bit codes are packed", where="pack", expected=4, got=self.bits)
+            raise HalfbyteError(f"pack: only 4-bit codes are packed, expected 4, got {self.bits}")
         return PackedWeight(pack_int4(self.codes).contiguous(), self.scales.contiguous())
 
     def to(self, device: torch.device | str) -> GroupedWeight:
@@ -184,9 +184,7 @@ def absmax_scales(
     largest = weight.float().reshape(out_features, -1, group_size).abs().amax(dim=-1)
     scales = rule.rounded(divided(largest, 2 ** (bits - 1) - 1))
     if bool(torch.isinf(scales).any()):
-        raise HalfbyteError(
-            "weights too large for fp16 scales", where=where, got=f"max |w| = {float(largest.max()):.4g}"
-        )
+        raise HalfbyteError(f"{where}: weights too large for fp16 scales, got max |w| = {float(largest.max()):.4g}")
     return scales
 
 
@@ -197,9 +195,9 @@ def pack_int4(codes: torch.Tensor) -> torch.Tensor:
         HalfbyteError: ``n`` is odd or a code does not fit.
     """
     if codes.shape[-1] % 2:
-        raise HalfbyteError("cannot pack an odd number of codes", where="pack_int4", got=codes.shape[-1])
+        raise HalfbyteError(f"pack_int4: cannot pack an odd number of codes, got {codes.shape[-1]}")
     if codes.numel() and (int(codes.min()) < -8 or int(codes.max()) > 7):
-        raise HalfbyteError("code does not fit four bits", where="pack_int4", expected="-8 to 7")
+        raise HalfbyteError("pack_int4: code does not fit four bits, expected -8 to 7")
     nibbles = (codes & 0xF).to(torch.uint8)
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 

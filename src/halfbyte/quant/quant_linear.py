@@ -269,7 +269,5 @@ def set_parameters_(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Non
     for name, value in values.items():
         known = parameters.get(name)
         if known is None or known.shape != value.shape:
-            raise HalfbyteError(
-                "parameter does not fit the model", where=name, fix="this plan was made for another model"
-            )
+            raise HalfbyteError(f"{name}: parameter does not fit the model", fix="this plan was made for another model")
         _put_(model, name, nn.Parameter(value.to(known.device, known.dtype), requires_grad=False))

@@ -66,7 +66,7 @@ def sensitivity_heatmap(
     grid = _grid(ratios, len(blocks), len(kinds), "ratios")
     grid[~(np.isfinite(grid) & (grid > 0))] = np.nan
     if np.isnan(grid).all():
-        raise HalfbyteError("no ratio to draw", where="sensitivity heatmap", expected="a positive number")
+        raise HalfbyteError("sensitivity heatmap: no ratio to draw, expected a positive number")
     low, high = float(np.nanmin(grid)), float(np.nanmax(grid))
     norm = LogNorm(low, high) if high > low * 1.01 else LogNorm(low / 1.5, high * 1.5)
 
@@ -121,11 +121,11 @@ def convergence_plot(
         HalfbyteError: the history is empty, a number is not finite, or the file cannot be written.
     """
     if not history:
-        raise HalfbyteError("no generation to draw", where="convergence plot")
+        raise HalfbyteError("convergence plot: no generation to draw")
     columns = ("evaluations", "best", "mean", "std")
     evaluations, best, mean, std = (np.array([row[key] for row in history], dtype=float) for key in columns)
     if not np.isfinite([*best, *mean, *std, *baselines.values()]).all():
-        raise HalfbyteError("a score is not finite", where="convergence plot")
+        raise HalfbyteError("convergence plot: a score is not finite")
     lowest, highest = min(best.min(), (mean - std).min()), max(best.max(), (mean + std).max())
     near, far = _split_far(baselines, float(lowest), float(highest))
 
@@ -169,7 +169,7 @@ def convergence_plot(
 def _grid(values: Sequence[Sequence[float | None]], blocks: int, kinds: int, name: str) -> np.ndarray:
     """``[blocks, kinds]`` as an array, gaps as NaN."""
     if len(values) != blocks or any(len(row) != kinds for row in values) or not blocks or not kinds:
-        raise HalfbyteError("shape does not fit", where=name, expected=f"{blocks} blocks of {kinds} kinds")
+        raise HalfbyteError(f"{name}: shape does not fit, expected {blocks} blocks of {kinds} kinds")
     return np.array([[math.nan if value is None else value for value in row] for row in values], dtype=float)
 
 
@@ -303,7 +303,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         HalfbyteError: another suffix, or the file cannot be written.
     """
     if Path(path).suffix.lower() != ".png":
-        raise HalfbyteError("plots are PNG files", where=path, fix="choose a name that ends in .png")
+        raise HalfbyteError(f"{path}: plots are PNG files", fix="choose a name that ends in .png")
     FigureCanvasAgg(figure)
     with whole_file(path) as partial:
         figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)

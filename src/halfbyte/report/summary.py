@@ -61,7 +61,7 @@ def search_summary(result: SearchResult, seconds: Mapping[str, float]) -> str:
     lines.append(f"plan {plan.hash}, text {plan.text['name']}{note}")
     notes = Counter(outcome.note for outcome in result.outcomes if outcome.note)
     lines += [f"{count} layers: {note}" for note, count in notes.items()]
-    if plan.target == "vllm" and "r4" in plan.transforms:
+    if plan.target == "vllm" and _rotates_at_run_time(plan):
         lines.append(R4_COSTS)
     lines.append(f"took {sum(seconds.values()):.0f} s, peak memory {format_bytes(result.peak_memory)}")
     return "\n".join(lines)
@@ -128,7 +128,7 @@ def vllm_export_summary(result: VllmExportResult) -> str:
             else f"transformers against the simulation: logits differ by at most {result.difference:.1g}"
         )
         lines.append(f"checked: {result.checked} tensors read back; {logits}")
-    if "r4" in result.plan.transforms:
+    if _rotates_at_run_time(result.plan):
         lines.append(R4_COSTS)
     lines.append(f"{result.tensors} tensors, {format_bytes(result.nbytes)}")
     return "\n".join(lines)
@@ -226,3 +226,7 @@ def doctor_summary(findings: Sequence[Finding]) -> str:
 
 def _percent(share: float | None) -> str | None:
     return None if share is None else f"{100 * share:.1f}%"
+
+
+def _rotates_at_run_time(plan: Plan) -> bool:
+    return any(entry.rotated for entry in plan.layers.values())

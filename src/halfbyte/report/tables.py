@@ -135,7 +135,7 @@ def csv_text(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 def _check_lengths(headers: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
     for number, row in enumerate(rows):
         if len(row) != len(headers):
-            raise HalfbyteError("row has the wrong length", where=f"row {number}", expected=len(headers), got=len(row))
+            raise HalfbyteError(f"row {number}: row has the wrong length, expected {len(headers)}, got {len(row)}")
 
 
 def _alignment(headers: Sequence[str], rows: Sequence[Sequence[Cell]], align: str | None) -> str:
@@ -144,7 +144,7 @@ def _alignment(headers: Sequence[str], rows: Sequence[Sequence[Cell]], align: st
     if align is None:
         return "".join("r" if _numeric([row[column] for row in rows]) else "l" for column in range(len(headers)))
     if len(align) != len(headers) or set(align) - set("lrc"):
-        raise HalfbyteError("alignment does not fit", where="align", expected=f"{len(headers)} of l, r, c", got=align)
+        raise HalfbyteError(f"align: alignment does not fit, expected {len(headers)} of l, r, c, got {align}")
     return align
 
 

@@ -150,7 +150,7 @@ class KLEvaluator:
             samples = kl.reshape(self.rows, self.segments, -1).mean(axis=-1)
             if not np.isfinite(samples).all():
                 raise HalfbyteError(
-                    "the quantised model answers NaN or Inf", where="search", fix="compute in fp32 (--dtype fp32)"
+                    "search: the quantised model answers NaN or Inf", fix="compute in fp32 (--dtype fp32)"
                 )
             self._known.update(zip(batch, samples, strict=False))
 

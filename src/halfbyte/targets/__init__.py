@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.registry import Registry
-from halfbyte.options import SearchOptions
+from halfbyte.options import ExportOptions, SearchOptions
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.int4 import fitting_group_size
 from halfbyte.transforms import TRANSFORMS, sorted_names
@@ -17,7 +17,6 @@ from halfbyte.transforms import TRANSFORMS, sorted_names
 if TYPE_CHECKING:
     from halfbyte.models.layers import Layer
     from halfbyte.models.loading import SourceModel
-    from halfbyte.plan import Plan
 
 ROTATE = "rotate"  # in --transforms: the rotations that serve a target best
 GROUP_MULTIPLE = 32  # weights: blocks of Q4_0, and what vLLM's int4 kernels read at once
@@ -33,6 +32,7 @@ class Target(ABC):
         runs_online: transforms at run time that it can run.
         on_request: further ones, at a price that has to be asked for (``--online_transforms``).
         best: what ``--transforms auto`` stands for.
+        export_options: what :meth:`export` is given.
         menus: names of what can be searched, in order (:mod:`halfbyte.menus`); all of it is, unless ``--spaces`` says
             less.
     """
@@ -44,6 +44,7 @@ class Target(ABC):
     on_request: ClassVar[tuple[str, ...]] = ()
     best: ClassVar[str] = "smooth,rotate"
     menus: ClassVar[tuple[str, ...]] = ("activations",)
+    export_options: ClassVar[type] = ExportOptions
 
     def rotations(self, *, tied: bool) -> tuple[str, ...]:
         """What ``rotate`` stands for.
@@ -128,8 +129,11 @@ class Target(ABC):
             HalfbyteError: it could not.
         """
 
-    def write(self, plan: Plan, options: Any) -> Any:
-        """Write the plan's files and check them in others' code; nothing is left behind if the check fails.
+    def export(self, options: Any) -> Any:
+        """Write a plan's files and check them in others' code; nothing is left behind if the check fails.
+
+        Args:
+            options: an ``export_options``.
 
         Raises:
             HalfbyteError: the target has no files, or a check failed.

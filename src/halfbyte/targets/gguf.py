@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from halfbyte.models.layers import Layer
-from halfbyte.options import SearchOptions
-from halfbyte.plan import Plan
+from halfbyte.options import ExportOptions, SearchOptions
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.targets import Target, check_groups
+from halfbyte.targets.gguf_files.export import ExportResult, export_gguf
+from halfbyte.targets.gguf_files.writer import check_exportable
 
 if TYPE_CHECKING:
     from halfbyte.models.loading import SourceModel
@@ -26,14 +27,10 @@ class GGUF(Target):
     def check_model(
         self, source: SourceModel, layers: Sequence[Layer], options: SearchOptions, group_sizes: Mapping[str, int]
     ) -> None:
-        from halfbyte.targets.gguf_files.writer import check_exportable
-
         check_exportable(source)
         check_groups(layers, options.group_size, group_sizes, who="Q4_0 blocks need")
 
-    def write(self, plan: Plan, options: Any) -> Any:
-        from halfbyte.targets.gguf_files.export import export_gguf
-
+    def export(self, options: ExportOptions) -> ExportResult:
         return export_gguf(options)
 
 

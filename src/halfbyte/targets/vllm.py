@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.layers import Layer
 from halfbyte.models.modules import linear
-from halfbyte.options import SearchOptions
-from halfbyte.plan import Plan
+from halfbyte.options import SearchOptions, VllmExportOptions
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.int4 import ScaleRule
 from halfbyte.targets import Target, check_groups
+from halfbyte.targets.vllm_files.export import VllmExportResult, export_vllm
 
 if TYPE_CHECKING:
     from halfbyte.models.loading import SourceModel
@@ -35,6 +35,7 @@ class VLLM(Target):
         ends_as_stored=True,
     )
     on_request = ("r4",)
+    export_options = VllmExportOptions
 
     def check_options(self, options: SearchOptions) -> None:
         super().check_options(options)
@@ -54,9 +55,7 @@ class VLLM(Target):
                 f"{down}: vLLM cannot rotate the input of a layer with a bias", fix="leave out --online_transforms"
             )
 
-    def write(self, plan: Plan, options: Any) -> Any:
-        from halfbyte.targets.vllm_files.export import export_vllm
-
+    def export(self, options: VllmExportOptions) -> VllmExportResult:
         return export_vllm(options)
 
 

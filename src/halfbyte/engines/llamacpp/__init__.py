@@ -36,7 +36,7 @@ def default_threads() -> int:
 
 def _threads(wanted: int | None) -> int:
     if wanted is not None and wanted < 1:
-        raise HalfbyteError("too few threads", where="n_threads", expected="at least 1", got=wanted)
+        raise HalfbyteError(f"n_threads: too few threads, expected at least 1, got {wanted}")
     return wanted or default_threads()
 
 
@@ -90,9 +90,9 @@ class Engine:
         path = Path(path)
         check_magic(path)
         if n_ctx < 1:
-            raise HalfbyteError("context is too small", where="n_ctx", expected="at least 1 token", got=n_ctx)
+            raise HalfbyteError(f"n_ctx: context is too small, expected at least 1 token, got {n_ctx}")
         if n_gpu_layers != 0 and not self._api.llama_supports_gpu_offload():
-            raise HalfbyteError("this llama.cpp has no GPU support", where=self.version, fix="use n_gpu_layers=0")
+            raise HalfbyteError(f"{self.version}: this llama.cpp has no GPU support", fix="use n_gpu_layers=0")
         threads, api, started = _threads(n_threads), self._api, time.perf_counter()
         self._errors.take()
         model_params = api.llama_model_default_params()
@@ -100,10 +100,7 @@ class Engine:
         model = api.llama_model_load_from_file(os.fsencode(path), model_params)
         if not model:
             raise HalfbyteError(
-                "llama.cpp cannot load this file",
-                where=path,
-                got=self._errors.take(),
-                fix="export or download it again",
+                f"{path}: llama.cpp cannot load this file, got {self._errors.take()}", fix="export or download it again"
             )
         params = api.llama_context_default_params()
         params.n_ctx = n_ctx
@@ -116,7 +113,7 @@ class Engine:
         if not context:
             api.llama_model_free(model)
             raise HalfbyteError(
-                "llama.cpp cannot make a context", where=path, got=self._errors.take(), fix=f"use n_ctx below {n_ctx}"
+                f"{path}: llama.cpp cannot make a context, got {self._errors.take()}", fix=f"use n_ctx below {n_ctx}"
             )
         return GGUFModel(api, self._errors.take, path, model, context, n_ctx, time.perf_counter() - started)
 
@@ -145,7 +142,7 @@ class Engine:
         source, target = Path(source), Path(target)
         check_magic(source)
         if target.exists() and target.samefile(source):
-            raise HalfbyteError("source and target are the same file", where=target, fix="name another target")
+            raise HalfbyteError(f"{target}: source and target are the same file", fix="name another target")
         threads = _threads(n_threads)
         importance = read_importance(imatrix) if imatrix is not None else {}
         self._errors.take()

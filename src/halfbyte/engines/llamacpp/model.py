@@ -128,7 +128,7 @@ class GGUFModel:
         tokens = (ctypes.c_int32 * room)()
         count = self._api.llama_tokenize(self._vocab, data, len(data), tokens, room, False, special)
         if count < 0:
-            raise HalfbyteError("text cannot be tokenised", where=self.path, got=self._take_error())
+            raise HalfbyteError(f"{self.path}: text cannot be tokenised, got {self._take_error()}")
         return list(tokens[:count])
 
     def detokenize(self, tokens: Sequence[int]) -> str:
@@ -155,10 +155,10 @@ class GGUFModel:
         if not 1 <= len(ids) <= self.n_ctx:
             expected, fix = f"1 to {self.n_ctx} tokens", "load with a larger n_ctx or cut the text"
             raise HalfbyteError(
-                "does not fit in the context", where=self.path, expected=expected, got=len(ids), fix=fix
+                f"{self.path}: does not fit in the context, expected {expected}, got {len(ids)}", fix=fix
             )
         if not 0 <= first < len(ids):
-            raise HalfbyteError("first row is out of range", where="first", expected=f"0 to {len(ids) - 1}", got=first)
+            raise HalfbyteError(f"first: first row is out of range, expected 0 to {len(ids) - 1}, got {first}")
         rows = np.empty((len(ids) - first, self.n_vocab), np.float32)
         self._clear()
         for start in range(0, len(ids), MAX_BATCH):
@@ -183,15 +183,13 @@ class GGUFModel:
         if self.adds_bos and ids[:1] != [self.bos]:
             ids.insert(0, self.bos)
         if not ids or max_tokens < 1:
-            raise HalfbyteError(
-                "nothing to generate", where=self.path, expected="a prompt and max_tokens of at least 1"
-            )
+            raise HalfbyteError(f"{self.path}: nothing to generate, expected a prompt and max_tokens of at least 1")
         limit = min(max_tokens, self.n_ctx - len(ids))
         if limit < 1:
             most = f"at most {self.n_ctx - 1} prompt tokens"
             fix = "shorten the prompt or load with a larger n_ctx"
             raise HalfbyteError(
-                "prompt does not fit in the context", where=self.path, expected=most, got=len(ids), fix=fix
+                f"{self.path}: prompt does not fit in the context, expected {most}, got {len(ids)}", fix=fix
             )
         chosen: list[int] = []
         self._clear()
@@ -215,7 +213,7 @@ class GGUFModel:
         """
         for name, count in (("prompt_tokens", prompt_tokens), ("generate_tokens", generate_tokens)):
             if not 0 <= count <= self.n_ctx:
-                raise HalfbyteError("does not fit in the context", where=name, expected=f"0 to {self.n_ctx}", got=count)
+                raise HalfbyteError(f"{name}: does not fit in the context, expected 0 to {self.n_ctx}, got {count}")
         ids = np.random.default_rng(0).integers(self.n_vocab, size=max(prompt_tokens, generate_tokens, 1)).tolist()
         self._clear()
         self._read(ids[:MAX_BATCH])
@@ -263,7 +261,7 @@ class GGUFModel:
         rows = self._api.llama_get_logits(self._context) if status == 0 else None  # waits for the computation
         if not rows:
             got = self._take_error() or f"status {status}"
-            raise HalfbyteError("llama.cpp cannot run these tokens", where=self.path, got=got)
+            raise HalfbyteError(f"{self.path}: llama.cpp cannot run these tokens, got {got}")
         return np.ctypeslib.as_array(rows, (len(ids) - skip, self.n_vocab))
 
     def _check_tokens(self, tokens: Sequence[int]) -> list[int]:
@@ -271,7 +269,7 @@ class GGUFModel:
         ids = [int(token) for token in tokens]
         strange = next((token for token in ids if not 0 <= token < self.n_vocab), None)
         if strange is not None:
-            raise HalfbyteError("no such token", where=self.path, expected=f"0 to {self.n_vocab - 1}", got=strange)
+            raise HalfbyteError(f"{self.path}: no such token, expected 0 to {self.n_vocab - 1}, got {strange}")
         return ids
 
     def _clear(self) -> None:
@@ -283,7 +281,7 @@ class GGUFModel:
 
     def _check_open(self) -> None:
         if not self._free.alive:
-            raise HalfbyteError("model is closed", where=self.path)
+            raise HalfbyteError(f"{self.path}: model is closed")
 
 
 def _free(api: Any, model: Any, context: Any) -> None:

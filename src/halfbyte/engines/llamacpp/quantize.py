@@ -57,9 +57,7 @@ def quantize_native(
     if importance:
         entry = getattr(api, "llama_model_imatrix_data", None)
         if entry is None:
-            raise HalfbyteError(
-                "this version takes no importance matrix", where="llama-cpp-python", fix="use xllamacpp"
-            )
+            raise HalfbyteError("llama-cpp-python: this version takes no importance matrix", fix="use xllamacpp")
         entries = (entry * (len(importance) + 1))()  # ends with a null name
         for slot, (name, values) in zip(entries, importance.items(), strict=False):
             slot.name, slot.size = name.encode(), values.size
@@ -68,7 +66,7 @@ def quantize_native(
     with whole_file(target) as partial:
         status = api.llama_model_quantize(os.fsencode(source), os.fsencode(partial), ctypes.byref(params))
         if status != 0:
-            raise HalfbyteError("llama.cpp cannot quantise this file", where=source, got=take_error() or status)
+            raise HalfbyteError(f"{source}: llama.cpp cannot quantise this file, got {take_error() or status}")
     return ()
 
 
@@ -122,12 +120,12 @@ def _shape(reader: gguf.GGUFReader, has_imatrix: bool, path: Path) -> Shape:
         field = reader.get_field(key)
         found = field.contents() if field is not None else default
         if found is None:
-            raise HalfbyteError("GGUF file has no such key", where=path, expected=key)
+            raise HalfbyteError(f"{path}: GGUF file has no such key, expected {key}")
         return max(found) if isinstance(found, list) else found
 
     architecture = value("general.architecture")
     if int(value("split.count", 1)) > 1:
-        raise HalfbyteError("split files are not read here", where=path, fix="merge the parts first")
+        raise HalfbyteError(f"{path}: split files are not read here", fix="merge the parts first")
     heads = int(value(f"{architecture}.attention.head_count"))
     kv_heads = int(value(f"{architecture}.attention.head_count_kv", heads))
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
@@ -158,9 +156,7 @@ def _encode(
         return tensor.data
     columns = int(tensor.shape[0])
     if importance is not None and importance.size != columns:
-        raise HalfbyteError(
-            "importance does not fit", where=tensor.name, expected=f"{columns} values", got=importance.size
-        )
+        raise HalfbyteError(f"{tensor.name}: importance does not fit, expected {columns} values, got {importance.size}")
     source = tensor.data.reshape(-1, tensor.data.shape[-1])  # [rows, row bytes or columns]
     encoded = np.empty((len(source), _row_bytes(kind, columns)), np.uint8)
     weights = importance.ctypes.data if importance is not None else None
@@ -169,7 +165,7 @@ def _encode(
         part = gguf.dequantize(source[start : start + step], tensor.tensor_type)
         part = np.ascontiguousarray(part, np.float32)  # [rows of the chunk, columns]
         if not np.isfinite(part).all():
-            raise HalfbyteError("weights are not finite", where=tensor.name)
+            raise HalfbyteError(f"{tensor.name}: weights are not finite")
         rows = encoded[start : start + step]
         api.ggml_quantize_chunk(int(kind), part.ctypes.data, rows.ctypes.data, 0, len(part), columns, weights)
 

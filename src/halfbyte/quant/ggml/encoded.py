@@ -68,10 +68,10 @@ class Encoded:
                 else:
                     self.extra[name] = handle.get_tensor(name)
         except FileNotFoundError as error:
-            raise HalfbyteError("encoded weights are missing", where=path, fix="search again") from error
+            raise HalfbyteError(f"{path}: encoded weights are missing", fix="search again") from error
         except (SafetensorError, OSError) as error:
             raise HalfbyteError(
-                "encoded weights are truncated or corrupt", where=path, got=first_line(error), fix="search again"
+                f"{path}: encoded weights are truncated or corrupt, got {first_line(error)}", fix="search again"
             ) from error
 
     def rows(self, name: str, kind: str) -> torch.Tensor:

@@ -111,7 +111,7 @@ def file_type_number(file_type: str) -> int:
         HalfbyteError: no such file type here.
     """
     if file_type not in FILE_TYPES:
-        raise HalfbyteError("unknown file type", where="file_type", expected=", ".join(FILE_TYPES), got=file_type)
+        raise HalfbyteError(f"file_type: unknown file type, expected {', '.join(FILE_TYPES)}, got {file_type}")
     return FILE_TYPES[file_type][0]
 
 
@@ -155,7 +155,7 @@ def _recipe(file_type: str, name: str, columns: int, shape: Shape) -> str:
         return "Q8_0" if base == "Q8_0" or columns % block_size(base) else "Q6_K"
     if place is None or place[2] not in KINDS:
         raise HalfbyteError(
-            "file types cover dense transformers only", where=name, fix="quantise with the engine llama-cpp-python"
+            f"{name}: file types cover dense transformers only", fix="quantise with the engine llama-cpp-python"
         )
     kind, block = place[2], int(place[1])
     chosen = next((kind_type for kinds, kind_type, here in rules if kind in kinds and here(block, shape)), base)

@@ -183,7 +183,7 @@ def with_codes(blocks: Tensor, type_name: str, codes: Tensor) -> Tensor:
         )
     if grid.bits < 8 and codes.numel() and int(codes.max()) >> grid.bits:
         raise HalfbyteError(
-            f"codes are too large for {type_name}", expected=f"up to {2**grid.bits - 1}", got=int(codes.max())
+            f"codes are too large for {type_name}, expected up to {2**grid.bits - 1}, got {int(codes.max())}"
         )
     rest = codes.reshape(len(changed), grid.sizes[0]) ^ grid.flipped
     for plane in grid.planes:
@@ -209,7 +209,7 @@ def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _grid(type_name: str) -> Grid:
     if type_name not in GRIDS:
-        raise HalfbyteError("type has no grid of codes", expected=" or ".join(GRIDS), got=repr(type_name))
+        raise HalfbyteError(f"type has no grid of codes, expected {' or '.join(GRIDS)}, got {type_name!r}")
     return GRIDS[type_name]
 
 

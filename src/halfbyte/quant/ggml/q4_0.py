@@ -21,7 +21,7 @@ def check_q4_0(weight: GroupedWeight, *, where: object = "weight") -> None:
     """
     in_features, groups = weight.codes.shape[1], weight.scales.shape[1]
     if weight.bits != 4:
-        raise HalfbyteError("Q4_0 holds 4-bit codes", where=where, expected="bits 4", got=weight.bits)
+        raise HalfbyteError(f"{where}: Q4_0 holds 4-bit codes, expected bits 4, got {weight.bits}")
     if groups == 0 or in_features % groups or weight.group_size % BLOCK:
         raise HalfbyteError(
             f"{where}: weight groups do not divide into Q4_0 blocks, expected groups of a multiple of {BLOCK}, "

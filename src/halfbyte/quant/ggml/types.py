@@ -254,5 +254,5 @@ def _build_tables(kind: int) -> None:
 
 def _sizes(type_name: str, known: tuple[str, ...] = READABLE, *, where: object = "ggml") -> tuple[int, int]:
     if type_name not in known:
-        raise HalfbyteError("unknown tensor type", where=where, expected=" or ".join(known), got=repr(type_name))
+        raise HalfbyteError(f"{where}: unknown tensor type, expected {' or '.join(known)}, got {type_name!r}")
     return GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]

@@ -20,7 +20,7 @@ def fake_quantise_rows(
     """
     assert isinstance(bits, int) or bits.shape == x.shape[:1], "one width for each row"
     if use_triton(x):
-        from halfbyte.quant.kernels.triton import fake_quantise_rows as fast
+        from halfbyte.quant.kernels.triton_kernels import fake_quantise_rows as fast
 
         return fast(x, bits, a4_clip, symmetric)
     if isinstance(bits, int):

@@ -25,7 +25,7 @@ def decode_packed(
         out = torch.empty(shape, dtype=dtype, device=packed.device)
     assert (out.shape, out.dtype, out.is_contiguous()) == (shape, dtype, True), "a buffer of another kind"
     if use_triton(packed):
-        from halfbyte.quant.kernels.triton import decode_packed as fast
+        from halfbyte.quant.kernels.triton_kernels import decode_packed as fast
 
         return fast(packed, scales, out)
     rows = max(1, CHUNK_ELEMENTS // max(1, shape[1]))

@@ -39,7 +39,7 @@ def round_columns(
         codes as fp32 and errors ``weight − codes · step``, ``[out, block]`` each.
     """
     if use_triton(target):
-        from halfbyte.quant.kernels.triton import round_columns as fast
+        from halfbyte.quant.kernels.triton_kernels import round_columns as fast
 
         return fast(target, weight, step, mix, bits)
     return _round_columns(target, weight, step, mix, bits)
@@ -102,7 +102,7 @@ def descend_columns(
         the new codes.
     """
     if use_triton(pull):
-        from halfbyte.quant.kernels.triton import descend_columns as fast
+        from halfbyte.quant.kernels.triton_kernels import descend_columns as fast
 
         return fast(pull, codes, step, hessian, bits)
     # A code's best place is the nearest to where it is plus the pull of its column, less what codes moved before it

@@ -262,6 +262,6 @@ def compare_engines(source: SourceModel, engine: Engine, path: Path) -> tuple[fl
         theirs = torch.from_numpy(model.logits(window))
     if theirs.shape != ours.shape:
         raise HalfbyteError(
-            "llama.cpp reads another vocabulary", where=path, expected=ours.shape[-1], got=theirs.shape[-1]
+            f"{path}: llama.cpp reads another vocabulary, expected {ours.shape[-1]}, got {theirs.shape[-1]}"
         )
     return float(kl_per_token(ours, theirs).mean()), float(same_top(ours, theirs).float().mean())

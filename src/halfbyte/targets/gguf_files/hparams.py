@@ -53,7 +53,7 @@ def add_hparams_(writer: GGUFWriter, config: PretrainedConfig, *, where: object)
     """
     activation = getattr(config, "hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise HalfbyteError("activation function is not llama.cpp's", where=where, expected="silu", got=activation)
+        raise HalfbyteError(f"{where}: activation function is not llama.cpp's, expected silu, got {activation}")
     head = head_dim(config)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -89,7 +89,7 @@ def _add_rope_(writer: GGUFWriter, config: PretrainedConfig, where: object) -> N
     elif kind != "default" and not (kind == "llama3" and writer.arch == "llama"):  # a tensor, rope_frequency_factors
         known = "default, linear, yarn" + (" or llama3" if writer.arch == "llama" else "")
         raise HalfbyteError(
-            f"llama.cpp's {writer.arch} has no such rotary scaling", where=where, expected=known, got=kind
+            f"{where}: llama.cpp's {writer.arch} has no such rotary scaling, expected {known}, got {kind}"
         )
 
 
@@ -97,7 +97,7 @@ def _add_yarn_(writer: GGUFWriter, config: PretrainedConfig, rope: dict[str, Any
     """YaRN (https://arxiv.org/abs/2309.00071). llama.cpp multiplies its own 0.1 ln s + 1 by ``attn_factor``."""
     unread = {key: rope.get(key) for key, usual in YARN_FIXED.items() if rope.get(key) not in (None, usual)}
     if unread:
-        raise HalfbyteError("llama.cpp has its own YaRN constants", where=where, expected=YARN_FIXED, got=unread)
+        raise HalfbyteError(f"{where}: llama.cpp has its own YaRN constants, expected {YARN_FIXED}, got {unread}")
     original = rope["original_max_position_embeddings"]
     factor = rope.get("factor") or config.max_position_embeddings / original
     writer.add_rope_scaling_type(RopeScalingType.YARN)

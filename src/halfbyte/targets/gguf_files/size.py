@@ -28,7 +28,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = UNITS.get(match[2].upper()) if match else None
     if match is None or unit is None:
-        raise HalfbyteError("not a size", where="--size", expected="such as 4.36GiB, 700MB or bytes", got=text)
+        raise HalfbyteError(f"--size: not a size, expected such as 4.36GiB, 700MB or bytes, got {text}")
     return int(float(match[1]) * unit)
 
 
@@ -81,13 +81,13 @@ def budget_bytes_of(source: SourceModel, menus: Sequence[TensorMenu], *, size: s
     if size:
         left = parse_size(size) - around(source, menus)
         if left <= 0:
-            raise HalfbyteError("no room for weights", where="--size", expected=f"over {around(source, menus)} bytes")
+            raise HalfbyteError(f"--size: no room for weights, expected over {around(source, menus)} bytes")
         return left
     if bpw:
         if not 1 <= bpw <= 16:
-            raise HalfbyteError("out of range", where="--bpw", expected="1 to 16 bits per weight", got=bpw)
+            raise HalfbyteError(f"--bpw: out of range, expected 1 to 16 bits per weight, got {bpw}")
         return int(bpw * sum(menu.rows * menu.columns for menu in menus) / 8)
     if ftype not in FILE_TYPES:
-        raise HalfbyteError("unknown file type", where="--ftype", expected=", ".join(FILE_TYPES), got=ftype)
+        raise HalfbyteError(f"--ftype: unknown file type, expected {', '.join(FILE_TYPES)}, got {ftype}")
     types = ftype_types(source, menus, ftype)
     return sum(menu.nbytes(types[menu.name]) for menu in menus) - METADATA

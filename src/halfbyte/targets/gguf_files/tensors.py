@@ -101,7 +101,7 @@ def plan_tensors(
     per_layer, made = types.layers or {}, made or {}
     for name in (*weights, *per_layer, *made):
         if name not in layers:
-            raise HalfbyteError("no such layer", where=name, expected=f"a layer such as {min(layers, default='none')}")
+            raise HalfbyteError(f"{name}: no such layer, expected a layer such as {min(layers, default='none')}")
     plans = []
     if rope_factors is not None:
         row = TensorRow(ROPE_FREQS, "", "F32", tuple(rope_factors.shape), 0)
@@ -146,10 +146,10 @@ def _parameters(source: SourceModel, overrides: Mapping[str, Tensor]) -> dict[st
     for name, value in overrides.items():
         known = parameters[embedding] if name == head else parameters.get(name)
         if known is None:
-            raise HalfbyteError("override of a parameter that the model does not have", where=name)
+            raise HalfbyteError(f"{name}: override of a parameter that the model does not have")
         shape = list(known.shape)
         if shape != list(value.shape):
-            raise HalfbyteError("override has another shape", where=name, expected=shape, got=list(value.shape))
+            raise HalfbyteError(f"{name}: override has another shape, expected {shape}, got {list(value.shape)}")
         parameters[name] = value
     return parameters
 
@@ -163,7 +163,7 @@ def _encoded_rows(source: SourceModel, row: TensorRow, ready: EncodedRows) -> Ca
     expected = [row.shape[0], row_bytes(row.shape[1], row.type, where=row.parameter)]
     if list(ready.rows.shape) != expected:
         got = list(ready.rows.shape)
-        raise HalfbyteError("encoded rows do not fit", where=row.parameter, expected=expected, got=got)
+        raise HalfbyteError(f"{row.parameter}: encoded rows do not fit, expected {expected}, got {got}")
     return _reordered(ready.rows, _rotary_heads(source, row.name))
 
 
@@ -206,7 +206,7 @@ def _gguf_name(source: SourceModel, parameter: str) -> str:
     try:
         return source.family.gguf_name(parameter)
     except KeyError as error:
-        raise HalfbyteError(f"{source.family.model_type} has no GGUF name for it", where=parameter) from error
+        raise HalfbyteError(f"{parameter}: {source.family.model_type} has no GGUF name for it") from error
 
 
 def _rotary_heads(source: SourceModel, gguf_name: str) -> int | None:

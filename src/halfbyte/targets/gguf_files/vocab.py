@@ -131,7 +131,7 @@ def _adds_space_prefix(state: dict[str, Any], where: object) -> bool:
         steps = [*steps, state["pre_tokenizer"]]
     unknown = [step["type"] for step in steps if step["type"] not in ("Prepend", "Replace", "Metaspace")]
     if unknown:
-        raise HalfbyteError("tokenizer step has no counterpart in llama.cpp", where=where, got=", ".join(unknown))
+        raise HalfbyteError(f"{where}: tokenizer step has no counterpart in llama.cpp, got {', '.join(unknown)}")
     return any(step["type"] == "Prepend" or step.get("prepend_scheme") in ("first", "always") for step in steps)
 
 
@@ -139,7 +139,7 @@ def _check_normalizer(state: dict[str, Any], where: object) -> None:
     """llama.cpp normalises no text for byte-level BPE; Qwen's NFC changes nothing in text that is composed already."""
     normalizer = state["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC" and normalizer.get("normalizers") != []:
-        raise HalfbyteError("normalizer is not llama.cpp's", where=where, expected="NFC or none", got=normalizer)
+        raise HalfbyteError(f"{where}: normalizer is not llama.cpp's, expected NFC or none, got {normalizer}")
 
 
 def _add_special_ids_(

@@ -144,18 +144,18 @@ def check_gguf(
     names = {plan.row.name for plan in plans}
     if names != set(found):
         differing = sorted(names.symmetric_difference(found))
-        raise HalfbyteError("tensors are missing or unexpected", where=path, got=", ".join(differing[:3]))
+        raise HalfbyteError(f"{path}: tensors are missing or unexpected, got {', '.join(differing[:3])}")
     for row, chunks in ((plan.row, plan.chunks) for plan in plans):
         tensor, where = found[row.name], f"{path}, {row.name}"
         shape = tuple(int(size) for size in reversed(tensor.shape))
         expected, got = (row.type, row.shape), (written[row.name], shape)
         if expected != got:
-            raise HalfbyteError("tensor is of another type or shape", where=where, expected=expected, got=got)
+            raise HalfbyteError(f"{where}: tensor is of another type or shape, expected {expected}, got {got}")
         stored, start = tensor.data.reshape(-1).view(np.uint8), 0
         for chunk in chunks():
             data = chunk.reshape(-1).view(np.uint8)
             if not np.array_equal(stored[start : start + data.size], data):
-                raise HalfbyteError("tensor data differs", where=where, fix="export again")
+                raise HalfbyteError(f"{where}: tensor data differs", fix="export again")
             start += data.size
         codes = weights.get(row.parameter.removesuffix(".weight"))
         if codes is not None and row.type == "Q4_0":
@@ -165,7 +165,7 @@ def check_gguf(
             elif family.interleaved_rope and ".attn_k." in row.name:
                 values = halves_from_pairs(values, config.num_key_value_heads)
             if not torch.equal(values, codes.decode().cpu()):
-                raise HalfbyteError("blocks do not decode to the codes", where=where, fix="report this as a bug")
+                raise HalfbyteError(f"{where}: blocks do not decode to the codes", fix="report this as a bug")
     return len(plans)
 
 

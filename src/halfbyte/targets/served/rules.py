@@ -80,7 +80,7 @@ def named(key: str) -> Hardware:
         HalfbyteError: there is no such key.
     """
     if key not in HARDWARE:
-        raise HalfbyteError("unknown hardware", where="--hardware", expected=f"auto or {', '.join(HARDWARE)}", got=key)
+        raise HalfbyteError(f"--hardware: unknown hardware, expected auto or {', '.join(HARDWARE)}, got {key}")
     return HARDWARE[key]
 
 

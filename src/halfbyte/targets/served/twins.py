@@ -35,9 +35,9 @@ def write_twins(folder: ServedFolder, output: str | Path) -> list[Path]:
     """
     output = Path(output)
     if output.exists():
-        raise HalfbyteError("output already exists", where=output, fix="choose another name or remove it")
+        raise HalfbyteError(f"{output}: output already exists", fix="choose another name or remove it")
     if output.resolve().is_relative_to(folder.path.resolve()):
-        raise HalfbyteError("output is inside the folder", where=output, fix="choose a name beside it")
+        raise HalfbyteError(f"{output}: output is inside the folder", fix="choose a name beside it")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))

@@ -234,15 +234,15 @@ def check_tensors(folder: Path, entries: Sequence[Stored], codes: Codes) -> None
             with safe_open(where, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 - not a dict
                     if name in seen or name not in expected:
-                        raise HalfbyteError("unexpected tensor", where=where, got=name)
+                        raise HalfbyteError(f"{where}: unexpected tensor, got {name}")
                     seen.add(name)
                     if not _same(handle.get_tensor(name), expected[name], codes):
-                        raise HalfbyteError("tensor data differs", where=f"{where}, {name}", fix="export again")
+                        raise HalfbyteError(f"{where}, {name}: tensor data differs", fix="export again")
                     report("check tensors", len(seen), len(entries), name)
         except (SafetensorError, OSError) as error:
-            raise HalfbyteError("written file cannot be read", where=where, got=first_line(error)) from error
+            raise HalfbyteError(f"{where}: written file cannot be read, got {first_line(error)}") from error
     if seen != set(expected):
-        raise HalfbyteError("tensors are missing", where=folder, got=", ".join(sorted(set(expected) - seen)[:3]))
+        raise HalfbyteError(f"{folder}: tensors are missing, got {', '.join(sorted(set(expected) - seen)[:3])}")
 
 
 def _same(found: torch.Tensor, entry: Stored, codes: Codes) -> bool:

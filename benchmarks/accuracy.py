@@ -84,7 +84,7 @@ class Bench:
         loaded, ctx = load_model(options.model, options.text), options.ctx
         source = loaded.source
         self.calib = loaded.windows("calib", ctx, max(1, options.calib_tokens // ctx))
-        self.search = loaded.windows("search", ctx, max(1, options.search_tokens // ctx))
+        self.search = loaded.windows(("search", "valid"), ctx, max(1, options.search_tokens // ctx))
         self.windows = windows_for(source, loaded.text.parts["eval"], ctx, options.windows, where="eval text")
         self.reference = reference(source.model, source.family, self.search, device=self.device)
         self.tied = is_tied(source.model, source.family)

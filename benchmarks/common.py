@@ -101,16 +101,21 @@ class Loaded:
     source: SourceModel
     text: Text
 
-    def windows(self, part: str, ctx: int, count: int | None = None, *, spread: bool = True) -> torch.Tensor:
+    def windows(
+        self, part: str | tuple[str, ...], ctx: int, count: int | None = None, *, spread: bool = True
+    ) -> torch.Tensor:
         """Windows of ``ctx`` tokens of a part of the text, int64 ``[windows, ctx]``.
 
         Args:
-            part: ``calib``, ``search``, ``valid`` or ``eval``.
+            part: ``calib``, ``search``, ``valid`` or ``eval``, or several of them one after the other.
             count: at most so many; None is all there are.
             spread: over the whole part, else its first.
         """
-        ids = self.source.tokenizer(self.text.parts[part], add_special_tokens=False).input_ids
-        return torch.tensor(cut(ids, ctx, count or len(ids), spread=spread and count is not None, where=part))
+        parts = (part,) if isinstance(part, str) else part
+        text = "".join(self.text.parts[name] for name in parts)
+        ids = self.source.tokenizer(text, add_special_tokens=False).input_ids
+        spread = spread and count is not None
+        return torch.tensor(cut(ids, ctx, count or len(ids), spread=spread, where=" and ".join(parts)))
 
     @property
     def made_by(self) -> Row:

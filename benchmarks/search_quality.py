@@ -33,7 +33,7 @@ from common import Row, Rows, arguments, load_model, parse, run
 
 from halfbyte.core.device import device_name, resolve_device, resolve_dtype
 from halfbyte.menus._base import Model, Setting
-from halfbyte.menus._checks import with_tokens
+from halfbyte.models.estimate import with_tokens
 from halfbyte.menus.activations import A_BITS, ActivationMenu
 from halfbyte.options import SearchOptions
 from halfbyte.report.tables import Cell, markdown_table

@@ -82,7 +82,7 @@ class Target(ABC):
             raise HalfbyteError(f"--transforms: unknown transform, expected {known}, got {name}")
         if self.can_run(name) or name in on_request:
             return
-        possible = ", ".join(known for known in TRANSFORMS if self.can_run(known))
+        possible = ", ".join(sorted_names(known for known in TRANSFORMS if self.can_run(known)))
         if name in self.on_request:
             raise HalfbyteError(
                 f"--transforms: the target {self.name} runs this transform on request only, expected {possible}, "

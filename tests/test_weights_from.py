@@ -9,10 +9,11 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 
-from halfbyte import cli, pipeline
+from halfbyte import cli
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.evaluate.simulation import become_simulation_, load_for_plan, plan_bits
+from halfbyte.menus import activations
 from halfbyte.models.families import family_of
 from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.plan import codes_path, load_codes, load_plan
@@ -107,13 +108,13 @@ def test_for_the_simulation_and_resumed(tiny_folder, here, capsys, monkeypatch):
         raise HalfbyteError("stopped")
 
     with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "TableFitness", stopped)
+        patched.setattr(activations, "activation_problem", stopped)
         fails(capsys, search(folder, "m", *arguments), match="stopped")
     known = shards.read_bytes()
     edited(here / "m", lambda tensors: tensors["model.norm.weight"].mul_(2))
     fails(capsys, search(folder, "m", *arguments, "--resume"), match="the interrupted search had other settings")
     shards.write_bytes(known)
-    monkeypatch.setattr(pipeline, "prepare_", stopped)
+    monkeypatch.setattr(activations, "prepare_", stopped)
     assert search(folder, "m", *arguments, "--resume") == 0
     plan, codes = load_plan(PLAN), load_codes(codes_path(PLAN))
     assert all(entry.a_symmetric for entry in plan.layers.values())

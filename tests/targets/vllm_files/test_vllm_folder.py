@@ -287,7 +287,7 @@ def test_what_vllm_cannot_run_is_refused_before_the_search(tiny_folder, here, ca
     folder = tiny_folder("llama")
     for arguments, match in [
         (["--granularity", "layer"], "--granularity: vLLM wants one choice for q, k and v"),
-        (["--spaces", "a4a8,ggml"], "only a GGUF file has types"),
+        (["--spaces", "a4a8,ggml"], "the target vllm does not have this, expected activations, got types"),
         (["--transforms", "smooth,online"], "the target vllm cannot run this transform"),
         (["--transforms", "r4"], "this transform on request only, expected smooth, r1, r2, got r4; ask for it"),
         (["--group_size", "16"], "vLLM's kernels need groups of 32"),

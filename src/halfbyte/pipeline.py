@@ -18,7 +18,7 @@ from halfbyte.calibration.windows import cut
 from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output
+from halfbyte.core.files import check_output, remove_leftovers
 from halfbyte.core.progress import report
 from halfbyte.menus._base import Menu, Model, Setting
 from halfbyte.menus._checks import check_options, menus_of, weights_of
@@ -159,7 +159,10 @@ def _write(
         for path in (*saved, *reports):
             path.unlink()
         raise
-    return plan, outcomes, [*plans, *(there for _, there in moved), *reports]
+    files = [*plans, *(there for _, there in moved), *reports]
+    for path in files:
+        remove_leftovers(path)
+    return plan, outcomes, files
 
 
 def _checkpoint(setting: Setting, source: SourceModel) -> CheckpointCodes | None:

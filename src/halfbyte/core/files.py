@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import os
 import shutil
@@ -53,6 +54,12 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise write_error(error, path) from error
     finally:
+        partial.unlink(missing_ok=True)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove what a killed process left half-written of ``path``, which nobody may be writing now."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.partial{path.suffix}"):
         partial.unlink(missing_ok=True)
 
 

@@ -114,7 +114,7 @@ def test_a_wrong_file_is_one_line(engine: Engine, tiny: Path, tmp_path: Path) ->
             engine.load(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
-        assert caught.value.got
+        assert "got None" not in str(caught.value)
     path.write_bytes(whole.replace(b"llama.block_count", b"llama.block_xount"))
     with pytest.raises(HalfbyteError, match="block_count"):
         engine.load(path)

@@ -50,7 +50,7 @@ class GeneticSettings:
     tournament: int = 3
     crossover_rate: float = 0.9
     mutation_rate: float | None = None
-    patience: int = 8
+    patience: int = 5
 
     def __post_init__(self) -> None:
         least = {"population": 2, "generations": 0, "crossover_rate": 0, "mutation_rate": 0}

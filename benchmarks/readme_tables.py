@@ -43,7 +43,7 @@ Rows = list[dict[str, Any]]
 MadeBy = dict[str, Any]
 
 SHORT_RECIPES = ("plain", "smooth", "online", "gptq", "clip", "sim", "gguf", "vllm")
-SHORT_METHODS = ("random", "rule", "Fisher knapsack", "KL knapsack", "KL + Fisher knapsack", "plain genetic", "search")
+SHORT_METHODS = ("rule", "Fisher knapsack", "KL knapsack", "KL + Fisher knapsack", "best start", "genetic", "search")
 HEADLINE_TYPE = "Q4_K_M"
 HEADLINE = {
     "en": "**SmolLM2-135M-Instruct as a file of the size of {type}: KL to the original {ours} with halfbyte, {theirs} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,33 @@ def test_the_library_does_what_the_commands_do(tiny_folder, here):
     assert rows["GGUF types"].quality.kld_mean == pytest.approx(simulated.quality.kld_mean, rel=1e-3)
     comparison = quantised.compare(mixed_path="m.gguf", skip_original=True, max_tokens=4, **score)
     assert {row.name: bool(row.measured) for row in comparison.rows} == {"Q4_K_M": False, "mixed": True}
+
+
+def test_the_example_of_the_readme_runs(tiny_folder, here, monkeypatch):
+    """As it stands there, but on a tiny model and with little text."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, flags=re.S)
+    folder, score = str(tiny_folder("llama")), {"text": "pydoc", "ctx": 64, "chunks": 2}
+    little = {
+        "quantize": {"device": "cpu", "calib": "pydoc", "ctx": 64, "calib_tokens": 128, "search_tokens": 128},
+        "evaluate": score,
+        "compare": {"skip_original": True, "max_tokens": 4, **score},
+    }
+    little["quantize"] |= {"ga_pop": 4, "ga_gen": 1, "weights": "rtn", "transforms": "smooth"}
+    called = []
+
+    def quick(name, function):
+        def call(*given, **options):
+            called.append(name)
+            return function(*(folder if value == "demo" else value for value in given), **{**little[name], **options})
+
+        return call
+
+    for name in little:
+        monkeypatch.setattr(halfbyte, name, quick(name, getattr(halfbyte, name)))
+    exec(compile(example, "README.md", "exec"), {})
+    assert called == ["quantize", "evaluate", "compare"]
+    assert Path("models/demo.gguf").exists()
 
 
 def test_the_library_refuses_what_it_does_not_know(here):

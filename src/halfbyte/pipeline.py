@@ -34,6 +34,9 @@ from halfbyte.targets import TARGETS
 from halfbyte.workdir import RECORD, Workdir, refuse_waiting, work_folder
 
 
+WINDOWS = 2  # that a text is cut into at least: a search looks at part of them first
+
+
 @dataclass(frozen=True)
 class SearchResult:
     """What a search leaves.
@@ -216,7 +219,7 @@ def _texts(setting: Setting, source: SourceModel) -> tuple[Text, dict[str, torch
     found = {}
     for part, tokens in wanted.items():
         ids = source.tokenizer(text.parts[part], add_special_tokens=False).input_ids
-        length = min(options.ctx, tokens)
+        length = min(options.ctx, max(1, tokens // WINDOWS))
         windows = cut(ids, length, max(1, tokens // length), spread=True, where=f"{text.name} ({part} part)")
         found[part] = torch.tensor(windows)
     return text, found

@@ -21,7 +21,7 @@ TYPES = 6  # that a matrix may have, about
 CANDIDATE_BITS = 36  # of a weight in all types of its menu together
 VARIANTS = 8  # sets of transforms that are tried
 SIDE_BY_SIDE = 16  # models with one quantised matrix that are measured together
-TOKENS = {"cuda": (32768, 4096), "mps": (32768, 4096), "cpu": (4096, 1024)}  # calibration, search; where 0 is asked for
+TOKENS = {"cuda": (32768, 4096), "mps": (32768, 4096), "cpu": (4096, 256)}  # calibration, search; where 0 is asked for
 PACKED_BITS = 4.125  # per weight: a code, and its share of an fp16 scale per group of 128
 
 

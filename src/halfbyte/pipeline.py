@@ -95,7 +95,8 @@ def search(options: SearchOptions) -> SearchResult:
         scored = torch.cat([windows["search"], windows["valid"]])
         started = time.monotonic()
         answers = reference(source.model, source.family, scored, device=device)
-        _foretell((time.monotonic() - started) / scored.numel(), list(menus.values()), workdir)
+        if device.type == "cpu":
+            _foretell((time.monotonic() - started) / scored.numel(), list(menus.values()), workdir)
         model = Model(source, windows, answers, workdir, checkpoint)
         plan = Plan(
             model_id=options.model_id,

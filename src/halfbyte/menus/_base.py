@@ -23,8 +23,10 @@ from halfbyte.search.run import Searchable, search_menu
 from halfbyte.targets import Target
 from halfbyte.workdir import Workdir
 
-ROUNDED = 1.5  # time of a forward pass with rounded activations, or other weights, over that of the plain model
+ROUNDED = 0.67  # time of a candidate per token over that of the reference, whose head is multiplied twice
 ELITE = 2  # genomes of a generation that are known already
+LIKELY = 0.5  # of the generations that were asked for: most searches find nothing better before the last
+SHARE = 0.7  # of the search text, for a genome
 VALIDATED = 14  # genomes that are measured on the validation text
 
 
@@ -122,14 +124,13 @@ class Menu(Searchable):
     def search_effort(self, units: int) -> dict[str, float]:
         """:meth:`effort` of what every menu does when it is prepared.
 
-        Each unit is measured through half of the blocks on average; a genome on a quarter of the text, and on all of it
-        where it could still win, which is about every fourth.
+        Each unit is measured through half of the blocks on average, a genome on part of the text if it cannot win.
         """
         options = self.options
-        genomes = options.ga_pop + options.ga_gen * max(1, options.ga_pop - ELITE)
+        genomes = options.ga_pop + LIKELY * options.ga_gen * max(1, options.ga_pop - ELITE)
         return {
             "losses of single units": ROUNDED * 0.5 * units * options.search_tokens,
-            f"search of {self.title}": ROUNDED * 0.45 * genomes * options.search_tokens,
+            f"search of {self.title}": ROUNDED * SHARE * genomes * options.search_tokens,
             "validation": ROUNDED * VALIDATED * options.search_tokens,
         }
 

@@ -28,8 +28,8 @@ from halfbyte.workdir import Workdir
 
 A_BITS = (4, 8)
 FISHER_WINDOWS = 4  # of calibration text, for loss gradients
-PREPARED_AS = 12.0  # forward passes that preparation takes as long as, per calibration token, ...
-CODES_AS = 20_000.0  # ... and tokens of forward passes for what does not depend on the text
+PREPARED_AS = 2.0  # forward passes that preparation takes as long as, per calibration token, ...
+CODES_AS = 17_000.0  # ... and tokens of forward passes for what does not depend on the text
 FRONT = tuple(step / 20 for step in range(10, 21))  # budgets of a front: 0.5, 0.55 … 1
 SCORES = {
     "kl": "KL(reference ‖ quantised), nats per token",
@@ -60,7 +60,7 @@ class ActivationMenu(Menu):
         calib = 1.0 * self.options.calib_tokens
         work = {"transforms and W4 codes": PREPARED_AS * calib + CODES_AS}
         if self.gradients:
-            work["loss gradients"] = 3.0 * FISHER_WINDOWS * self.options.ctx
+            work["loss gradients"] = 1.2 * FISHER_WINDOWS * self.options.ctx
         return {**work, **(self.search_effort(len(self.units)) if self.needs_reference else {})}
 
     def prepare(self, model: Model) -> None:

@@ -36,9 +36,9 @@ from halfbyte.workdir import Workdir
 
 DEFAULT_FTYPE = "Q4_K_M"
 FRONT_FTYPES = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")  # llama.cpp's, whose sizes make a front
-ENCODED_AS = 8.0  # forward passes that encoding takes as long as, per calibration token, ...
-CANDIDATES_AS = 40_000.0  # ... and tokens of forward passes for what does not depend on the text
-TRIED_AS = 6.0  # the same for trying transforms, per token of calibration and search text
+ENCODED_AS = 7.0  # forward passes that encoding takes as long as, per calibration token, ...
+CANDIDATES_AS = 36_000.0  # ... and tokens of forward passes for what does not depend on the text
+TRIED_AS = 1.0  # the same for trying transforms, per token of calibration and search text
 GROUP_SIZE = 32  # weights that share a scale in most types; for the choice of channel scales
 TINY = 1e-12  # nats: no matrix is free
 
@@ -85,7 +85,7 @@ class TypeMenu(Menu):
         calib, search = 1.0 * self.options.calib_tokens, 1.0 * self.options.search_tokens
         work = {"encode candidates": ENCODED_AS * calib + CANDIDATES_AS}
         if self.transforms is None:
-            work["transforms that help"] = TRIED_AS * (calib + search) + CANDIDATES_AS / 4
+            work["transforms that help"] = TRIED_AS * (calib + search) + CANDIDATES_AS / 7
         return {**work, **self.search_effort(len(self.menus))}
 
     def prepare(self, model: Model) -> None:

@@ -69,8 +69,8 @@ def test_simulated_weights_are_the_exported_weights(tiny_folder, here):
     """Promise 1: dequantised GGUF tensor == simulated weight, every layer."""
     from gguf import GGUFReader, dequantize
 
-    from halfbyte.evaluate.simulation import become_simulation_, load_for_plan
     from halfbyte.models.gguf_source import halves_from_pairs
+    from halfbyte.prepare.simulation import become_simulation_, load_for_plan
 
     assert search(tiny_folder("llama"), "--output", "plan.json") == 0
     assert cli.run("export", ["--config", "plan.json", "--output", "m.gguf", "--policy", "exact"]) == 0

@@ -37,7 +37,6 @@ TIER = {name: index for index, names in enumerate(TIERS) for name in names}
 UPWARD = {
     ("options", "quant"): "names of the weight quantisers, for --help",
     ("options", "transforms"): "names of the transforms, for --help",
-    ("prepare.walk", "evaluate"): "a resumed search reads its simulation back as an evaluation does",
     ("evaluate.measure_original", "targets"): "the original is written as a GGUF file before its speed is measured",
     ("report.model_card", "targets"): "which GPUs run a folder is a rule of its target",
     ("report.served", "targets"): "the table of such rules",

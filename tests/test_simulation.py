@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save_file
 
 from halfbyte.core.files import sha256
-from halfbyte.evaluate.simulation import become_simulation_, load_for_plan, plan_bits
 from halfbyte.models.layers import layers_of
 from halfbyte.plan import codes_path, load_codes, load_plan
+from halfbyte.prepare.simulation import become_simulation_, load_for_plan, plan_bits
 from halfbyte.quant.int4 import pack_int4
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_activation_bits_
 from halfbyte.quant.quantisers.rtn import round_to_nearest

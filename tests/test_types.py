@@ -16,9 +16,9 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.evaluate import evaluate
 from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.evaluate.simulate import simulate
-from halfbyte.evaluate.simulation import become_types_, load_for_plan, load_types
 from halfbyte.options import EvalOptions, ExportOptions, ImatrixOptions, SimulateOptions
 from halfbyte.plan import load_plan
+from halfbyte.prepare.simulation import become_types_, load_for_plan, load_types
 from halfbyte.targets.gguf_files.export import export_gguf
 from halfbyte.targets.gguf_files.size import parse_size
 from tests.command_line import changed

@@ -12,11 +12,11 @@ from gguf import GGUFReader, dequantize
 from halfbyte import cli
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import kl_per_token
-from halfbyte.evaluate.simulation import become_simulation_, load_for_plan, plan_bits
 from halfbyte.menus import activations
 from halfbyte.models.families import family_of
 from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.plan import codes_path, load_codes, load_plan
+from halfbyte.prepare.simulation import become_simulation_, load_for_plan, plan_bits
 from halfbyte.quant.quant_linear import set_activation_bits_
 from halfbyte.report import search_reports
 from tests.command_line import GA, QUICK, fails

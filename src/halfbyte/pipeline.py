@@ -33,7 +33,6 @@ from halfbyte.search.reference import reference
 from halfbyte.targets import TARGETS
 from halfbyte.workdir import RECORD, Workdir, refuse_waiting, work_folder
 
-
 WINDOWS = 2  # that a text is cut into at least: a search looks at part of them first
 
 

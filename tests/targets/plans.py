@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from halfbyte.core.files import sha256
-from halfbyte.evaluate.simulation import plan_bits
 from halfbyte.models.layers import layers_of, mean_bits_fraction, units_of
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import is_tied
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, codes_path, save_codes, save_plan
+from halfbyte.prepare.simulation import plan_bits
 from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import set_activation_bits_
 from halfbyte.targets import TARGETS

@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from halfbyte.evaluate.simulation import become_simulation_
 from halfbyte.models.modules import is_tied
+from halfbyte.prepare.simulation import become_simulation_
 from halfbyte.quant.balance import low_rank_balance
 from halfbyte.quant.hadamard import rotate
 from halfbyte.quant.quant_linear import InputScheme

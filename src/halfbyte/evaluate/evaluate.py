@@ -23,13 +23,13 @@ from halfbyte.evaluate.quality import (
     scratch_folder,
     windows_for,
 )
-from halfbyte.evaluate.simulation import become_simulation_, become_types_, check_same_model, load_types, plan_bits
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.gguf_file import halfbyte_keys
 from halfbyte.models.loading import SourceModel, find, load, made_with
 from halfbyte.models.modules import vocabulary
 from halfbyte.options import DEFAULT_MODEL, EvalOptions
 from halfbyte.plan import Plan, codes_path, load_codes, load_plan
+from halfbyte.prepare.simulation import become_simulation_, become_types_, check_same_model, load_types, plan_bits
 from halfbyte.quant.quant_linear import set_activation_bits_
 
 

@@ -21,11 +21,11 @@ from halfbyte.evaluate.quality import (
     scratch_folder,
     windows_for,
 )
-from halfbyte.evaluate.simulation import become_simulation_, become_types_, load_for_plan, load_types, plan_bits
 from halfbyte.models.loading import SourceModel, made_with
 from halfbyte.models.modules import vocabulary
 from halfbyte.options import SimulateOptions
 from halfbyte.plan import Plan, codes_path, load_codes, load_plan
+from halfbyte.prepare.simulation import become_simulation_, become_types_, load_for_plan, load_types, plan_bits
 from halfbyte.quant.quant_linear import set_activation_bits_
 
 

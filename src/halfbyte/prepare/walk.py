@@ -11,7 +11,6 @@ from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
 from halfbyte.core.progress import report
-from halfbyte.evaluate.simulation import become_simulation_
 from halfbyte.models.checkpoint import CheckpointCodes
 from halfbyte.models.layers import layers_of
 from halfbyte.models.loading import SourceModel
@@ -19,6 +18,7 @@ from halfbyte.plan import Codes, LayerPlan, load_codes, save_codes
 from halfbyte.prepare.checkpoint import check_same_model, original_answers, take_block_, take_ends_
 from halfbyte.prepare.folding import changed_ends, fold_block_, fold_ends_
 from halfbyte.prepare.recipe import Recipe
+from halfbyte.prepare.simulation import become_simulation_
 from halfbyte.prepare.units import STREAM_BITS, QuantisedUnit, quantise_unit
 from halfbyte.quant.int4 import GroupedWeight, check_packable
 from halfbyte.quant.quant_linear import SharedInput, pack_linear_, replace_linear_, set_activation_bits_

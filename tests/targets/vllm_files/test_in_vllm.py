@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from halfbyte import cli
-from halfbyte.evaluate.simulation import become_simulation_, plan_bits
 from halfbyte.models.loading import find, load
 from halfbyte.plan import codes_path, load_codes, load_plan
+from halfbyte.prepare.simulation import become_simulation_, plan_bits
 from halfbyte.quant.quant_linear import set_activation_bits_
 from halfbyte.targets.served.folder import read_served
 from halfbyte.targets.served.report import distance, ran_as

@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from halfbyte import cli
 from halfbyte.core import files
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.evaluate.simulation import load_for_plan
 from halfbyte.models.layers import layers_of
 from halfbyte.models.loading import load
 from halfbyte.plan import codes_path, load_codes, load_plan
+from halfbyte.prepare.simulation import load_for_plan
 from halfbyte.quant.int4 import GroupedWeight, PackedWeight
 from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.targets.vllm_files import export as exporting_vllm

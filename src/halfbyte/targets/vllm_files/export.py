@@ -20,12 +20,12 @@ from halfbyte.core.files import check_output_folder, check_space, whole_folder, 
 from halfbyte.core.naming import mixed_folder
 from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import windows_for
-from halfbyte.evaluate.simulation import become_simulation_, load_for_plan, need_activations, plan_bits
 from halfbyte.models.estimate import estimate_load
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied
 from halfbyte.options import VllmExportOptions
 from halfbyte.plan import Codes, Plan, codes_path, load_codes, load_plan
+from halfbyte.prepare.simulation import become_simulation_, load_for_plan, need_activations, plan_bits
 from halfbyte.quant.quant_linear import set_activation_bits_, set_parameters_
 from halfbyte.report.model_card import model_card
 from halfbyte.targets.vllm_files.folder import (

@@ -93,7 +93,7 @@ class SearchOptions(ModelOptions):
         metavar="FTYPE",
     )
     ga_pop: int = option(30, "genomes per generation", metavar="N")
-    ga_gen: int = option(25, "generations", metavar="N")
+    ga_gen: int = option(0, "generations, at most; 0 is 25 on an accelerator, 8 on a CPU", metavar="N")
     resume: bool = option(False, "go on where an interrupted search stopped")
 
     codes: str = option(

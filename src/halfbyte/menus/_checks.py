@@ -54,10 +54,10 @@ def check_options(options: SearchOptions, target: Target) -> None:
             "--target_compression: budget is out of range, expected 0.5 (all A4) to 1.0 (all A8), "
             f"got {options.target_compression}"
         )
-    for flag in ("ga_pop", "ga_gen", "group_size", "ctx"):
+    for flag in ("ga_pop", "group_size", "ctx"):
         if getattr(options, flag) < 1:
             raise HalfbyteError(f"--{flag}: must be positive, got {getattr(options, flag)}")
-    for flag in ("calib_tokens", "search_tokens"):
+    for flag in ("calib_tokens", "search_tokens", "ga_gen"):
         if getattr(options, flag) < 0:
             raise HalfbyteError(f"--{flag}: must be positive, or 0 for what the machine can do", fix="leave it out")
     check_suffix(Path(options.output))

@@ -21,7 +21,8 @@ TYPES = 6  # that a matrix may have, about
 CANDIDATE_BITS = 36  # of a weight in all types of its menu together
 VARIANTS = 8  # sets of transforms that are tried
 SIDE_BY_SIDE = 16  # models with one quantised matrix that are measured together
-TOKENS = {"cuda": (32768, 4096), "mps": (32768, 4096), "cpu": (4096, 256)}  # calibration, search; where 0 is asked for
+# Calibration tokens, search tokens and generations where 0 is asked for: what two CPU cores do in ten minutes.
+BY_DEVICE = {"cuda": (32768, 4096, 25), "mps": (32768, 4096, 25), "cpu": (4096, 256, 8)}
 PACKED_BITS = 4.125  # per weight: a code, and its share of an fp16 scale per group of 128
 
 
@@ -266,10 +267,11 @@ def _too_little(estimate: MemoryEstimate, device: torch.device) -> list[tuple[to
 
 
 def with_tokens(options: SearchOptions, device: torch.device) -> SearchOptions:
-    """The options with as many calibration and search tokens as the device can do, where none are asked for."""
-    calib, search = TOKENS[device.type]
+    """The options with as many tokens and generations as the device can do, where none are asked for."""
+    calib, search, generations = BY_DEVICE[device.type]
     return replace(
         options,
         calib_tokens=options.calib_tokens or calib,
         search_tokens=options.search_tokens or search,
+        ga_gen=options.ga_gen or generations,
     )

@@ -104,7 +104,7 @@ def test_a_front_of_budgets(tiny_folder, tmp_path):
     [
         ({"pareto": True, "fitness": "mse"}, "a front needs the whole model's KL"),
         ({"target_compression": 0.4}, r"expected 0\.5 \(all A4\) to 1\.0 \(all A8\), got 0\.4"),
-        ({"ga_gen": 0}, "--ga_gen: must be positive"),
+        ({"ga_gen": -1}, "--ga_gen: must be positive"),
         ({"spaces": "activations,types"}, "the target sim does not have this, expected activations, got types"),
         ({"transforms": "smooth,r9"}, "unknown transform"),
         ({"output": "plan.txt"}, "unknown plan format"),

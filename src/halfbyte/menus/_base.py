@@ -65,14 +65,14 @@ class Model:
     Attributes:
         source: the model, unquantised, in main memory.
         windows: ``calib``, ``search`` and ``valid`` text, int64 ``[windows, length]``.
-        reference: the unquantised model's answers on search and validation text; None if no score needs them.
+        reference: the unquantised model's answers on search and validation text.
         workdir: where intermediate results are kept.
         checkpoint: whose codes are taken over, in the process that prepares the model.
     """
 
     source: SourceModel
     windows: Mapping[str, torch.Tensor]
-    reference: Reference | None
+    reference: Reference
     workdir: Workdir
     checkpoint: CheckpointCodes | None = None
 

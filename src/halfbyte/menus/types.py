@@ -89,7 +89,6 @@ class TypeMenu(Menu):
         return {**work, **self.search_effort(len(self.menus))}
 
     def prepare(self, model: Model) -> None:
-        assert model.reference is not None
         source, device = model.source, self.setting.device
         references = model.reference.split(len(model.windows["search"]))
         if self.transforms is None:
@@ -207,7 +206,6 @@ class TypeMenu(Menu):
 
     def _transforms_that_help(self, model: Model) -> tuple[str, ...]:
         bits = 8 * self.budget / sum(menu.rows * menu.columns for menu in self.menus)
-        assert model.reference is not None
         reference = model.reference.split(len(model.windows["search"]))[0]
 
         def try_them() -> dict[str, float]:

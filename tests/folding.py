@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.models.folding import fold_scales_
-from halfbyte.models.modules import blocks, head_dim, linear
+from halfbyte.models.modules import blocks, fold_scales_, head_dim, linear
 from halfbyte.transforms._rotation import rotate_block_, rotate_ends_, transform_heads_
 
 TOKENS = torch.randint(800, (4, 48), generator=torch.Generator().manual_seed(0))

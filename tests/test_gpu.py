@@ -19,13 +19,13 @@ from halfbyte.quant.ggml.block_scales import choose_rows
 from halfbyte.quant.ggml.grid import GRIDS
 from halfbyte.quant.ggml.types import QUANTISED, decode_tensor, row_bytes
 from halfbyte.quant.hadamard import rotate
+from halfbyte.quant.int4 import searched_scales
 from halfbyte.quant.kernels import forced
 from halfbyte.quant.kernels.activations import fake_quantise_rows
 from halfbyte.quant.kernels.codes import decode_packed
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_activation_bits_
 from halfbyte.quant.quantisers.gptq import Ordered, improve_codes, output_error, round_with_feedback
 from halfbyte.quant.quantisers.rtn import round_to_nearest
-from halfbyte.quant.scales import searched_scales
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference
 from halfbyte.workdir import Workdir

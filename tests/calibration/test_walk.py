@@ -9,8 +9,7 @@ import weakref
 import pytest
 import torch
 
-from halfbyte.calibration.blocks import call_block, capture
-from halfbyte.calibration.walk import walk_blocks
+from halfbyte.calibration.walk import call_block, capture, walk_blocks
 
 PARTS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
 

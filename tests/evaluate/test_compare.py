@@ -8,7 +8,7 @@ from gguf import GGUFWriter
 
 from halfbyte.core.naming import f16_gguf
 from halfbyte.evaluate import compare
-from halfbyte.evaluate.measured import Measured, OriginalRequest
+from halfbyte.evaluate.worker import Measured, OriginalRequest
 from halfbyte.options import CompareOptions
 
 CTX, VOCAB = 16, 20

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.evaluate.measured import Request, measure_apart
 from halfbyte.evaluate.quality import LogitsFile, live, measure, model_logits, sample_text, windows_for
-from halfbyte.evaluate.worker import run_worker
+from halfbyte.evaluate.worker import Request, measure_apart, run_worker
 
 
 def test_second_half_is_scored(tiny):

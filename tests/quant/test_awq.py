@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.quant.base import QUANTISERS
-from halfbyte.quant.int4 import encode_with_scales
-from halfbyte.quant.moments import InputMoments
+from halfbyte.quant.base import QUANTISERS, InputMoments
+from halfbyte.quant.int4 import encode_with_scales, searched_scales
 from halfbyte.quant.quantisers.gptq import output_error
-from halfbyte.quant.scales import searched_scales
 
 
 def encoded(name, weight, x):

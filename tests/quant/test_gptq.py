@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.quant.int4 import absmax_scales, encode_with_scales
-from halfbyte.quant.moments import InputMoments
+from halfbyte.quant.base import InputMoments
+from halfbyte.quant.int4 import absmax_scales, encode_with_scales, searched_scales
 from halfbyte.quant.quantisers.gptq import (
     DAMPING,
     QUANTISER,
@@ -18,7 +18,6 @@ from halfbyte.quant.quantisers.gptq import (
     output_error,
     round_with_feedback,
 )
-from halfbyte.quant.scales import searched_scales
 
 WIDTHS = [(32, 32), (96, 32), (128, 128), (160, 32), (576, 64), (44, 4)]  # in, group
 

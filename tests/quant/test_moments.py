@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.quant.moments import InputMoments
+from halfbyte.quant.base import InputMoments
 
 
 @pytest.mark.parametrize("sizes", [[60], [10, 50], [20, 20, 20]])

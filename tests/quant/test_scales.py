@@ -10,8 +10,7 @@ from hypothesis.extra import numpy as hnp
 
 from halfbyte.quant.ggml.q4_0 import q4_0_blocks
 from halfbyte.quant.ggml.types import decode
-from halfbyte.quant.int4 import absmax_scales, encode_with_scales
-from halfbyte.quant.scales import searched_scales
+from halfbyte.quant.int4 import absmax_scales, encode_with_scales, searched_scales
 
 WEIGHTS = hnp.arrays("float32", st.just((3, 64)), elements=st.floats(-8, 8, width=32))
 COSTS = hnp.arrays("float32", st.just(64), elements=st.floats(0, 100, width=32))

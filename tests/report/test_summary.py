@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 from halfbyte.evaluate.compare import CompareRow, Comparison
-from halfbyte.evaluate.measured import Measured
 from halfbyte.evaluate.quality import Quality
+from halfbyte.evaluate.worker import Measured
 from halfbyte.plan import LayerPlan, Plan
 from halfbyte.report.summary import comparison_summary, search_summary
 from halfbyte.search.found import Found

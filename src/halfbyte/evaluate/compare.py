@@ -17,8 +17,8 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.naming import download_command, f16_gguf, mixed_gguf, q4km_gguf
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
-from halfbyte.evaluate.measured import Measured, OriginalRequest, Request, measure_apart
 from halfbyte.evaluate.quality import LogitsFile, Quality, evaluation_text, measure, scratch_folder
+from halfbyte.evaluate.worker import Measured, OriginalRequest, Request, measure_apart
 from halfbyte.models.gguf_file import halfbyte_keys
 from halfbyte.options import DEFAULT_MODEL, CompareOptions
 from halfbyte.plan import Plan, load_plan

@@ -12,7 +12,6 @@ from halfbyte.core.environment import cores
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import sha256
 from halfbyte.core.progress import report
-from halfbyte.evaluate.measured import Measured, Request, measure_apart
 from halfbyte.evaluate.quality import (
     LogitsFile,
     Quality,
@@ -23,6 +22,7 @@ from halfbyte.evaluate.quality import (
     scratch_folder,
     windows_for,
 )
+from halfbyte.evaluate.worker import Measured, Request, measure_apart
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.gguf_file import halfbyte_keys
 from halfbyte.models.loading import SourceModel, find, load, made_with

@@ -12,8 +12,7 @@ from halfbyte.core.files import check_space, write_error
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
 from halfbyte.engines.llamacpp.model import GGUFModel
-from halfbyte.evaluate.measured import Measured, Request
-from halfbyte.evaluate.worker import serve
+from halfbyte.evaluate.worker import Measured, Request, serve
 
 PROMPT_ROOM = 512  # context kept free for the sample's prompt
 SPEED_TOKENS = 64  # generated tokens that are timed

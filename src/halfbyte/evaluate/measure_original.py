@@ -13,9 +13,8 @@ import torch
 from halfbyte.calibration.windows import first_scored
 from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.progress import report
-from halfbyte.evaluate.measured import Measured, OriginalRequest
 from halfbyte.evaluate.quality import LogitsFile, model_logits, sample_text, windows_for
-from halfbyte.evaluate.worker import serve
+from halfbyte.evaluate.worker import Measured, OriginalRequest, serve
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import vocabulary

@@ -17,8 +17,7 @@ import torch
 from torch import nn
 
 from halfbyte.models.families import Family
-from halfbyte.models.folding import fold_scales_
-from halfbyte.models.modules import blocks, head_dim, is_tied, linear
+from halfbyte.models.modules import blocks, fold_scales_, head_dim, is_tied, linear
 
 SPREAD = 0.1  # standard deviation of the factors' logarithm
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.calibration.blocks import block_copy, call_block, run_blocks
-from halfbyte.calibration.walk import BlockStep
+from halfbyte.calibration.walk import BlockStep, block_copy, call_block, run_blocks
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.checkpoint import CheckpointCodes
 from halfbyte.models.loading import SourceModel

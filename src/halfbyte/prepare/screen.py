@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from halfbyte.calibration.blocks import block_copy, call_block, capture
-from halfbyte.calibration.walk import BlockStep
+from halfbyte.calibration.walk import BlockStep, block_copy, call_block, capture
 from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, is_tied, linear

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from halfbyte.calibration.blocks import block_copy
+from halfbyte.calibration.walk import block_copy
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.models.folding import fold_scales_
 from halfbyte.models.loading import SourceModel
-from halfbyte.models.modules import blocks, head_dim, linear
+from halfbyte.models.modules import blocks, fold_scales_, head_dim, linear
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.transforms import TRANSFORMS
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from halfbyte.calibration.blocks import call_block, capture
+from halfbyte.calibration.walk import call_block, capture
 from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.estimate import BATCH_TOKENS

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from halfbyte.calibration.blocks import run_blocks
+from halfbyte.calibration.walk import run_blocks
 from halfbyte.models.estimate import HEAD_CHUNK_ROWS, HEAD_CHUNK_TOKENS
 from halfbyte.models.families import Family
 from halfbyte.models.modules import linear

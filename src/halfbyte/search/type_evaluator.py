@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from halfbyte.calibration.blocks import call_block, capture
+from halfbyte.calibration.walk import call_block, capture
 from halfbyte.core.distributed import processes
 from halfbyte.models.estimate import SIDE_BY_SIDE
 from halfbyte.models.families import Family

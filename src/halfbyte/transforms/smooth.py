@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from halfbyte.calibration.walk import sample
-from halfbyte.models.folding import fold_scales_
-from halfbyte.models.modules import linear
+from halfbyte.models.modules import fold_scales_, linear
 from halfbyte.quant.affine import fake_quantise
 from halfbyte.quant.balance import balancing_scales
 from halfbyte.quant.int4 import check_finite, fitting_group_size

@@ -5,7 +5,7 @@ import torch
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.loading import find, load
-from halfbyte.targets.gguf_files.hparams import rope_frequency_factors
+from halfbyte.targets.gguf_files.metadata import rope_frequency_factors
 from halfbyte.targets.gguf_files.writer import check_gguf, write_gguf
 from tests.tiny_models import F16, keys, kl_of_llamacpp, logits_of, some_ids
 

@@ -17,7 +17,7 @@ from halfbyte.models.loading import SourceModel
 from halfbyte.quant.ggml.q4_0 import check_q4_0, q4_0_blocks
 from halfbyte.quant.ggml.types import Array, encode, row_bytes
 from halfbyte.quant.int4 import GroupedWeight, PackedWeight
-from halfbyte.targets.gguf_files.hparams import ROPE_FREQS
+from halfbyte.targets.gguf_files.metadata import ROPE_FREQS
 
 CHUNK_ELEMENTS = 1 << 24  # encoded at a time: 64 MiB of fp32
 

@@ -23,9 +23,8 @@ from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.loading import SourceModel
 from halfbyte.quant.ggml.types import decode
 from halfbyte.quant.int4 import PackedWeight
-from halfbyte.targets.gguf_files.hparams import add_hparams_, copy_keys_, rope_frequency_factors
+from halfbyte.targets.gguf_files.metadata import add_hparams_, add_tokenizer_, copy_keys_, rope_frequency_factors
 from halfbyte.targets.gguf_files.tensors import EncodedRows, TensorPlan, TensorRow, TensorTypes, plan_tensors
-from halfbyte.targets.gguf_files.vocab import add_tokenizer_
 
 PREFIX = "halfbyte."
 NAMED_AS = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # no file type has the name of the tensor type

@@ -23,10 +23,10 @@ from halfbyte.search.run import Searchable, search_menu
 from halfbyte.targets import Target
 from halfbyte.workdir import Workdir
 
-ROUNDED = 0.67  # time of a candidate per token over that of the reference, whose head is multiplied twice
+ROUNDED = 0.9  # time of a candidate per token over that of the reference, whose head is multiplied twice
 ELITE = 2  # genomes of a generation that are known already
 LIKELY = 0.8  # of the generations that were asked for: most searches find nothing better before the last
-SHARE = 0.7  # of the search text, for a genome
+SHARE = 0.85  # of the search text, for a genome
 VALIDATED = 14  # genomes that are measured on the validation text
 
 

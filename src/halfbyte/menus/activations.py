@@ -28,8 +28,8 @@ from halfbyte.workdir import Workdir
 
 A_BITS = (4, 8)
 FISHER_WINDOWS = 4  # of calibration text, for loss gradients
-PREPARED_AS = 2.0  # forward passes that preparation takes as long as, per calibration token, ...
-CODES_AS = 17_000.0  # ... and tokens of forward passes for what does not depend on the text
+PREPARED_AS = 2.5  # forward passes that preparation takes as long as, per calibration token, ...
+CODES_AS = 20_000.0  # ... and tokens of forward passes for what does not depend on the text
 FRONT = tuple(step / 20 for step in range(10, 21))  # budgets of a front: 0.5, 0.55 … 1
 SCORES = {
     "kl": "KL(reference ‖ quantised), nats per token",

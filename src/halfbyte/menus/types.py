@@ -36,9 +36,10 @@ from halfbyte.workdir import Workdir
 
 DEFAULT_FTYPE = "Q4_K_M"
 FRONT_FTYPES = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")  # llama.cpp's, whose sizes make a front
-ENCODED_AS = 7.0  # forward passes that encoding takes as long as, per calibration token, ...
-CANDIDATES_AS = 36_000.0  # ... and tokens of forward passes for what does not depend on the text
-TRIED_AS = 1.0  # the same for trying transforms, per token of calibration and search text
+ENCODED_AS = 9.5  # forward passes that encoding takes as long as, per calibration token, ...
+CANDIDATES_AS = 49_000.0  # ... and tokens of forward passes for what does not depend on the text
+TRIED_AS = 1.5  # the same for trying transforms, per token of calibration and search text
+DECODED_AS = 1.7  # time of a genome whose matrices are decoded first, over that of the others
 GROUP_SIZE = 32  # weights that share a scale in most types; for the choice of channel scales
 TINY = 1e-12  # nats: no matrix is free
 
@@ -82,11 +83,13 @@ class TypeMenu(Menu):
         self.imatrix = importance_for(source, self.options.imatrix, names) if self.options.imatrix else {}
 
     def effort(self) -> dict[str, float]:
-        calib, search = 1.0 * self.options.calib_tokens, 1.0 * self.options.search_tokens
+        calib = 1.0 * self.options.calib_tokens
         work = {"encode candidates": ENCODED_AS * calib + CANDIDATES_AS}
         if self.transforms is None:
-            work["transforms that help"] = TRIED_AS * (calib + search) + CANDIDATES_AS / 7
-        return {**work, **self.search_effort(len(self.menus))}
+            work["transforms that help"] = TRIED_AS * (calib + self.options.search_tokens) + CANDIDATES_AS / 7
+        search = self.search_effort(len(self.menus))
+        search[f"search of {self.title}"] *= DECODED_AS
+        return {**work, **search}
 
     def prepare(self, model: Model) -> None:
         source, device = model.source, self.setting.device

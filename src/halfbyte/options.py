@@ -31,9 +31,7 @@ def _transforms() -> tuple[str, ...]:
 
 
 def _quantisers() -> tuple[str, ...]:
-    from halfbyte.quant.base import QUANTISERS
-
-    return QUANTISERS.names()
+    return known_names("halfbyte.quant.quantisers")
 
 
 def _engines() -> tuple[str, ...]:

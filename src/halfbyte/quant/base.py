@@ -10,11 +10,10 @@ import torch
 
 from halfbyte.core.registry import Registry
 
-if TYPE_CHECKING:  # the names of the quantisers are asked for without torch
-    from halfbyte.quant.base import InputMoments
+if TYPE_CHECKING:
     from halfbyte.quant.int4 import GroupedWeight, ScaleRule
 
-    Encode = Callable[[InputMoments, int, object, ScaleRule], tuple[GroupedWeight, str]]
+    Encode = Callable[["InputMoments", int, object, ScaleRule], tuple[GroupedWeight, str]]
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,6 @@ TIERS = [
 TIER = {name: index for index, names in enumerate(TIERS) for name in names}
 # (module, what it needs of a higher tier): why. Nothing else may look up, and what is no longer true has to go.
 UPWARD = {
-    ("options", "quant"): "names of the weight quantisers, for --help",
     ("options", "transforms"): "names of the transforms, for --help",
     ("evaluate.measure_original", "targets"): "the original is written as a GGUF file before its speed is measured",
     ("report.model_card", "targets"): "which GPUs run a folder is a rule of its target",

@@ -1,4 +1,4 @@
-"""Search a mixed A4/A8 allocation over W4 weights and write the plan."""
+"""Search which layers of a W4 model get A4 and which A8, and write the plan."""
 
 from halfbyte.cli import run
 

@@ -39,7 +39,7 @@ def main() -> int:
         if code:
             return code
     print("\nA4/A8: KL to the original in nats per token, W4 weights, a budget of 6 activation bits on average\n")
-    print(allocations())
+    print(choices())
     print("\npictures:")
     for path in sorted(Path.cwd().glob("*.png")):
         print(f"  {path}")
@@ -47,11 +47,11 @@ def main() -> int:
     return 0
 
 
-def allocations() -> str:
+def choices() -> str:
     """Who got 8 bits, by whom: KL on the search text, and on text that the search has not seen."""
     search = load_plan(PLAN, with_codes=False).search
     rows = [[label, score, search["validation"][label]] for label, score in search["scores"].items()]
-    return text_table(["allocation", "search text", "validation text"], rows)
+    return text_table(["choice", "search text", "validation text"], rows)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def percent(share: float | None) -> str | None:
 
 def comparison(rows: Rows) -> str:
     """What ``compare_real_quant.py --json`` wrote."""
-    headers = ["model", "engine", "size", "load", "prompt tok/s", "gen tok/s", "speed-up", "peak memory", "ppl", "KLD"]
+    headers = ["model", "engine", "size", "load", "prompt tok/s", "gen tok/s", "speed-up", "peak memory", "ppl", "KL"]
     table = []
     for row in rows:
         measured, quality = row["measured"], row["quality"]
@@ -94,7 +94,7 @@ def comparison(rows: Rows) -> str:
                 percent(quality["top1_agreement"]),
             ]
         )
-    return markdown_table([*headers, "same top"], table)
+    return markdown_table([*headers, "top-1"], table)
 
 
 def simulation(rows: Rows) -> str:
@@ -104,7 +104,7 @@ def simulation(rows: Rows) -> str:
         quality = row["quality"]
         numbers = [row["mean_bits"], quality["ppl"], quality["kld_mean"], quality["kld_p99"]]
         table.append([row["name"], *map(significant, numbers), percent(quality["top1_agreement"])])
-    return markdown_table(["simulation", "mean A bits", "ppl", "KLD", "KLD 99%", "same top"], table)
+    return markdown_table(["simulation", "mean A bits", "ppl", "KL", "KL 99%", "top-1"], table)
 
 
 def accuracy_short(rows: Rows) -> str:

@@ -110,7 +110,7 @@ def test_a_front_is_a_plan_for_every_size(tiny_folder, here):
         assert plan.file["nbytes"] == front[ftype].cost <= plan.file["capacity"]
         assert plan.tensors == front[ftype].choice
     by_size = sorted(plans, key=lambda plan: plan.file["nbytes"])
-    losses = [plan.file["losses"]["plan"] for plan in by_size]
+    losses = [plan.file["validation"]["plan"] for plan in by_size]
     assert losses == sorted(losses, reverse=True)
     assert load_plan(here / "plan.Q4_K_M.json").tensors == load_plan(here / "plan.json").tensors
     assert (here / "plan.types-front.png").stat().st_size > 1000
@@ -157,7 +157,7 @@ def test_a_rotated_residual_stream_runs_in_llamacpp(tiny_folder, here):
     tokens = torch.arange(64).unsqueeze(0)
     with torch.no_grad():
         kl = kl_per_token(*(model(tokens).logits[0].log_softmax(-1) for model in (original, read))).mean()
-    assert float(kl) == pytest.approx(plan.file["losses"]["plan"], rel=0.5)
+    assert float(kl) == pytest.approx(plan.file["validation"]["plan"], rel=0.5)
 
 
 def test_scales_by_an_importance_matrix(tiny_folder, here):
@@ -173,7 +173,7 @@ def test_scales_by_an_importance_matrix(tiny_folder, here):
         run(folder, here / f"{name}.json", "gguf", **more, imatrix=imatrix).plan
         for name, imatrix in (("a", None), ("b", "own.gguf"), ("c", "other.gguf"))
     ]
-    losses = [plan.file["losses"]["plan"] for plan in plans]
+    losses = [plan.file["validation"]["plan"] for plan in plans]
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[2] > losses[0]
     assert plans[2].file["sha256"] != plans[0].file["sha256"]

@@ -50,7 +50,7 @@ class Answer:
 
 
 def search(options: SearchOptions, draw: Drawing) -> Answer:
-    """Search an allocation and write the plan."""
+    """Search a plan and write it."""
     from halfbyte.core.distributed import joined
     from halfbyte.core.environment import peak_process_memory
     from halfbyte.pipeline import search as run

@@ -159,14 +159,14 @@ class SearchOptions(ModelOptions):
     ctx: int = option(512, "tokens per window of calibration and search text", TEXT, metavar="N")
     calib_tokens: int = option(
         0,
-        "tokens for calibration, at most; shorter texts are used whole; 0 is 32768 on an accelerator, fewer on a CPU",
+        "tokens for calibration, at most; shorter texts are used whole; 0 is 32768 on an accelerator, 4096 on a CPU",
         TEXT,
         metavar="N",
     )
     search_tokens: int = option(
         0,
         "tokens to compare candidates on; as many of other text decide between the best; 0 is 4096 on an accelerator, "
-        "fewer on a CPU",
+        "256 on a CPU",
         TEXT,
         metavar="N",
     )
@@ -181,7 +181,8 @@ class ExportOptions(CommandOptions):
     policy: str = option(
         "auto",
         "budget: the types that were searched; tiered: A8 layers in Q8_0 from the original weights, A4 layers in Q4_0; "
-        "exact: every layer Q4_0, as simulated; auto is budget where the plan has types, else tiered",
+        "exact: every layer Q4_0, as simulated; auto is budget where the plan has types, exact "
+        "with --weights_from or without A8 layers, else tiered",
         choices=("auto", "budget", "tiered", "exact"),
     )
     embedding_type: str = option("Q8_0", "type of the token embedding (exact, tiered)", choices=TOP_TYPES)
@@ -212,7 +213,7 @@ class CompareOptions(ScoreOptions):
 
     config: str = option(DEFAULT_PLAN, "the plan, for the model and the text it has not seen", metavar="FILE")
     max_tokens: int = option(200, "tokens to generate", metavar="N")
-    skip_original: bool = option(False, "leave the original out: no download, no KLD, no speed-up")
+    skip_original: bool = option(False, "leave the original out: no download, no KL, no speed-up")
     q4km_path: str | None = option(None, "Q4_K_M file; default models/<Model>-Q4_K_M.gguf", metavar="P")
     mixed_path: str | None = option(None, "our file; default models/<model>-mixed.gguf", metavar="P")
     model_id: str | None = option(

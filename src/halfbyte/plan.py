@@ -199,32 +199,23 @@ def load_codes(path: str | Path) -> Codes:
     Raises:
         HalfbyteError: the file is missing, truncated or corrupt.
     """
-    from safetensors import SafetensorError, safe_open
-
     from halfbyte.quant.balance import LowRank
+    from halfbyte.quant.ggml.encoded import open_tensors
     from halfbyte.quant.int4 import PackedWeight
 
     codes = Codes({}, {}, {})
-    try:
-        with safe_open(path, framework="pt") as handle:
-            for name in handle.keys():  # noqa: SIM118 - not a dict
-                if name.endswith(".codes"):
-                    layer = name.removesuffix(".codes")
-                    scales = handle.get_tensor(f"{layer}.scales")
-                    codes.weights[layer] = PackedWeight(handle.get_tensor(name), scales)
-                elif name.endswith(".basis"):
-                    first = name.removesuffix(".basis")
-                    codes.low_rank[first] = LowRank(handle.get_tensor(name), handle.get_tensor(f"{first}.gain"))
-                elif name.endswith(CHANNEL_SCALES):
-                    codes.channel_scales[name.removesuffix(CHANNEL_SCALES)] = handle.get_tensor(name)
-                elif not name.endswith((".scales", ".gain")):
-                    codes.parameters[name] = handle.get_tensor(name)
-    except FileNotFoundError as error:
-        raise HalfbyteError(f"{path}: codes file is missing", fix="keep it beside the plan, or search again") from error
-    except (SafetensorError, OSError) as error:
-        raise HalfbyteError(
-            f"{path}: codes file is truncated or corrupt, got {first_line(error)}", fix="search again"
-        ) from error
+    with open_tensors(path, "codes file", missing="keep it beside the plan, or search again") as handle:
+        for name in handle.keys():  # noqa: SIM118 - not a dict
+            if name.endswith(".codes"):
+                layer = name.removesuffix(".codes")
+                codes.weights[layer] = PackedWeight(handle.get_tensor(name), handle.get_tensor(f"{layer}.scales"))
+            elif name.endswith(".basis"):
+                first = name.removesuffix(".basis")
+                codes.low_rank[first] = LowRank(handle.get_tensor(name), handle.get_tensor(f"{first}.gain"))
+            elif name.endswith(CHANNEL_SCALES):
+                codes.channel_scales[name.removesuffix(CHANNEL_SCALES)] = handle.get_tensor(name)
+            elif not name.endswith((".scales", ".gain")):
+                codes.parameters[name] = handle.get_tensor(name)
     return codes
 
 

@@ -129,7 +129,7 @@ class ActivationMenu(Menu):
             budget_asked=options.target_compression,
             budget_reached=mean_bits_fraction(self.units, [A_BITS[gene] for gene in found.genome]),
             transforms=self.recipe.transforms,
-            search={**self._record, **_summary(found), "generations": len(found.history)},
+            search={**self._record, **found.record(), "generations": len(found.history)},
             codes_sha256=sha256(workdir.codes),
         )
 
@@ -217,18 +217,6 @@ class ActivationMenu(Menu):
             **model.tokens,
             **taken,
         }
-
-
-def _summary(found: Found) -> dict[str, object]:
-    return {
-        "scores": dict(found.search_scores),
-        "validation": dict(found.validation_scores),
-        "winner": found.winner,
-        "evaluations": found.evaluations,
-        "finalists": found.finalists,
-        "ties": found.ties,
-        "noise_floor": found.noise_floor,
-    }
 
 
 def _layer_bits(units: Sequence[Unit], found: Found) -> Mapping[str, int]:

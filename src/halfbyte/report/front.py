@@ -12,7 +12,7 @@ from halfbyte.report.plots import DOTS_PER_INCH, LINE_COLOURS, SEARCH_COLOUR, sa
 
 
 def front_plot(path: str | Path, points: Sequence[Mapping[str, float]], *, title: str, chosen: float) -> None:
-    """Write a PNG of the validated KL of each budget's best allocation, and of its knapsack.
+    """Write a PNG of the validated KL of each budget's best choice, and of its knapsack.
 
     Args:
         path: the PNG file, written whole or not at all; an existing one is replaced.

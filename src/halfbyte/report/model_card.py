@@ -113,7 +113,7 @@ def _measured(plan: Plan) -> list[str]:
         "KL(original ‖ quantised) of next-token distributions, nats per token, in halfbyte's PyTorch simulation of "
         "this folder; an engine is not part of it. Validation text is none that the search compared candidates on.",
         "",
-        markdown_table(["allocation", "search text", "validation text"], rows),
+        markdown_table(["choice", "search text", "validation text"], rows),
         "",
     ]
 

@@ -96,13 +96,7 @@ def _made_by(plan: Plan) -> dict[str, Any]:
 def _history(plan: Plan, found: Found) -> dict[str, Any]:
     return {
         "made_by": _made_by(plan),
-        "scores": dict(found.search_scores),
-        "validation": dict(found.validation_scores),
-        "winner": found.winner,
-        "evaluations": found.evaluations,
-        "finalists": found.finalists,
-        "ties": found.ties,
-        "noise_floor": found.noise_floor,
+        **found.record(),
         "generations": [asdict(generation) for generation in found.history],
     }
 

@@ -38,8 +38,8 @@ COMPARISON_HEADERS = (
     "speed-up",
     "peak memory",
     "ppl",
-    "KLD",
-    "same top",
+    "KL",
+    "top-1",
 )
 
 
@@ -109,7 +109,7 @@ def export_summary(result: ExportResult) -> str:
     if result.kl is not None and result.top1 is not None:
         lines.append(
             f"checked: {len(result.rows)} tensors read back, {result.exact} matrices hold exactly what was searched; "
-            f"llama.cpp against {what}: KL {result.kl:.2g} nats per token, same top token {_percent(result.top1)}"
+            f"llama.cpp against {what}: KL {result.kl:.2g} nats per token, top-1 {_percent(result.top1)}"
         )
     lines.append(
         "llama.cpp computes with 8-bit activations, whatever the plan's A4/A8 choice: a file chooses weight types."
@@ -138,7 +138,7 @@ def comparison_summary(comparison: Comparison) -> str:
     """One line per model that was measured, the reason for each one that is missing, and the sample texts."""
     rows = comparison.rows
     against = (
-        "; KLD and top-1 against the F16 original in llama.cpp, speed-up over its generation"
+        "; KL and top-1 against the F16 original in llama.cpp, speed-up over its generation"
         if comparison.against_original
         else ""
     )
@@ -193,7 +193,7 @@ def simulation_summary(result: SimulationResult) -> str:
     plan, tokens = result.plan, result.rows[0].quality.tokens
     return "\n".join(
         [
-            text_table(["simulation", "mean A bits", "ppl", "KLD", "KLD 99%", "same top"], rows),
+            text_table(["simulation", "mean A bits", "ppl", "KL", "KL 99%", "top-1"], rows),
             f"plan {plan.hash}, text {result.text}, {tokens} tokens, seed {plan.seed}, {result.versions['device']}",
             *(f"\n[{row.name}] {row.sample}" for row in result.rows),
         ]
@@ -203,9 +203,10 @@ def simulation_summary(result: SimulationResult) -> str:
 def evaluation_summary(result: Evaluation) -> str:
     """The numbers on one line, and what they are about."""
     quality = result.quality
-    keys = ("ppl", "ppl_reference", "kld_mean", "kld_p99", "top1_agreement", "tokens")
+    headers = ["ppl", "ppl of the reference", "KL", "KL 99%", "top-1", "tokens"]
+    cells: list[Cell] = [quality.ppl, quality.ppl_reference, quality.kld_mean, quality.kld_p99]
     lines = [
-        text_table(keys, [[getattr(quality, key) for key in keys]]),
+        text_table(headers, [[*cells, _percent(quality.top1_agreement), quality.tokens]]),
         f"{result.evaluated} in {result.engine}, text {result.text}",
     ]
     if result.tokenizers_agree is False:

@@ -45,3 +45,15 @@ class Found:
     evaluations: int
     history: Sequence[Generation]
     front: Mapping[str, Found] = field(default_factory=dict)
+
+    def record(self) -> dict[str, object]:
+        """What plans and reports say of the search, in types that JSON has."""
+        return {
+            "scores": dict(self.search_scores),
+            "validation": dict(self.validation_scores),
+            "winner": self.winner,
+            "evaluations": self.evaluations,
+            "finalists": self.finalists,
+            "ties": self.ties,
+            "noise_floor": self.noise_floor,
+        }

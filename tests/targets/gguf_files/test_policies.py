@@ -108,7 +108,7 @@ def test_a_plan_without_a8_layers_is_exact(tiny_folder, here):
 def test_plans_that_have_not_what_a_policy_writes(tiny_folder, here):
     """Codes files of older versions have no channel scales; a checkpoint's codes are not of our weights."""
     plan_for(tiny_folder("llama"), target="gguf", weights="rtn")
-    with pytest.raises(HalfbyteError, match="the plan has no types; search with --spaces ggml"):
+    with pytest.raises(HalfbyteError, match="the plan has no types; search with --spaces types"):
         export("budget")
     codes = load_codes(codes_path(PLAN))
     codes.channel_scales.clear()

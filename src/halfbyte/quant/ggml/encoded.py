@@ -6,7 +6,8 @@ A folder has one file per block; the tensor ``NAME|TYPE`` holds the encoded rows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -34,6 +35,27 @@ def save_tensors(path: str | Path, tensors: Mapping[str, torch.Tensor], form: st
             raise write_error(OSError(28 if full else 5, str(error)), path) from error
 
 
+@contextmanager
+def open_tensors(path: str | Path, what: str, *, missing: str) -> Iterator[safe_open]:
+    """A safetensors file, mapped; it can be used after the block too.
+
+    Args:
+        what: the file in messages ("codes file").
+        missing: what to do where there is none.
+
+    Raises:
+        HalfbyteError: it is missing, truncated or corrupt.
+    """
+    try:
+        yield safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise HalfbyteError(f"{path}: {what} is missing", fix=missing) from error
+    except (SafetensorError, OSError) as error:
+        raise HalfbyteError(
+            f"{path}: {what} is truncated or corrupt, got {first_line(error)}", fix="search again"
+        ) from error
+
+
 def save_encoded(
     path: Path, encoded: Mapping[tuple[str, str], torch.Tensor], extra: Mapping[str, torch.Tensor]
 ) -> None:
@@ -59,20 +81,13 @@ class Encoded:
         Raises:
             HalfbyteError: it is missing, truncated or corrupt.
         """
-        try:
-            handle = safe_open(path, framework="pt")
+        with open_tensors(path, "file of encoded weights", missing="search again") as handle:
             for name in handle.keys():  # noqa: SIM118 - not a dict
                 if SEPARATOR in name:
                     matrix, _, kind = name.rpartition(SEPARATOR)
                     self._files[matrix, kind] = handle
                 else:
                     self.extra[name] = handle.get_tensor(name)
-        except FileNotFoundError as error:
-            raise HalfbyteError(f"{path}: encoded weights are missing", fix="search again") from error
-        except (SafetensorError, OSError) as error:
-            raise HalfbyteError(
-                f"{path}: encoded weights are truncated or corrupt, got {first_line(error)}", fix="search again"
-            ) from error
 
     def rows(self, name: str, kind: str) -> torch.Tensor:
         """Encoded rows of matrix ``name`` as type ``kind``, uint8 ``[rows, row bytes]``."""

@@ -129,7 +129,7 @@ def policy_of(plan: Plan, options: ExportOptions) -> str:
     if policy == "budget":
         if not plan.tensors:
             raise HalfbyteError(
-                f"{options.config}: the plan has no types", fix="search with --spaces ggml, or use --policy tiered"
+                f"{options.config}: the plan has no types", fix="search with --spaces types, or use --policy tiered"
             )
         return policy
     need_activations(plan, options.config)
@@ -238,7 +238,7 @@ def summary(plan: Plan, policy: str) -> dict[str, str | int | float]:
         "version": plan.versions.get("halfbyte", ""),
     }
     if policy == "budget":
-        values["plan.types_kl"] = float(plan.file["losses"]["plan"])
+        values["plan.types_kl"] = float(plan.file["validation"]["plan"])
     return values
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from common import Row, Rows, arguments, load_model, parse, run
 
-from halfbyte.calibration.windows import first_scored
+from halfbyte.calibration.windows import scored_tokens
 from halfbyte.core.device import device_name, resolve_device
 from halfbyte.evaluate.quality import LogitsFile, Quality, live, measure, model_logits, windows_for
 from halfbyte.models.layers import layers_of, units_of
@@ -88,7 +88,7 @@ class Bench:
         self.windows = windows_for(source, loaded.text.parts["eval"], ctx, options.windows, where="eval text")
         self.reference = reference(source.model, source.family, self.search, device=self.device)
         self.tied = is_tied(source.model, source.family)
-        scored = ctx - first_scored(ctx) - 1
+        scored = scored_tokens(ctx)
         self.kept = LogitsFile(scratch / "reference", vocabulary(source.model, source.family), scored)
         source.model.to(self.device)
         self.kept.write(self.windows, model_logits(source.model), "reference")

@@ -17,7 +17,7 @@ from typing import Any
 from common import machine, run
 
 from halfbyte.calibration.text import pydoc_text
-from halfbyte.calibration.windows import first_scored
+from halfbyte.calibration.windows import scored_tokens
 from halfbyte.core.environment import cores
 from halfbyte.evaluate.quality import LogitsFile, measure
 from halfbyte.evaluate.worker import run_worker
@@ -82,7 +82,7 @@ def main() -> int:
         text.write_text(pydoc_text()[:60_000], encoding="utf-8")
         by_tool(options.tool, options.reference, text, base, options.chunks, is_reference=True)
         reference = by_us(options.reference, text, folder, options.chunks)
-        size = 512 - first_scored(512) - 1
+        size = scored_tokens(512)
         for path in options.files:
             theirs = by_tool(options.tool, path, text, base, options.chunks, is_reference=False)
             ours = by_us(path, text, folder, options.chunks)

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from halfbyte.calibration.imatrix import matrices, measure_importance
 from halfbyte.calibration.imatrix_file import check_for, read_imatrix, write_imatrix
-from halfbyte.calibration.windows import first_scored
+from halfbyte.calibration.windows import scored_tokens
 from halfbyte.core.files import check_output
 from halfbyte.engines import open_engine
 from halfbyte.evaluate.quality import LogitsFile, measure
@@ -152,7 +152,7 @@ class Ruler:
 
     @staticmethod
     def _logits(run: Row) -> LogitsFile:
-        return LogitsFile(Path(run["logits_file"]), run["vocab"], CTX - first_scored(CTX) - 1)
+        return LogitsFile(Path(run["logits_file"]), run["vocab"], scored_tokens(CTX))
 
 
 def speed_of(path: Path) -> Callable[[], Sequence[float]]:

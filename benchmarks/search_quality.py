@@ -149,7 +149,7 @@ class Bench:
         generations = max(1, round((options.evaluations - options.population) / (options.population - 2)))
         settings = GeneticSettings(population=options.population, generations=generations)
         found: dict[str, Found] = {
-            "MSE knapsack": (menu.problem.knapsack([(error, 0.0) for error in errors]), 0.0),
+            "MSE knapsack": (menu.problem.with_losses([(error, 0.0) for error in errors]).knapsack(), 0.0),
             "best start": (self.validated(starts.values()), of_units),
         }
         for label, genome in starts.items():

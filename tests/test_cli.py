@@ -78,7 +78,7 @@ def test_simulated_weights_are_the_exported_weights(tiny_folder, here):
     source = load_for_plan(plan, None, device="cpu", dtype="fp32")
     codes = load_codes(codes_path("plan.json"))
     assert any(bool((weight.scales < 0).any()) for weight in codes.weights.values())
-    become_simulation_(source, codes, plan.layers, plan.transforms)
+    become_simulation_(source, codes, plan.layers)
     tensors = {tensor.name: tensor for tensor in GGUFReader("m.gguf").tensors}
     for name in plan.layers:
         tensor = tensors[source.family.gguf_name(f"{name}.weight")]
@@ -203,11 +203,13 @@ def test_missing_rows_are_named_and_the_others_run(tiny_folder, here, capsys):
 def test_eval_is_one_ruler(what, tiny_folder, here):
     folder = tiny_folder("llama")
     Path("text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 200)
-    arguments = ["--model_id", str(folder), "--text", "text.txt", "--ctx", "64", "--chunks", "3", "--json", "out.json"]
+    arguments = ["--text", "text.txt", "--ctx", "64", "--chunks", "3", "--json", "out.json"]
     if what != "model":
         assert search(folder) == 0
     if what == "plan":
-        arguments += ["--config", "mixed_precision_config.pt"]
+        arguments += ["--config", "mixed_precision_config.pt"]  # it knows its model
+    else:
+        arguments += ["--model_id", str(folder)]
     if what == "gguf":
         assert cli.run("export", ["--output", "m.gguf"]) == 0
         arguments += ["--gguf", "m.gguf"]

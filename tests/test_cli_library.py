@@ -30,7 +30,7 @@ def here(tmp_path, monkeypatch):
 
 def test_the_library_does_what_the_commands_do(tiny_folder, here):
     """The calls of the README, on a tiny model."""
-    folder = str(tiny_folder("llama"))
+    folder = tiny_folder("llama")
     quick = {"device": "cpu", "calib": "pydoc", "ctx": 64, "calib_tokens": 128, "search_tokens": 128}
     quantised = halfbyte.quantize(folder, output="plan.json", spaces="types", ga_pop=6, ga_gen=3, **quick)
     assert quantised.path == Path("plan.json")
@@ -86,3 +86,10 @@ def test_the_library_refuses_what_it_does_not_know(here):
         halfbyte.export("plan.json", "m.gguf", json="x.json")
     with pytest.raises(halfbyte.HalfbyteError, match="no such plan"):
         halfbyte.load_plan("missing.json")
+
+
+def test_an_option_of_another_type_is_refused():
+    with pytest.raises(halfbyte.HalfbyteError, match="quantize: size is of another type, expected str, got int 4000"):
+        halfbyte.quantize("demo", size=4000)
+    with pytest.raises(halfbyte.HalfbyteError, match="quantize: ga_pop is of another type, expected int, got str '4'"):
+        halfbyte.quantize("demo", ga_pop="4")

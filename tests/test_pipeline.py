@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import pytest
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.menus.activations import ActivationMenu
+from halfbyte.menus.types import TypeMenu
 from halfbyte.models.layers import layers_of
 from halfbyte.plan import load_codes, load_plan
+from halfbyte.quant.quant_linear import QuantLinear
 from tests.searches import options, run, same
 
 STARTS = {"rule", "KL knapsack", "Fisher knapsack", "KL + Fisher knapsack"}
@@ -72,12 +77,14 @@ def test_other_text_decides(searched):
     assert len(found.history) == about["generations"]
 
 
-@pytest.mark.parametrize("fitness", ["mse", "fisher"])
-def test_layer_errors_as_the_score(tiny_folder, tmp_path, fitness):
+@pytest.mark.parametrize(("fitness", "label"), [("mse", "MSE knapsack"), ("fisher", "Fisher knapsack")])
+def test_layer_errors_as_the_score(tiny_folder, tmp_path, fitness, label):
     made = {"weights": "rtn", "fitness": fitness, "granularity": "layer"}
     result = run(tiny_folder("llama"), tmp_path / "plan.json", "sim", **made)
     found = result.found["activations"]
-    assert found.search_scores["plan"] <= min(found.search_scores[label] for label in ("rule", "KL knapsack"))
+    assert found.search_scores["plan"] <= min(found.search_scores[label] for label in ("rule", label))
+    assert set(found.search_scores) == {"rule", label, "all A8", "all A4", "plan"}
+    assert found.winner == label  # the knapsack is exact for a sum of layer errors
     assert not found.validation_scores
     packed = run(tiny_folder("llama"), tmp_path / "packed.json", "sim", **made, codes="packed")
     assert packed.plan.layers == result.plan.layers
@@ -115,6 +122,40 @@ def test_what_is_refused_before_any_work(tiny_folder, tmp_path, monkeypatch, mor
     with pytest.raises(HalfbyteError, match=match):
         run(tiny_folder("llama"), **{"output": "plan.json", "target": "sim", **more})
     assert not list(tmp_path.iterdir())
+
+
+def test_one_menu_at_a_time_has_its_model_in_memory(tiny_folder, tmp_path, monkeypatch):
+    layers: weakref.WeakSet[QuantLinear] = weakref.WeakSet()
+    left = []
+
+    def of_activations(self, workdir, search=ActivationMenu.search):
+        layers.update(part for part in self.on_search_text.model.modules() if isinstance(part, QuantLinear))
+        left.append(len(layers))
+        return search(self, workdir)
+
+    def of_types(self, model, prepare=TypeMenu.prepare):
+        gc.collect()
+        left.append(len(layers))
+        prepare(self, model)
+
+    monkeypatch.setattr(ActivationMenu, "search", of_activations)
+    monkeypatch.setattr(TypeMenu, "prepare", of_types)
+    run(tiny_folder("llama"), tmp_path / "plan.json", "gguf", weights="rtn", transforms="none")
+    assert left == [14, 0]
+
+
+def test_a_report_that_cannot_be_written_leaves_no_report(tiny_folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    model = tiny_folder("llama")
+    monkeypatch.setattr("halfbyte.menus.types.write_type_reports", full)
+    with pytest.raises(OSError, match="No space"):
+        run(model, tmp_path / "plan.json", "gguf", weights="rtn", transforms="none")
+    assert [path for path in tmp_path.iterdir() if path.is_file()] == []
+    monkeypatch.undo()
+    run(model, tmp_path / "plan.json", "gguf", weights="rtn", transforms="none", resume=True)
+    assert (tmp_path / "plan.types.csv").is_file()
 
 
 def test_nothing_is_overwritten_without_being_asked(searched, tiny_folder):

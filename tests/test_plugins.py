@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import halfbyte
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.modules import linear
 from halfbyte.plan import load_codes, load_plan
@@ -20,7 +21,6 @@ class Toaster(Target):
     """Hardware that nobody has: symmetric activation codes, and a transform of its own by default."""
 
     name = "toaster"
-    about = "a toaster"
     recipe = Recipe(symmetric=True, clip=False)
     best = "none"
 
@@ -28,8 +28,8 @@ class Toaster(Target):
         if len(layers) > 100:
             raise HalfbyteError(f"{layers[100].name}: a toaster has no room for it", fix="use a larger toaster")
 
-    def write(self, plan, options):
-        return f"toast of {plan.hash}"
+    def export(self, options):
+        return f"toast of {load_plan(options.config).hash} in {options.output}"
 
 
 def halves(moments, group_size, where, rule):
@@ -66,7 +66,7 @@ def test_a_target_and_a_quantiser_from_outside(registered, tiny_folder, tmp_path
     for name, weight in ours.items():
         assert torch.equal(weight.packed, theirs[name].packed)
         assert torch.allclose(2 * weight.scales.float(), theirs[name].scales.float(), rtol=2e-3)
-    assert TARGETS[plan.target].write(plan, None) == f"toast of {plan.hash}"
+    assert halfbyte.export(tmp_path / "plan.json", "out") == f"toast of {plan.hash} in out"
 
 
 def test_a_target_refuses_before_any_work(registered, tiny_folder, tmp_path, monkeypatch):
@@ -90,7 +90,6 @@ def test_a_transform_from_outside(registered, tiny_folder, tmp_path):
     """It turns two channels between up and down around; codes follow, answers do not."""
 
     class Swap(Transform):
-        about = "two channels of the MLP change places"
         order = 1
 
         def fold_block_(self, block, family, head_dim) -> None:

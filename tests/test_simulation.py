@@ -61,7 +61,7 @@ def test_a_plan_of_version_1_is_simulated(tiny, tmp_path):
 
     plan = load_plan(path)
     fresh = load_for_plan(plan, None, device="cpu", dtype="fp32")
-    become_simulation_(fresh, load_codes(codes_path(path)), plan.layers, plan.transforms)
+    become_simulation_(fresh, load_codes(codes_path(path)), plan.layers)
     set_activation_bits_(fresh.model, plan_bits(plan))
     ids = torch.randint(800, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -81,7 +81,7 @@ def test_a_folded_checkpoint_with_activations(tiny_folder, here, capsys):
     assert {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"} < set(parameters)
     source = load_for_plan(plan, None, device="cpu", dtype="fp32")
     before = logits(source.model)
-    become_simulation_(source, load_codes(codes_path(PLAN)), plan.layers, plan.transforms)
+    become_simulation_(source, load_codes(codes_path(PLAN)), plan.layers)
     for name, value in source.model.named_parameters():
         layer = name.removesuffix(".weight")
         expected = made.decoded(layer) if layer in made.codes else made.model.get_parameter(name)

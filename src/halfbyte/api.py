@@ -61,7 +61,7 @@ class Quantized:
         return compare(self, **options)
 
 
-def quantize(model_id: str, *, target: str = "gguf", **options: Any) -> Quantized:
+def quantize(model_id: str | Path, *, target: str = "gguf", **options: Any) -> Quantized:
     """Search a plan for a model and write it, with its codes and reports beside it.
 
     Args:
@@ -111,7 +111,7 @@ def export(
 
     at_hand = plan if isinstance(plan, Quantized) else load_plan(plan)
     target = TARGETS.find(at_hand.plan.target, where=at_hand.path)
-    given = {"config": str(at_hand.path), "output": None if output is None else str(output), **options}
+    given = {"config": at_hand.path, "output": output, **options}
     return target.export(options_of(target.export_options, given, where="export"))
 
 
@@ -131,7 +131,7 @@ def simulate(plan: Quantized | str | Path, **options: Any) -> SimulationResult:
 
 
 def evaluate(
-    model_id: str,
+    model_id: str | Path,
     *,
     plan: Quantized | str | Path | None = None,
     gguf: str | Path | None = None,
@@ -151,8 +151,7 @@ def evaluate(
     from halfbyte.evaluate.evaluate import evaluate as run
 
     given = {"model_id": model_id, "config": None if plan is None else _path(plan)}
-    file = None if gguf is None else str(gguf)
-    return run(options_of(EvalOptions, {**given, "gguf": file, **options}, where="evaluate"))
+    return run(options_of(EvalOptions, {**given, "gguf": gguf, **options}, where="evaluate"))
 
 
 def compare(plan: Quantized | str | Path | None = None, **options: Any) -> Comparison:
@@ -171,5 +170,5 @@ def compare(plan: Quantized | str | Path | None = None, **options: Any) -> Compa
     return run(options_of(CompareOptions, {**given, **options}, where="compare"))
 
 
-def _path(plan: Quantized | str | Path) -> str:
-    return str(plan.path if isinstance(plan, Quantized) else plan)
+def _path(plan: Quantized | str | Path) -> str | Path:
+    return plan.path if isinstance(plan, Quantized) else plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar
@@ -94,13 +95,23 @@ def options_of(kind: type[Kind], given: Mapping[str, Any], *, where: str) -> Kin
         where: the function, for messages.
 
     Raises:
-        HalfbyteError: an unknown name, or a value that is not allowed.
+        HalfbyteError: an unknown name, or a value of another type or that is not allowed.
     """
-    known = sorted(item.name for item in fields(kind) if item.name != "json")  # only the commands write that
-    for name in given:
+    known = {item.name: item for item in fields(kind) if item.name != "json"}  # only the commands write that
+    values = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    for name, value in values.items():
         if name not in known:
-            raise HalfbyteError(f"{where}: unknown option {name}, expected one of {', '.join(known)}")
-    return kind(**given)
+            raise HalfbyteError(f"{where}: unknown option {name}, expected one of {', '.join(sorted(known))}")
+        wanted = _type_of(known[name])
+        allowed = (float, int) if wanted is float else (wanted,)
+        if not isinstance(value, allowed) and (value is not None or known[name].default is not None):
+            got = f"{type(value).__name__} {value!r}"
+            raise HalfbyteError(f"{where}: {name} is of another type, expected {wanted.__name__}, got {got}")
+    return kind(**values)
+
+
+def _type_of(item: Field[Any]) -> type:
+    return str if item.default is None else type(item.default)
 
 
 def add_arguments(parser: argparse.ArgumentParser, options: type[Options]) -> None:
@@ -119,7 +130,7 @@ def _add_flag(parser: argparse._ActionsContainer, item: Field[Any]) -> None:
         parser.add_argument(f"--{item.name}", action=action, default=item.default, help=text)
         return
     settings: dict[str, Any] = {
-        "type": type(item.default) if item.default is not None else str,
+        "type": _type_of(item),
         "choices": choices_of(item) or None,
         "metavar": item.metadata["metavar"],
     }

@@ -238,8 +238,11 @@ class SimulateOptions(ScoreOptions):
 class EvalOptions(ScoreOptions):
     """``halfbyte eval``."""
 
-    model_id: str = option(
-        DEFAULT_MODEL, "the reference: Hugging Face id, local folder, .gguf file, or demo", metavar="M"
+    model_id: str | None = option(
+        None,
+        "the reference: Hugging Face id, local folder, .gguf file, or demo; "
+        f"default: the plan's model, else {DEFAULT_MODEL}",
+        metavar="M",
     )
     config: str | None = option(None, "evaluate this plan (simulation)", metavar="C")
     gguf: str | None = option(None, "evaluate this file in llama.cpp", metavar="G")

@@ -110,10 +110,14 @@ def search(options: SearchOptions) -> SearchResult:
             seed=options.seed,
             versions=made_with(source),
         )
+        del source  # each menu changes the model that it gets; only one is in memory at a time
         found: dict[str, Found] = {}
         for at, (name, menu) in enumerate(menus.items()):
-            menu.prepare(model if at == 0 else model.loaded_anew(setting))
+            if at > 0:
+                model = model.loaded_anew(setting)
+            menu.prepare(model)
             found[name] = menu.search(workdir)
+            menu.release()
         written = None
         if processes().first:
             written = _write(output, plan, menus, found, workdir)
@@ -142,14 +146,15 @@ def _write(
     for name, menu in menus.items():
         plan = menu.into_plan(plan, found[name], workdir)
         outcomes += menu.outcomes(plan, found[name])
-    left = [menu.write(output, plan, outcomes, found[name], workdir) for name, menu in menus.items()]
-    moved = [pair for written in left for pair in written.moved]
-    plans = {output: plan}
-    for written in left:
-        plans |= written.plans
-    reports = [path for written in left for path in written.reports]
+    reports: list[Path] = []
+    moved: list[tuple[Path, Path]] = []
+    plans: dict[Path, Plan] = {output: plan}
     saved: list[Path] = []
     try:
+        for name, menu in menus.items():
+            written = menu.write(output, plan, outcomes, found[name], workdir, reports)
+            moved += written.moved
+            plans |= written.plans
         for here, there in moved:
             here.replace(there)
         for path, one in reversed(plans.items()):

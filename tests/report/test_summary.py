@@ -25,9 +25,8 @@ PLAN = Plan(
 )
 
 
-def found(menu: str, **changes) -> Found:
+def found(**changes) -> Found:
     values = {
-        "menu": menu,
         "genome": (0, 1),
         "choice": {"a": 8, "b": 4},
         "cost": 1_500_000,
@@ -52,7 +51,7 @@ def said(**menus: Found) -> str:
 
 
 def test_both_menus_of_a_search():
-    text = said(activations=found("activations"), types=found("types"))
+    text = said(activations=found(), types=found())
     assert "1 of 2 layers A8, mean activation bits 6.00 (budget 6.40)" in text
     assert "1.5 MB of 2.0 MB for 3 matrices: 2 Q4_K, 1 Q6_K" in text
     assert text.count("genetic search; 2 of 5 finalists are ties on the validation text (noise floor 0.001)") == 2
@@ -63,7 +62,7 @@ def test_both_menus_of_a_search():
 
 
 def test_a_search_without_validation():
-    text = said(activations=found("activations", validation_scores={}))
+    text = said(activations=found(validation_scores={}))
     assert "validation" not in text
     assert "matrices" not in text
 

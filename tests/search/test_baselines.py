@@ -31,7 +31,6 @@ def test_the_rule_has_its_own_threshold_at_the_edges_and_ignores_the_budget():
     problem = activation_problem((1, 1, 1, 1), 0.5, (1, 1, 1, 1))
     edges = (True, False, False, True)
     assert rule_genome(problem, (2.0, 2.0, 3.0, 1.5), edges) == (1, 0, 1, 0)
-    assert rule_genome(problem, (2.0, 2.0, 3.0, 1.5), edges, threshold=1.0, edge_threshold=9.0) == (0, 1, 1, 0)
 
 
 def test_the_rule_takes_the_last_format_of_longer_menus():

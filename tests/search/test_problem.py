@@ -97,9 +97,9 @@ def test_the_knapsack_beats_greedy_where_greedy_is_wrong():
 def test_the_knapsack_of_other_losses_is_filled_by_them():
     problem = problem_of([(0, 3), (0, 3), (0, 2)], [(9, 0), (1, 0), (1, 0)], 5)
     assert problem.knapsack() == (1, 0, 1)
-    assert problem.knapsack([(1, 0), (9, 0), (1, 0)]) == (0, 1, 1)
+    assert problem.with_losses([(1, 0), (9, 0), (1, 0)]).knapsack() == (0, 1, 1)
     with pytest.raises(HalfbyteError, match="unit 1: losses must not be negative, nor rise"):
-        problem.knapsack([(1, 0), (0, 9), (1, 0)])
+        problem.with_losses([(1, 0), (0, 9), (1, 0)]).knapsack()
 
 
 def by_integer_programming(problem) -> float:

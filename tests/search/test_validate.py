@@ -160,12 +160,6 @@ def test_ties_go_by_both_texts_together():
     assert strict.winner == genome(0)
 
 
-def test_a_preferred_finalist_wins_a_tie_and_nothing_else():
-    validation, search = arrays([0.1, 0.1001, 0.3]), arrays([0.1, 0.2, 0.0], seed=1)
-    assert choose(validation, search).winner == genome(0)
-    assert choose(validation, search, prefer=[genome(2), genome(1)]).winner == genome(1)
-
-
 def test_texts_count_by_their_length():
     choice = choose(arrays([0.1, 0.1001]), arrays([0.1001, 0.1], seed=1, windows=4), z=9.0)
     assert choice.winner == genome(0)

@@ -6,21 +6,29 @@ import copy
 
 import torch
 
+from halfbyte.core.registry import Registry
 from halfbyte.models.modules import linear
 from halfbyte.transforms import TRANSFORMS, Transform, in_order
 
 
-def test_each_says_what_it_is():
-    assert all(known.about for known in TRANSFORMS.values())
+def test_what_is_folded_and_what_needs_a_head_of_its_own():
     folded = [name for name in TRANSFORMS if not TRANSFORMS[name].at_run_time]
     assert sorted(folded) == ["r1", "r2", "smooth"]
     assert [known.needs_untied_head for known in in_order(("r2", "r1", "smooth"))] == [False, True, False]
 
 
+def test_a_hyphen_is_as_good_as_an_underscore():
+    known: Registry[int] = Registry("engine", "halfbyte.engines", "ENGINE")
+    known.register("my_engine", 1)
+    known.register("llama-cpp-python", 2)
+    assert [known[name] for name in ("my_engine", "my-engine", "llama_cpp_python")] == [1, 1, 2]
+    assert known.names().count("llama-cpp-python") == 1
+    known.unregister("my-engine")
+    assert "my_engine" not in known
+
+
 class Reversed(Transform):
     """The channels between up and down in reverse order: the function is the same."""
-
-    about = "a transform of this test"
 
     def fold_block_(self, block, family, head_dim):
         for part in ("mlp.gate_proj", family.up):

@@ -33,7 +33,7 @@ def test_function_is_preserved(tiny, family, names, transformed):
     after = logits(source)
     assert 0 < float((after - before).norm() / before.norm()) < 1e-4
     fresh = copy.deepcopy(known)  # the codes file holds all that has changed
-    become_simulation_(fresh, made.codes, made.layers, names.split(","))
+    become_simulation_(fresh, made.codes, made.layers)
     assert torch.equal(logits(fresh), after)
     entries = made.layers.values()
     assert {name.rpartition(".")[2] for name, entry in made.layers.items() if entry.rotated} == (

@@ -50,3 +50,8 @@ def scored(token_ids: Sequence[int], ctx: int, chunks: int, *, bos: int | None, 
 def first_scored(ctx: int) -> int:
     """Position of the first prediction that is scored in a window of ``ctx`` tokens; the last is ``ctx - 2``."""
     return ctx // 2
+
+
+def scored_tokens(ctx: int) -> int:
+    """How many predictions are scored in a window of ``ctx`` tokens."""
+    return ctx - first_scored(ctx) - 1

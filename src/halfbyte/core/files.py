@@ -141,10 +141,11 @@ def write_error(error: OSError, path: str | Path) -> HalfbyteError:
     )
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
+def write_text(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text, whole or not at all; returns the path."""
     with whole_file(path) as partial:
         partial.write_text(text, encoding="utf-8")
+    return Path(path)
 
 
 def sha256(path: str | Path) -> str:

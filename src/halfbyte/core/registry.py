@@ -18,7 +18,12 @@ def names_in(package: str) -> tuple[str, ...]:
     spec = importlib.util.find_spec(package)
     path = spec.submodule_search_locations if spec else None
     found = [info.name for info in pkgutil.iter_modules(path or []) if not info.ispkg]
-    return tuple(sorted(name.replace("_", "-") for name in found if not name.startswith("_")))
+    return tuple(sorted(_plain(name) for name in found if not name.startswith("_")))
+
+
+def _plain(name: str) -> str:
+    """A name as it is listed: ``-`` for ``_``."""
+    return name.replace("_", "-")
 
 
 _registries: dict[str, Registry[Any]] = {}  # by their package
@@ -51,21 +56,21 @@ class Registry(Mapping[str, T]):
 
     def register(self, name: str, thing: T) -> None:
         """Add ``thing``, or put it in the place of the one that had this name."""
-        self._registered[name] = thing
+        self._registered[_plain(name)] = thing
 
     def unregister(self, name: str) -> None:
         """Take out what :meth:`register` added."""
-        del self._registered[name]
+        del self._registered[_plain(name)]
 
     def names(self) -> tuple[str, ...]:
         """All names, those of the package first."""
         return tuple(dict.fromkeys([*names_in(self._package), *self._registered]))
 
     def __getitem__(self, name: str) -> T:
-        if name in self._registered:
-            return self._registered[name]
         if name not in self:
             raise KeyError(name)
+        if _plain(name) in self._registered:
+            return self._registered[_plain(name)]
         module = importlib.import_module(f"{self._package}.{name.replace('-', '_')}")
         return getattr(module, self._attribute)
 
@@ -80,7 +85,7 @@ class Registry(Mapping[str, T]):
         return self[name]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (name in self._registered or name.replace("_", "-") in self.names())
+        return isinstance(name, str) and _plain(name) in self.names()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())

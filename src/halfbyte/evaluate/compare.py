@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.calibration.windows import first_scored
+from halfbyte.calibration.windows import scored_tokens
 from halfbyte.core.environment import cores, cpu_name
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.naming import download_command, f16_gguf, mixed_gguf, q4km_gguf
@@ -267,7 +267,7 @@ class _Runs:
 
     def _logits(self, measured: Measured) -> LogitsFile:
         ctx = self.options.ctx
-        return LogitsFile(Path(measured.logits_file), measured.vocab, ctx - first_scored(ctx) - 1)
+        return LogitsFile(Path(measured.logits_file), measured.vocab, scored_tokens(ctx))
 
     def _with_speed_up(self, row: CompareRow) -> CompareRow:
         speed = row.measured.generation_tokens_per_second if row.measured else None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibration.windows import first_scored
+from halfbyte.calibration.windows import scored_tokens
 from halfbyte.core.device import resolve_device, resolve_dtype
 from halfbyte.core.environment import cores
 from halfbyte.core.errors import HalfbyteError
@@ -94,22 +94,22 @@ def evaluate(options: EvalOptions) -> Evaluation:
     keys = halfbyte_keys(options.gguf) if options.gguf else {}
     searched = plan.text.get("search") if plan else keys.get("plan.text_search")
     text_name, text = evaluation_text(options.text, searched)
-    options = replace(options, model_id=options.model_id or (plan.model_id if plan else DEFAULT_MODEL))
+    model_id = options.model_id or (plan.model_id if plan else DEFAULT_MODEL)
     with scratch_folder() as name:
         folder = Path(name)
         file = _in_llamacpp(options, folder, text_name, text) if options.gguf else None  # before torch takes memory
-        report("load model", 0, 1, options.model_id)
-        source = _load(options)
-        report("load model", 1, 1, options.model_id)
+        report("load model", 0, 1, model_id)
+        source = _load(model_id, options)
+        report("load model", 1, 1, model_id)
         if file is not None:
             scored = _score_file(options, source, file, text_name, text)
         else:
             scored = _score_model_(options, source, plan, folder, text_name, text)
     return Evaluation(
         quality=scored.quality,
-        model=options.model_id,
+        model=model_id,
         fingerprint=source.fingerprint,
-        evaluated=options.config or options.gguf or options.model_id,
+        evaluated=options.config or options.gguf or model_id,
         engine=scored.engine,
         plan=plan.hash if plan else None,
         gguf_sha256=sha256(options.gguf) if options.gguf else None,
@@ -148,7 +148,7 @@ def _score_file(options: EvalOptions, source: SourceModel, file: Measured, text_
             "vocabulary",
             fix="pass its original with --model_id",
         )
-    ours = LogitsFile(Path(file.logits_file), vocab, _scored_tokens(options))
+    ours = LogitsFile(Path(file.logits_file), vocab, scored_tokens(options.ctx))
     quality = measure(file.windows, iter(ours), live(file.windows, model_logits(source.model), "reference"))
     agree = file.windows == windows_for(source, text, options.ctx, options.chunks, where=text_name)
     return _Scored(quality, len(file.windows), file.engine, agree)
@@ -164,22 +164,17 @@ def _score_model_(
     windows = windows_for(source, text, options.ctx, options.chunks, where=text_name)
     if plan is None:
         return _Scored(measure(windows, live(windows, logits_of, "reference")), len(windows), "transformers")
-    kept = LogitsFile(folder / "reference", vocabulary(source.model, source.family), _scored_tokens(options))
+    kept = LogitsFile(folder / "reference", vocabulary(source.model, source.family), scored_tokens(options.ctx))
     kept.write(windows, logits_of, "reference")
     _become_(source, plan, str(options.config))
     quality = measure(windows, live(windows, logits_of, "plan"), iter(kept))
     return _Scored(quality, len(windows), "transformers (simulation)")
 
 
-def _scored_tokens(options: EvalOptions) -> int:
-    """Tokens of a window that are scored."""
-    return options.ctx - first_scored(options.ctx) - 1
-
-
-def _load(options: EvalOptions) -> SourceModel:
+def _load(model_id: str, options: EvalOptions) -> SourceModel:
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, device)
-    origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
+    origin = find(model_id, trust_remote_code=options.trust_remote_code)
     check_memory(estimate_load(origin.config, origin.family, dtype, with_codes=options.config is not None), device)
     return load(origin, device=device, dtype=dtype)
 
@@ -188,5 +183,5 @@ def _become_(source: SourceModel, plan: Plan, config: str) -> None:
     if not plan.layers:
         become_types_(source, plan.tensors, load_types(config))
         return
-    become_simulation_(source, load_codes(codes_path(config)), plan.layers, plan.transforms)
+    become_simulation_(source, load_codes(codes_path(config)), plan.layers)
     set_activation_bits_(source.model, plan_bits(plan))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.calibration.windows import first_scored
+from halfbyte.calibration.windows import scored_tokens
 from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import LogitsFile, model_logits, sample_text, windows_for
@@ -38,7 +38,7 @@ def measure(request: OriginalRequest) -> Measured:
     text = Path(request.text_file).read_text(encoding="utf-8")
     windows = windows_for(source, text, request.ctx, request.chunks, where=request.text_name)
     vocab = vocabulary(source.model, source.family)
-    kept = LogitsFile(Path(request.logits_file), vocab, request.ctx - first_scored(request.ctx) - 1)
+    kept = LogitsFile(Path(request.logits_file), vocab, scored_tokens(request.ctx))
     kept.write(windows, model_logits(source.model), request.stage)
     if not Path(request.f16_path).exists():
         write_gguf(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibration.windows import first_scored
+from halfbyte.calibration.windows import scored_tokens
 from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import (
     LogitsFile,
@@ -92,7 +92,7 @@ def _rows(
     """Each row is measured when it is asked for, while the model is what the row is about."""
     logits_of = model_logits(source.model)
     vocab = vocabulary(source.model, source.family)
-    kept = LogitsFile(folder / "reference", vocab, options.ctx - first_scored(options.ctx) - 1)
+    kept = LogitsFile(folder / "reference", vocab, scored_tokens(options.ctx))
 
     def row(name: str, mean_bits: float | None) -> SimulationRow:
         quality = measure(windows, live(windows, logits_of, name), iter(kept))
@@ -105,7 +105,7 @@ def _rows(
         with _types_loaded_(source, plan, options.config):
             yield row("GGUF types", None)
     if plan.layers:
-        become_simulation_(source, load_codes(codes_path(options.config)), plan.layers, plan.transforms)
+        become_simulation_(source, load_codes(codes_path(options.config)), plan.layers)
         for name, bits, mean_bits in (
             ("all A8", dict.fromkeys(plan.layers, 8), 8.0),
             ("all A4", dict.fromkeys(plan.layers, 4), 4.0),

@@ -89,7 +89,8 @@ class Model:
 class Menu(Searchable):
     """One problem of a search: its units, the formats that each may have, and what a choice of them costs and loses.
 
-    Used in this order: made from the options, :meth:`check`, :meth:`prepare`, :meth:`search`, then the plan and files.
+    Used in this order: made from the options, :meth:`check`, :meth:`prepare`, :meth:`search`, :meth:`release`, then the
+    plan and files.
 
     Args:
         setting: options, target, model that is not read yet.
@@ -98,7 +99,6 @@ class Menu(Searchable):
         HalfbyteError: there is too little memory.
     """
 
-    needs_reference = True  # its scores are KL, not layer errors
     preparation_memory: int | None = None  # bytes on the device until the W4 codes stood
     front_share: ClassVar[int] = 5  # of the generations, for each budget of a front
 
@@ -163,6 +163,10 @@ class Menu(Searchable):
         }
         return replace(best, front=front)
 
+    def release(self) -> None:
+        """Let go of the model once :meth:`search` is over, so that another menu has room for its own."""
+        self.on_search_text = self.on_validation_text = None
+
     @abstractmethod
     def into_plan(self, plan: Plan, found: Found, workdir: Workdir) -> Plan:
         """The plan with what this menu decided."""
@@ -177,8 +181,20 @@ class Menu(Searchable):
         """What :meth:`write` will write beside the plan at ``output``."""
 
     @abstractmethod
-    def write(self, output: Path, plan: Plan, outcomes: Sequence[Outcome], found: Found, workdir: Workdir) -> Written:
-        """Write the reports; say which files of the work folder belong beside the plan."""
+    def write(
+        self,
+        output: Path,
+        plan: Plan,
+        outcomes: Sequence[Outcome],
+        found: Found,
+        workdir: Workdir,
+        reports: list[Path],
+    ) -> Written:
+        """Write the reports; say which files of the work folder belong beside the plan.
+
+        Args:
+            reports: gets the path of every report that was written, also if a later one fails.
+        """
 
 
 @dataclass(frozen=True)
@@ -186,11 +202,9 @@ class Written:
     """What a menu leaves.
 
     Attributes:
-        reports: files that were written.
         moved: (file in the work folder, where it goes when all reports are written).
         plans: more plans, path -> plan.
     """
 
-    reports: list[Path]
     moved: list[tuple[Path, Path]]
     plans: dict[Path, Plan]

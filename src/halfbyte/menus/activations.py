@@ -31,6 +31,7 @@ FISHER_WINDOWS = 4  # of calibration text, for loss gradients
 PREPARED_AS = 2.5  # forward passes that preparation takes as long as, per calibration token, ...
 CODES_AS = 20_000.0  # ... and tokens of forward passes for what does not depend on the text
 FRONT = tuple(step / 20 for step in range(10, 21))  # budgets of a front: 0.5, 0.55 … 1
+KNAPSACKS = {"kl": "KL", "fisher": "Fisher", "mse": "MSE"}
 SCORES = {
     "kl": "KL(reference ‖ quantised), nats per token",
     "fisher": "Fisher-weighted squared error",
@@ -47,7 +48,7 @@ class ActivationMenu(Menu):
         super().__init__(setting)
         self.packed, self.gradients = _memory_modes(setting)
         self.score_label = SCORES[self.options.fitness]
-        self.needs_reference = self.options.fitness == "kl"
+        self.on_whole_model = self.options.fitness == "kl"  # else the score is a sum of layer errors
         self.recipe = setting.recipe
         self.on_search_text = self.on_validation_text = None
 
@@ -61,11 +62,11 @@ class ActivationMenu(Menu):
         work = {"transforms and W4 codes": PREPARED_AS * calib + CODES_AS}
         if self.gradients:
             work["loss gradients"] = 1.2 * FISHER_WINDOWS * self.options.ctx
-        return {**work, **(self.search_effort(len(self.units)) if self.needs_reference else {})}
+        return {**work, **(self.search_effort(len(self.units)) if self.on_whole_model else {})}
 
     def prepare(self, model: Model) -> None:
         source, device, workdir = model.source, self.setting.device, model.workdir
-        reference = model.reference if self.needs_reference else None
+        reference = model.reference if self.on_whole_model else None
         if reference is not None:
             for transform in self.recipe.applied:
                 reference = transform.reference(reference, source.model, source.family)
@@ -92,22 +93,22 @@ class ActivationMenu(Menu):
         )
 
     def starts(self, problem: Problem) -> dict[str, Genome]:
-        """The sensitivity rule, and exact knapsacks over KL of single units, over Fisher-weighted errors, and both."""
+        """The sensitivity rule, and exact knapsacks over scores of single units, Fisher-weighted errors, and both."""
         rows, last = self.prepared.sensitivity, max(unit.block for unit in self.units)
         ratios = unit_ratios(self.units, rows)
         edges = [unit.block in (0, last) for unit in self.units]
         by_ratio = problem.with_losses([(ratio, 0.0) for ratio in ratios])  # brought to the budget by the same ratios
         found = {
             "rule": by_ratio.fill(by_ratio.repair(rule_genome(problem, ratios, edges))),
-            "KL knapsack": problem.knapsack(),
+            f"{KNAPSACKS[self.options.fitness]} knapsack": problem.knapsack(),
         }
-        if any(row.grad_power for row in rows.values()):
+        if self.on_whole_model and any(row.grad_power for row in rows.values()):
             fisher = self._table_gains("fisher")
-            found["Fisher knapsack"] = problem.knapsack([(gain, 0.0) for gain in fisher])
+            found["Fisher knapsack"] = problem.with_losses([(gain, 0.0) for gain in fisher]).knapsack()
             measured = [losses[0] for losses in problem.losses]
             total, total_fisher = sum(measured) or 1.0, sum(fisher) or 1.0
             both = [(a / total + b / total_fisher, 0.0) for a, b in zip(measured, fisher, strict=True)]
-            found["KL + Fisher knapsack"] = problem.knapsack(both)
+            found["KL + Fisher knapsack"] = problem.with_losses(both).knapsack()
         return found
 
     def ends(self, problem: Problem) -> dict[str, Genome]:
@@ -145,11 +146,20 @@ class ActivationMenu(Menu):
         kinds = (*ACTIVATION_REPORTS, *(FRONT_REPORTS if front else ()))
         return [codes_path(output), *(beside(output, kind) for kind in kinds)]
 
-    def write(self, output: Path, plan: Plan, outcomes: Sequence[Outcome], found: Found, workdir: Workdir) -> Written:
+    def write(
+        self,
+        output: Path,
+        plan: Plan,
+        outcomes: Sequence[Outcome],
+        found: Found,
+        workdir: Workdir,
+        reports: list[Path],
+    ) -> Written:
         own = [outcome for outcome in outcomes if outcome.layer in plan.layers]
         rows = self.prepared.sensitivity
-        written = write_activation_reports(output, plan, own, rows, self.units, found)
-        return Written(written, [(workdir.codes, codes_path(output))], {})
+        for path in write_activation_reports(output, plan, own, rows, self.units, found):
+            reports.append(path)
+        return Written([(workdir.codes, codes_path(output))], {})
 
     def _prepared(self, model: Model) -> Prepared:
         """The W4 simulation: made by the first process, or read from where an interrupted run left it."""

@@ -145,7 +145,15 @@ class TypeMenu(Menu):
             paths += [*plans, *map(types_path, plans), *(beside(output, kind) for kind in TYPE_FRONT_REPORTS)]
         return paths
 
-    def write(self, output: Path, plan: Plan, outcomes: Sequence[Outcome], found: Found, workdir: Workdir) -> Written:
+    def write(
+        self,
+        output: Path,
+        plan: Plan,
+        outcomes: Sequence[Outcome],
+        found: Found,
+        workdir: Workdir,
+        reports: list[Path],
+    ) -> Written:
         moved, plans = [(workdir.types(), types_path(output))], {}
         for ftype, point in found.front.items():
             path = _point_path(output, ftype)
@@ -156,7 +164,9 @@ class TypeMenu(Menu):
             plans[path] = self._plan_of(bare, point, encoded)
             moved.append((encoded, types_path(path)))
         rows = [asdict(row) for row in self._rows(found)]
-        return Written(write_type_reports(output, plan, rows, found), moved, plans)
+        for written in write_type_reports(output, plan, rows, found):
+            reports.append(written)
+        return Written(moved, plans)
 
     def _rows(self, found: Found) -> list[MatrixRow]:
         return [

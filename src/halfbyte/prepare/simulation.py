@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -60,7 +60,6 @@ def become_simulation_(
     source: SourceModel,
     codes: Codes,
     layers: Mapping[str, LayerPlan],
-    transforms: Sequence[str],
     *,
     device: torch.device | None = None,
     packed: bool = False,
@@ -68,7 +67,7 @@ def become_simulation_(
     """Make the unquantised model its W4A16 simulation, in place: codes, changed parameters, input schemes.
 
     Args:
-        layers, transforms: as in the plan; activation bits are left to ``set_activation_bits_``.
+        layers: as in the plan; activation bits are left to ``set_activation_bits_``.
         device: where the blocks go, one after the other; by default where the model is.
         packed: keep the codes packed, for the same numbers from a quarter of the memory.
     """

@@ -209,5 +209,5 @@ def load_prepared_(
     layers = {name: LayerPlan(**entry) for name, entry in record["layers"].items()}
     rows = [LayerSensitivity(**row) for row in record["sensitivity"]]
     made = Prepared(load_codes(workdir.codes), layers, {row.layer: row for row in rows}, record["scales"])
-    become_simulation_(source, made.codes, made.layers, recipe.transforms, device=device, packed=packed)
+    become_simulation_(source, made.codes, made.layers, device=device, packed=packed)
     return made

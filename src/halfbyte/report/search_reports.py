@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,18 +43,18 @@ def write_activation_reports(
     sensitivity: Mapping[str, LayerSensitivity],
     units: Sequence[Unit],
     found: Found,
-) -> list[Path]:
-    """Layer sensitivity, outcomes, history of the search, and if there is one the front of budgets."""
+) -> Iterator[Path]:
+    """Layer sensitivity, outcomes, history, and the front of budgets if there is one; each path when it is written."""
     rows = [
         {**asdict(row), "ratio": row.ratio, "a_bits": plan.layers[row.layer].a_bits} for row in sensitivity.values()
     ]
-    kinds = (*ACTIVATION_REPORTS, *FRONT_REPORTS) if found.front else ACTIVATION_REPORTS
-    named = {kind: beside(output, kind) for kind in kinds}
-    write_text(named["sensitivity.json"], json.dumps({"made_by": _made_by(plan), "layers": rows}, indent=1))
-    write_text(named["sensitivity.csv"], _table(rows))
-    write_text(named["outcome.csv"], _table([asdict(row) for row in outcomes]))
-    write_text(named["history.json"], json.dumps(_history(plan, found), indent=1))
-    _draw(named["sensitivity.png"], named["convergence.png"], plan, rows, found)
+    sensitivities = json.dumps({"made_by": _made_by(plan), "layers": rows}, indent=1)
+    yield write_text(beside(output, "sensitivity.json"), sensitivities)
+    yield write_text(beside(output, "sensitivity.csv"), _table(rows))
+    yield write_text(beside(output, "outcome.csv"), _table([asdict(row) for row in outcomes]))
+    yield write_text(beside(output, "history.json"), json.dumps(_history(plan, found), indent=1))
+    yield _draw_sensitivity(beside(output, "sensitivity.png"), plan, rows)
+    yield _draw_convergence(beside(output, "convergence.png"), plan, found)
     if found.front:
         points = [
             {
@@ -65,28 +65,30 @@ def write_activation_reports(
             }
             for name, point in found.front.items()
         ]
-        write_text(named["front.json"], json.dumps({"made_by": _made_by(plan), "points": points}, indent=1))
-        write_text(named["front.csv"], _table(points))
+        yield write_text(
+            beside(output, "front.json"), json.dumps({"made_by": _made_by(plan), "points": points}, indent=1)
+        )
+        yield write_text(beside(output, "front.csv"), _table(points))
         title = f"{short_name(plan.model_id)}: KL against activation bits"
-        front_plot(named["front.png"], points, title=title, chosen=8 * plan.budget_reached)
-    return list(named.values())
+        front_plot(beside(output, "front.png"), points, title=title, chosen=8 * plan.budget_reached)
+        yield beside(output, "front.png")
 
 
-def write_type_reports(output: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], found: Found) -> list[Path]:
-    """Matrix, type, bytes, what it loses alone; the history; and a front of sizes."""
+def write_type_reports(output: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], found: Found) -> Iterator[Path]:
+    """Matrix, type, bytes, what it loses alone; the history; and a front of sizes; each when it is written."""
     table, history = (beside(output, kind) for kind in TYPE_REPORTS)
-    write_text(table, _table(rows))
-    write_text(history, json.dumps(_history(plan, found), indent=1))
+    yield write_text(table, _table(rows))
+    yield write_text(history, json.dumps(_history(plan, found), indent=1))
     if not found.front:
-        return [table, history]
+        return
     points = [
         {"ftype": ftype, "bytes": point.cost, **_validated(point)}
         for ftype, point in sorted(found.front.items(), key=lambda item: item[1].cost)
     ]
     numbers, picture = (beside(output, kind) for kind in TYPE_FRONT_REPORTS)
-    write_text(numbers, _table(points))
+    yield write_text(numbers, _table(points))
     size_front_plot(picture, points, title=f"{short_name(plan.model_id)}: KL against size", chosen=found.cost)
-    return [table, history, numbers, picture]
+    yield picture
 
 
 def _made_by(plan: Plan) -> dict[str, Any]:
@@ -113,18 +115,22 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return csv_text(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _draw(heatmap: Path, convergence: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], found: Found) -> None:
+def _draw_sensitivity(path: Path, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Path:
     kinds = list(dict.fromkeys(row["layer"].rpartition(".")[2] for row in rows))
     blocks = [rows[at : at + len(kinds)] for at in range(0, len(rows), len(kinds))]
     ratios = [[row["ratio"] for row in block] for block in blocks]
     bits = [[row["a_bits"] for row in block] for block in blocks]
-    name = short_name(plan.model_id)
-    title = f"{name}: what 4-bit activations cost"
-    sensitivity_heatmap(heatmap, kinds, list(range(len(ratios))), ratios, title=title, chosen_bits=bits)
+    title = f"{short_name(plan.model_id)}: what 4-bit activations cost"
+    sensitivity_heatmap(path, kinds, list(range(len(ratios))), ratios, title=title, chosen_bits=bits)
+    return path
+
+
+def _draw_convergence(path: Path, plan: Plan, found: Found) -> Path:
     convergence_plot(
-        convergence,
+        path,
         [asdict(generation) for generation in found.history],
         baselines={label: score for label, score in found.search_scores.items() if label != "plan"},
-        title=f"{name}: genetic search, budget {plan.budget_asked:g}",
+        title=f"{short_name(plan.model_id)}: genetic search, budget {plan.budget_asked:g}",
         score_label=found.score_label,
     )
+    return path

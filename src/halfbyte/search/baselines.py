@@ -30,13 +30,7 @@ def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:
         left -= int(step[unit])
 
 
-def rule_genome(
-    problem: Problem,
-    ratios: Sequence[float],
-    edges: Sequence[bool],
-    threshold: float = RULE_THRESHOLD,
-    edge_threshold: float = RULE_EDGE_THRESHOLD,
-) -> Genome:
+def rule_genome(problem: Problem, ratios: Sequence[float], edges: Sequence[bool]) -> Genome:
     """The sensitivity rule: the last format for units that lose much at the first, whatever the budget says.
 
     ``problem.repair`` makes the genome feasible.
@@ -44,13 +38,11 @@ def rule_genome(
     Args:
         ratios: MSE at the first format / MSE at the last, per unit (A4 against A8).
         edges: True for units of the first and the last block.
-        threshold: ratio above which a unit gets its last format, else its first.
-        edge_threshold: the same where ``edges`` is True.
 
     Raises:
         HalfbyteError: not one ratio and one edge per unit, or a ratio is NaN.
     """
     check_values(ratios, problem.size, "ratios")
     check_values(edges, problem.size, "edges")
-    limits = [edge_threshold if edge else threshold for edge in edges]
+    limits = [RULE_EDGE_THRESHOLD if edge else RULE_THRESHOLD for edge in edges]
     return tuple(top if ratio > limit else 0 for top, ratio, limit in zip(problem.dearest, ratios, limits, strict=True))

@@ -174,9 +174,8 @@ class KLEvaluator:
 
     def _set(self, batch: Sequence[Row]) -> torch.Tensor:
         """Give every row its activation bits; returns the window of each, ``[rows]``."""
-        full = [*batch, *[batch[-1]] * (self.rows - len(batch))]
         table = (
-            torch.tensor([[self.a_bits[gene] for gene in row.genome] for row in full], dtype=torch.int32)
+            torch.tensor([[self.a_bits[gene] for gene in row.genome] for row in self._padded(batch)], dtype=torch.int32)
             .T.contiguous()
             .to(self.device)
         )
@@ -185,7 +184,10 @@ class KLEvaluator:
             set_activation_bits_(self.model, dict.fromkeys((layer.name for layer in unit.layers), one))
         return self._windows_of(batch)
 
+    def _padded(self, batch: Sequence[Row]) -> list[Row]:
+        """The batch with its last row repeated to the length that all batches have."""
+        return [*batch, *[batch[-1]] * (self.rows - len(batch))]
+
     def _windows_of(self, batch: Sequence[Row]) -> torch.Tensor:
         """The window of each row, ``[rows]``."""
-        full = [*batch, *[batch[-1]] * (self.rows - len(batch))]
-        return torch.tensor([row.window for row in full], device=self.device)
+        return torch.tensor([row.window for row in self._padded(batch)], device=self.device)

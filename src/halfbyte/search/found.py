@@ -14,7 +14,6 @@ class Found:
     """The winner of a search, and what it had to beat.
 
     Attributes:
-        menu: which one was searched: ``activations`` or ``types``.
         genome: the winner.
         choice: unit or matrix -> the format that it gets.
         cost, budget: what the winner costs, and what it might cost, in the problem's unit.
@@ -30,7 +29,6 @@ class Found:
         front: budget -> the winner of that budget, where a front was asked for.
     """
 
-    menu: str
     genome: Genome
     choice: Mapping[str, int | str]
     cost: int

@@ -194,21 +194,14 @@ class Problem:
                 heapq.heappush(heap, (-wishes[unit][at], steps[unit][at], unit))
         return tuple(chosen)
 
-    def knapsack(self, losses: Sequence[Sequence[float]] | None = None) -> Genome:
+    def knapsack(self) -> Genome:
         """A full genome with the least predicted loss, by dynamic programming over what it costs.
 
         Kellerer, Pferschy and Pisinger, "Knapsack Problems", Springer 2004, chapter 11. What formats cost above the
         cheapest is divided by the greatest common divisor first, and the answer is exact. Only where more than
         ``STATES_LIMIT`` budgets would remain, it is divided by a multiple and rounded up: the answer keeps to the
         budget, and is no worse than any that leaves (number of units) / ``STATES_LIMIT`` of the budget unspent.
-
-        Args:
-            losses: ``[unit][format]`` in place of the problem's own, under the same conditions.
-
-        Raises:
-            HalfbyteError: the losses are negative, rise with the cost, or are not one for each format.
         """
-        problem = self if losses is None else self.with_losses(losses)
         if self.feasible(self.dearest):
             return self.dearest
         raises = [[cost - menu[0] for cost in menu] for menu in self.costs]
@@ -216,7 +209,7 @@ class Problem:
         divisor = math.gcd(*itertools.chain(*raises))
         divisor *= max(1, math.ceil(left // divisor / STATES_LIMIT))
         rounded = [[-(-cost // divisor) for cost in menu] for menu in raises]
-        return problem.fill(_least_loss(rounded, problem.losses, left // divisor))
+        return self.fill(_least_loss(rounded, self.losses, left // divisor))
 
     def _drawn_wishes(self, rng: np.random.Generator | None) -> list[list[float]]:
         """``[unit][format]``: loss that the next format saves per cost, times a factor per unit if there is ``rng``."""

@@ -16,7 +16,7 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
 from halfbyte.core.progress import report
 from halfbyte.search.found import Found
-from halfbyte.search.genetic import GeneticAlgorithm, GeneticResult, GeneticSettings
+from halfbyte.search.genetic import Generation, GeneticAlgorithm, GeneticResult, GeneticSettings
 from halfbyte.search.problem import Genome, Problem
 from halfbyte.search.validate import choose, two_rungs
 
@@ -113,9 +113,8 @@ def search_menu(
         named = {**ends, **starts, "plan": winner}
         validation_scores = {label: unseen.score(genome) for label, genome in named.items()}
         report("validation", 1, 1, f"noise floor {noise_floor:.2g}")
-    labels = {genome: label for label, genome in starts.items()}
+    labels = {genome: label for label, genome in reversed(starts.items())}  # of equal ones the first
     return Found(
-        menu=menu.name,
         genome=winner,
         choice=menu.choice(winner),
         cost=problem.spent(winner),
@@ -148,7 +147,7 @@ def _breed(
 
     def score(genomes: list[Genome], best: Genome | None) -> dict[Genome, float]:
         processes().same(genomes)
-        progress.starts(len(genomes), best)
+        progress.starts(len(genomes))
         if scorer is None:
             return {genome: problem.predicted(genome) for genome in genomes}
         return two_rungs(genomes, best, scorer.losses, scorer.windows)
@@ -185,13 +184,13 @@ class _Generations:
         if self.scorer is not None:
             self.scorer.tick = self._tick
 
-    def starts(self, genomes: int, best: Genome | None) -> None:
+    def starts(self, genomes: int) -> None:
         """A generation with so many genomes to score begins."""
         self.whole = max(1, genomes) / processes().size
         self.before = 0.0 if self.scorer is None else self.scorer.tokens_run
         self.scored += genomes
 
-    def ended(self, generation: Any) -> None:
+    def ended(self, generation: Generation) -> None:
         """A generation is over."""
         self.number, self.best = generation.number, f", best {generation.best:.5g}"
         self._say(0.0)

@@ -103,15 +103,13 @@ def choose(
     validation: Mapping[Genome, np.ndarray],
     search: Mapping[Genome, np.ndarray],
     z: float = TIE_Z,
-    prefer: Iterable[Genome] = (),
 ) -> Choice:
-    """The finalist with the lowest loss on text the search never saw; ties go by preference, then by both texts.
+    """The finalist with the lowest loss on text the search never saw; ties go by the mean over both texts.
 
     Args:
         validation: losses of each finalist on the validation text, ``[windows, segments]``.
         search: the same on the search text, in segments of the same length.
         z: standard errors within which a difference is noise.
-        prefer: finalists that win if they are ties, first ones first. Other ties go by the mean over both texts.
 
     Raises:
         HalfbyteError: no finalists, not the same ones twice, or losses that are not on the same segments.
@@ -131,5 +129,4 @@ def choose(
         return float(np.concatenate([validation[genome].ravel(), search[genome].ravel()]).mean()), genome
 
     floors = [differences[genome][1] for genome in ranked[1:]]
-    winner = next((genome for genome in prefer if genome in ties), min(ties, key=overall))
-    return Choice(winner, leader, ties, differences, float(np.median(floors)) if floors else 0.0)
+    return Choice(min(ties, key=overall), leader, ties, differences, float(np.median(floors)) if floors else 0.0)

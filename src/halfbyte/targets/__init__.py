@@ -27,7 +27,6 @@ class Target(ABC):
 
     Attributes:
         name: for ``--target``.
-        about: one line for help texts.
         recipe: what preparation obeys: what scales and activation codes may be.
         runs_online: transforms at run time that it can run.
         on_request: further ones, at a price that has to be asked for (``--online_transforms``).
@@ -38,7 +37,6 @@ class Target(ABC):
     """
 
     name: ClassVar[str]
-    about: ClassVar[str]
     recipe: ClassVar[Recipe] = Recipe()
     runs_online: ClassVar[frozenset[str]] = frozenset()
     on_request: ClassVar[tuple[str, ...]] = ()

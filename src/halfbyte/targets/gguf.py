@@ -20,7 +20,6 @@ class GGUF(Target):
     """llama.cpp on CPU, CUDA, Metal."""
 
     name = "gguf"
-    about = "a GGUF file for llama.cpp"
     recipe: ClassVar = Recipe(scale_bits=8)
     menus = ("activations", "types")
 

@@ -11,7 +11,6 @@ class Simulation(Target):
     """Runs where PyTorch runs."""
 
     name = "sim"
-    about = "the PyTorch simulation, anywhere"
     runs_online: ClassVar = frozenset({"r4", "online", "learned"})
     best = "smooth,rotate,learned"
 

@@ -26,7 +26,6 @@ class VLLM(Target):
     """
 
     name = "vllm"
-    about = "a folder for vLLM and transformers"
     recipe: ClassVar = Recipe(
         symmetric=True,
         clip=False,

@@ -60,7 +60,6 @@ class Transform:
     """A rewrite that can be asked for with ``--transforms``: its properties, and hooks in the order of their calls.
 
     Attributes:
-        about: what it does, for help texts.
         order: where it stands in a plan and among the calls of one hook; lower comes first.
         at_run_time: something is left to do at run time; otherwise everything is folded into parameters.
         needs_untied_head: the output head cannot be the embedding.
@@ -69,7 +68,6 @@ class Transform:
         folds_channel_scales: it chooses channel scales, which weight quantisers with ``scales_for_weights`` need too.
     """
 
-    about: str = ""
     order: int = 100
     at_run_time: bool = False
     needs_untied_head: bool = False

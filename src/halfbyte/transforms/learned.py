@@ -21,7 +21,6 @@ RANK_SHARE, LARGEST_RANK = 8, 256
 class Learned(Transform):
     """See the module."""
 
-    about = "low-rank affine transform in front of every linear layer, at run time"
     order = 60
     at_run_time = True
     can_be_repeated = False

@@ -9,7 +9,6 @@ from halfbyte.transforms._rotation import rotate_input_
 class Online(Transform):
     """See the module."""
 
-    about = "rotation in front of every linear layer, at run time"
     order = 50
     at_run_time = True
 

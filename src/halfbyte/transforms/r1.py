@@ -20,7 +20,6 @@ from halfbyte.transforms._rotation import rotate_block_, rotate_ends_
 class R1(Transform):
     """See the module."""
 
-    about = "rotation of the residual stream, folded"
     order = 20
     needs_untied_head = True
     needs_plain_norms = True

@@ -14,7 +14,6 @@ from halfbyte.transforms._rotation import transform_heads_
 class R2(Transform):
     """See the module."""
 
-    about = "rotation of every head between v and o, folded"
     order = 30
 
     def mixes(self, family: Family) -> tuple[str, ...]:

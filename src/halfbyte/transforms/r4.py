@@ -9,7 +9,6 @@ from halfbyte.transforms._rotation import rotate_input_
 class R4(Transform):
     """See the module."""
 
-    about = "rotation in front of down_proj, at run time"
     order = 40
     at_run_time = True
 

@@ -31,7 +31,6 @@ SAMPLE, OUTPUTS = 512, 1024  # tokens and outputs on which candidates are compar
 class Smooth(Transform):
     """See the module."""
 
-    about = "channel scales folded into norms, v→o and up→down, chosen per unit"
     order = 10
     folds_channel_scales = True
 

@@ -18,6 +18,7 @@ from halfbyte.models.layers import layers_of
 from halfbyte.models.loading import find, load
 from halfbyte.quant.ggml.types import QUANTISED, encode
 from halfbyte.quant.quantisers.rtn import round_to_nearest
+from halfbyte.targets.gguf_files.tensors import EncodedRows
 from halfbyte.targets.gguf_files.writer import check_gguf, write_gguf
 from tests.tiny_models import F16, FAMILIES, keys, kl_of_llamacpp, logits_of, some_ids
 
@@ -120,12 +121,16 @@ def test_every_type_can_be_most_of_a_file(kind, one_block, tmp_path):
     """llama.cpp's file types are not named after their tensor types."""
     source = one_block
     layers = {layer.name: layer.in_features for layer in layers_of(source.model, source.family)}
-    importance = {name: torch.linspace(1, 5, width) for name, width in layers.items()}
+    rows = {
+        name: encode(source.model.get_submodule(name).weight, kind, importance=torch.linspace(1, 5, width))
+        for name, width in layers.items()
+    }
     path = tmp_path / "m.gguf"
-    write_gguf(path, source, layer_types=dict.fromkeys(layers, kind), importance=importance)
+    encoded = {name: EncodedRows(kind, torch.from_numpy(found)) for name, found in rows.items()}
+    write_gguf(path, source, encoded=encoded)
     assert LlamaFileType(keys(path)["general.file_type"]).name.startswith(f"MOSTLY_{kind}")
     down = next(name for name in layers if name.endswith("down_proj"))
-    expected = encode(source.model.get_submodule(down).weight, kind, importance=importance[down])
+    expected = rows[down]
     written = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     assert np.array_equal(written[source.family.gguf_name(f"{down}.weight")].data.reshape(expected.shape), expected)
 

@@ -64,7 +64,7 @@ def simulated(exported):
     model, here = exported
     source = load(find(str(model)), device=torch.device("cpu"), dtype=torch.float32)
     plan = load_plan(here / "mixed_precision_config.pt")
-    become_simulation_(source, load_codes(codes_path(here / "mixed_precision_config.pt")), plan.layers, plan.transforms)
+    become_simulation_(source, load_codes(codes_path(here / "mixed_precision_config.pt")), plan.layers)
     ids = some_ids(source, 96)
     found = {}
     for name, bits in {

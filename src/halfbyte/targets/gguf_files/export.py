@@ -178,7 +178,7 @@ def _exact(options: ExportOptions) -> _Content:
     codes = load_codes(codes_path(options.config))
 
     def become_(source: SourceModel, plan: Plan, rows: list[TensorRow]) -> int:
-        become_simulation_(source, codes, plan.layers, plan.transforms, packed=True)  # run once: memory counts
+        become_simulation_(source, codes, plan.layers, packed=True)  # run once: memory counts
         set_activation_bits_(source.model, dict.fromkeys(codes.weights, 8))
         as_in_file_(source, rows)
         return len(codes.weights)
@@ -199,7 +199,7 @@ def _tiered(source: SourceModel, plan: Plan, options: ExportOptions) -> _Content
         for name in eight:
             decoded[name] = _rounded(transformed.weight(name), A8_TYPE).to(source.dtype)
             set_parameters_(source.model, {f"{name}.weight": decoded[name]})  # the original makes room
-        become_simulation_(source, codes, plan.layers, plan.transforms, packed=True)
+        become_simulation_(source, codes, plan.layers, packed=True)
         for name, weight in decoded.items():
             old = source.model.get_submodule(name)
             assert isinstance(old, QuantLinear)

@@ -65,13 +65,11 @@ class TensorTypes:
         embedding: of the token embedding, and so of a tied output head.
         output: of an untied output head.
         layers: layer name -> type; a layer not listed is F16.
-        importance: matrix -> what a squared error costs in each input channel, ``[in]``, where floats are encoded.
     """
 
     embedding: str = "Q8_0"
     output: str = "Q8_0"
     layers: Mapping[str, str] | None = None
-    importance: Mapping[str, Tensor] | None = None
 
 
 def plan_tensors(
@@ -117,17 +115,16 @@ def plan_tensors(
         else:
             kind = "F32" if value.ndim == 1 else outside.get(name) or per_layer.get(layer, "F16")
         row = TensorRow(_gguf_name(source, name), name, kind, tuple(value.shape), 0)
-        heads = _rotary_heads(source, row.name)
-        importance = (types.importance or {}).get(layer)
+        heads = rotary_heads(source, row.name)
         if ready is not None:
             plans.append(_plan(row, _encoded_rows(source, row, ready)))
         elif codes is not None:
             _check_codes(codes, value, layer)
             plans.append(_plan(row, _reordered_codes(codes, heads)))
         elif layer in made:
-            plans.append(_plan(row, _reordered_when_made(made[layer], heads), importance))
+            plans.append(_plan(row, _reordered_when_made(made[layer], heads)))
         else:
-            plans.append(_plan(row, _reordered(value, heads), importance))
+            plans.append(_plan(row, _reordered(value, heads)))
     return plans
 
 
@@ -164,10 +161,10 @@ def _encoded_rows(source: SourceModel, row: TensorRow, ready: EncodedRows) -> Ca
     if list(ready.rows.shape) != expected:
         got = list(ready.rows.shape)
         raise HalfbyteError(f"{row.parameter}: encoded rows do not fit, expected {expected}, got {got}")
-    return _reordered(ready.rows, _rotary_heads(source, row.name))
+    return _reordered(ready.rows, rotary_heads(source, row.name))
 
 
-def _plan(row: TensorRow, make: Callable[[], Tensor | GroupedWeight], importance: Tensor | None = None) -> TensorPlan:
+def _plan(row: TensorRow, make: Callable[[], Tensor | GroupedWeight]) -> TensorPlan:
     """Size the row and choose the encoder by what ``make`` returns: codes keep their numbers, floats are encoded."""
     where = row.parameter or row.name
     row = replace(row, nbytes=prod(row.shape[:-1]) * row_bytes(row.shape[-1], row.type, where=where))
@@ -181,7 +178,7 @@ def _plan(row: TensorRow, make: Callable[[], Tensor | GroupedWeight], importance
             yield made.numpy()
             return
         for rows in made.split(max(1, CHUNK_ELEMENTS // row.shape[-1])) if made.ndim > 1 else (made,):
-            yield encode(rows, row.type, importance=importance, where=where)
+            yield encode(rows, row.type, where=where)
 
     return TensorPlan(row, chunks)
 
@@ -209,7 +206,7 @@ def _gguf_name(source: SourceModel, parameter: str) -> str:
         raise HalfbyteError(f"{parameter}: {source.family.model_type} has no GGUF name for it") from error
 
 
-def _rotary_heads(source: SourceModel, gguf_name: str) -> int | None:
+def rotary_heads(source: SourceModel, gguf_name: str) -> int | None:
     """Heads whose rows must be reordered in this tensor, or None."""
     if not source.family.interleaved_rope:
         return None

@@ -24,7 +24,14 @@ from halfbyte.models.loading import SourceModel
 from halfbyte.quant.ggml.types import decode
 from halfbyte.quant.int4 import PackedWeight
 from halfbyte.targets.gguf_files.metadata import add_hparams_, add_tokenizer_, copy_keys_, rope_frequency_factors
-from halfbyte.targets.gguf_files.tensors import EncodedRows, TensorPlan, TensorRow, TensorTypes, plan_tensors
+from halfbyte.targets.gguf_files.tensors import (
+    EncodedRows,
+    TensorPlan,
+    TensorRow,
+    TensorTypes,
+    plan_tensors,
+    rotary_heads,
+)
 
 PREFIX = "halfbyte."
 NAMED_AS = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # no file type has the name of the tensor type
@@ -45,7 +52,6 @@ def write_gguf(
     layer_types: Mapping[str, str] | None = None,
     embedding_type: str = "Q8_0",
     output_type: str = "Q8_0",
-    importance: Mapping[str, torch.Tensor] | None = None,
     encoded: Mapping[str, EncodedRows] | None = None,
     made: Mapping[str, Callable[[], torch.Tensor]] | None = None,
     metadata: Mapping[str, str | int | float] | None = None,
@@ -60,7 +66,6 @@ def write_gguf(
         layer_types: layer name -> a type of ``halfbyte.quant.ggml.types.WRITABLE``.
         embedding_type, output_type: types of the token embedding and of an untied output head. A tied head is not
             written: llama.cpp then uses the embedding, and ``embedding_type`` decides for both.
-        importance: matrix -> what a squared error costs in each input channel, ``[in]``, where floats are encoded.
         encoded: matrix, also embedding or head -> what to write for it as it is, before everything else.
         made: layer without codes -> makes its weight, fp32 ``[out, in]``, when it is written, in place of the model's.
         metadata: values to keep in the file under ``halfbyte.`` keys.
@@ -75,7 +80,7 @@ def write_gguf(
     """
     path = check_output(path, force=True)
     reader = open_gguf(source.origin.gguf_file) if source.origin.gguf_file else None
-    types = TensorTypes(embedding_type, output_type, layer_types, importance)
+    types = TensorTypes(embedding_type, output_type, layer_types)
     factors = rope_frequency_factors(source.config)
     plans = plan_tensors(source, weights or {}, overrides or {}, types, factors, encoded, made)
     check_space(path, sum(plan.row.nbytes for plan in plans))
@@ -133,7 +138,7 @@ def check_gguf(
     """
     weights = weights or {}
     reader = open_gguf(Path(path))
-    family, config = source.family, source.config
+    family = source.family
     found = {tensor.name: tensor for tensor in reader.tensors}
     written = {name: tensor.tensor_type.name for name, tensor in found.items()}
     embedding, head = family.gguf_name(f"{family.embedding}.weight"), family.gguf_name(f"{family.head}.weight")
@@ -159,10 +164,9 @@ def check_gguf(
         codes = weights.get(row.parameter.removesuffix(".weight"))
         if codes is not None and row.type == "Q4_0":
             values = torch.from_numpy(decode(tensor.data, row.type))
-            if family.interleaved_rope and ".attn_q." in row.name:
-                values = halves_from_pairs(values, config.num_attention_heads)
-            elif family.interleaved_rope and ".attn_k." in row.name:
-                values = halves_from_pairs(values, config.num_key_value_heads)
+            heads = rotary_heads(source, row.name)
+            if heads is not None:
+                values = halves_from_pairs(values, heads)
             if not torch.equal(values, codes.decode().cpu()):
                 raise HalfbyteError(f"{where}: blocks do not decode to the codes", fix="report this as a bug")
     return len(plans)

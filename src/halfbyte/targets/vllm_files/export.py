@@ -163,7 +163,7 @@ def _compare(folder: Path, source: SourceModel, codes: Codes, plan: Plan) -> flo
     window = torch.tensor([windows_for(source, pydoc_text(), CHECK_TOKENS, 1, where="check text")[0]])
     theirs = logits_in_transformers(folder, window)
     report("check logits", 1, 2, "simulation")
-    become_simulation_(source, codes, plan.layers, plan.transforms, packed=True)
+    become_simulation_(source, codes, plan.layers, packed=True)
     set_activation_bits_(source.model, plan_bits(plan))
     source.model.float()  # only now: its own weights, decoded, would not fit where the packed ones do
     set_parameters_(source.model, codes.parameters)  # with all their bits

@@ -82,7 +82,23 @@ class SearchOptions(ModelOptions):
     output: str = option(
         DEFAULT_PLAN, "plan to write (.pt or .json); its codes and reports go beside it", metavar="FILE"
     )
-    target_compression: float = option(0.75, "budget: mean activation bits / 8; 0.5 is all A4, 1.0 all A8", metavar="X")
+    hardware: str = option(
+        "auto",
+        "for vllm: the GPU that the plan will run on: turing, ampere, ada, hopper, blackwell, or sm75 to sm121; auto is "
+        "this machine's",
+        metavar="GPU",
+    )
+    target_compression: float = option(
+        0.0,
+        "budget: mean activation bits / 8; 0.5 is all A4, 1.0 all A8, 2.0 all A16; 0 is the target's own, 0.75 where "
+        "there is A4, 1.25 where there is not",
+        metavar="X",
+    )
+    max_kl: float = option(
+        0.0,
+        "instead of a budget: the cheapest plan whose KL on the validation text is at most this, in nats per token",
+        metavar="X",
+    )
     size: str = option("", "size of the GGUF file, such as 4.36GiB or 700MB", metavar="SIZE")
     ftype: str = option(
         "",
@@ -109,11 +125,6 @@ class SearchOptions(ModelOptions):
         names=_transforms,
         metavar="LIST",
     )
-    online_transforms: bool = option(
-        False,
-        "for vllm also rotate in front of down_proj at run time (R4): no tensor parallelism, more code in transformers",
-        WEIGHTS,
-    )
     alpha: str = option(
         "auto",
         "SmoothQuant strength, 0 to 1; auto chooses each unit's scales by output error",
@@ -130,6 +141,9 @@ class SearchOptions(ModelOptions):
     )
     group_size: int = option(128, "weights that share one scale, along the input", WEIGHTS, metavar="N")
     symmetric: bool = option(False, "symmetric activation codes, as serving engines need them", WEIGHTS)
+    tensor_parallel: int = option(
+        1, "for vllm: GPUs that will share every layer; rotations then stay within one GPU's part", WEIGHTS, metavar="N"
+    )
     imatrix: str | None = option(
         None,
         "importance matrix to choose scales of types by, ours or llama.cpp's; by default it is measured",

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from halfbyte.quant.int4 import PackedWeight
 
 PLAN_VERSION = 2
-ACTIVATION_BITS = (4, 8)
+ACTIVATION_BITS = (4, 8, 16)
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,15 @@ class LayerPlan:
 
     Attributes:
         w_bits: weight bits.
-        a_bits: activation bits.
+        a_bits: activation bits; 16 is not rounded.
         group_size: weight group size that was really used.
         a_symmetric: activations quantised symmetrically.
         a4_clip: share of a token's range that 4-bit activation codes span; 8-bit codes always span all of it.
         rotated: the input is rotated at run time, and the weights are stored for that.
         rank: of the low-rank part of the transform of the input at run time; 0 if there is none.
         rotation_block: channels that are rotated together; 0 if the rotation is one of all channels.
+        arithmetic: what the layer is computed as (:mod:`halfbyte.quant.arithmetics`).
+        a_group: channels whose activation codes share a scale; 0 if all of a token's do.
         note: empty, or why something differs from what was asked ("group 64: 128 does not divide 576").
     """
 
@@ -49,6 +51,8 @@ class LayerPlan:
     rotated: bool = False
     rank: int = 0
     rotation_block: int = 0
+    arithmetic: str = "per_token"
+    a_group: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ class Plan:
         model_id: what the model was loaded from.
         fingerprint: identity of the model's weights (see ``halfbyte.models.loading.fingerprint``).
         target: where the plan will run: ``sim``, ``gguf`` or ``vllm``.
+        hardware: compute capability of the GPU that it was made for, such as ``sm90``; empty if any will do.
         granularity: ``fused`` or ``layer``.
         layers: layer name -> LayerPlan, in model order.
         budget_asked, budget_reached: mean activation bits / 8, weighted by multiply-accumulates.
@@ -90,6 +95,7 @@ class Plan:
     version: int = PLAN_VERSION
     tensors: Mapping[str, str] = field(default_factory=dict)
     file: Mapping[str, Any] = field(default_factory=dict)
+    hardware: str = ""
 
     @property
     def hash(self) -> str:
@@ -133,7 +139,7 @@ class Plan:
         for name, entry in plan.layers.items():
             if entry.a_bits not in ACTIVATION_BITS:
                 raise HalfbyteError(
-                    f"{where}, {name}: activation bits out of range, expected 4 or 8, got {entry.a_bits}"
+                    f"{where}, {name}: activation bits out of range, expected 4, 8 or 16, got {entry.a_bits}"
                 )
         return plan
 

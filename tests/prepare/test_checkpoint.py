@@ -82,7 +82,7 @@ def test_errors_are_those_of_activations_alone(folded, folds):
         logits(direct)
         handle.remove()
         x, decoded, row = seen[0].detach(), checkpoint.decoded(layer), made.sensitivity[layer]
-        for bits, clip, got in ((4, made.layers[layer].a4_clip, row.mse_a4), (8, 1.0, row.mse_a8)):
+        for bits, clip, got in ((4, made.layers[layer].a4_clip, row.mse_low), (8, 1.0, row.mse_high)):
             noise = fake_quantise(x, bits, clip=clip) - x
             assert got == pytest.approx(float((noise @ decoded.T).square().mean()), rel=0.01), (layer, bits)
         assert row.power == pytest.approx(float((x @ decoded.T).square().mean()), rel=1e-3)
@@ -131,4 +131,4 @@ def test_dead_parts_are_no_obstacle(tiny, tmp_path):
             layer.self_attn.v_proj.weight[:40] = 0  # more than a head
             layer.mlp.down_proj.weight.zero_()
     _, made = prepared(own, checkpoint.write(tmp_path / "m", gptq(), gptq_config()))
-    assert all(row.mse_a8 <= row.mse_a4 < float("inf") for row in made.sensitivity.values())
+    assert all(row.mse_high <= row.mse_low < float("inf") for row in made.sensitivity.values())

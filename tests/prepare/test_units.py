@@ -29,7 +29,7 @@ def test_mse_against_a_direct_computation(tiny, family):
     source.model(tokens)
     handle.remove()
     x, decoded = seen[0].flatten(0, 1), made.codes.weights[name].decode()
-    for bits, got in ((4, made.sensitivity[name].mse_a4), (8, made.sensitivity[name].mse_a8)):
+    for bits, got in ((4, made.sensitivity[name].mse_low), (8, made.sensitivity[name].mse_high)):
         clip = made.layers[name].a4_clip if bits == 4 else 1.0
         direct = (fake_quantise(x, bits, clip=clip) @ decoded.T - x @ linear.weight.T).square().mean()
         assert got == pytest.approx(float(direct), rel=1e-3)
@@ -48,10 +48,10 @@ def test_ranges_lower_the_error_of_four_bits(tiny, symmetric):
         clips = {entry.a4_clip for entry in made.layers.values()}
         assert clips <= set(A4_CLIPS) if clip else clips == {1.0}
         assert all(entry.a_symmetric == symmetric for entry in made.layers.values())
-    better = [rows[True][name].mse_a4 / row.mse_a4 for name, row in rows[False].items()]
+    better = [rows[True][name].mse_low / row.mse_low for name, row in rows[False].items()]
     assert max(better) < 1.05
     assert sum(better) / len(better) < 0.95
-    assert all(row.mse_a8 == rows[False][name].mse_a8 for name, row in rows[True].items())
+    assert all(row.mse_high == rows[False][name].mse_high for name, row in rows[True].items())
 
 
 def test_layers_that_share_an_input_share_its_treatment(tiny):

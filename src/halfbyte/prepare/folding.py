@@ -10,8 +10,9 @@ from torch import nn
 from halfbyte.calibration.walk import BlockStep
 from halfbyte.models.families import Family
 from halfbyte.models.loading import SourceModel, stored_dtype
-from halfbyte.models.modules import head_dim
+from halfbyte.models.modules import head_dim, linear
 from halfbyte.prepare.recipe import Recipe
+from halfbyte.quant.int4 import fitting_group_size
 from halfbyte.quant.quant_linear import InputScheme
 from halfbyte.transforms import UnitStep
 from halfbyte.transforms._rotation import CHUNK_ROWS
@@ -66,7 +67,10 @@ def fold_block_(step: BlockStep, source: SourceModel, recipe: Recipe) -> Folded:
     step.observe([group[0] for group in family.groups])
     folded = Folded()
     for group in family.groups:
-        unit = UnitStep(step, group, family, size, recipe, InputScheme(symmetric=recipe.symmetric))
+        width = linear(step.original, group[0]).weight.shape[1]
+        share = fitting_group_size(width, recipe.group_size) if recipe.input_groups else 0
+        scheme = InputScheme(symmetric=recipe.symmetric, arithmetic=recipe.arithmetic, group=share)
+        unit = UnitStep(step, group, family, size, recipe, scheme)
         before = _power(step, group)
         for transform in applied:
             transform.treat_input_(unit)

@@ -24,8 +24,13 @@ class Recipe:
         clip: choose the range of 4-bit activations by output error; otherwise it is the token's whole range.
         scale_bits: activation bits whose error counts when channel scales are chosen.
         scale_rule: what a group's scale may be.
-        block_rotations: rotations at run time repeat in blocks of the largest power of two that divides the width.
+        rotation_block: rotations at run time repeat in blocks of the largest power of two, up to this, that divides the
+            input of each GPU; 0 if all channels are rotated together.
+        tensor_parallel: GPUs that share the inputs of o_proj and down_proj.
         ends_as_stored: R1 leaves embedding and head in the checkpoint's own dtype, as they are exported.
+        arithmetic: what layers are computed as (:mod:`halfbyte.quant.arithmetics`).
+        a_bits: activation bits that a layer may get, ascending; 16 is not rounded.
+        input_groups: activation codes share a scale within groups as large as those of weights, not per token.
     """
 
     transforms: tuple[str, ...] = ()
@@ -36,8 +41,17 @@ class Recipe:
     clip: bool = True
     scale_bits: int = 4
     scale_rule: ScaleRule = ANY_FP16
-    block_rotations: bool = False
+    rotation_block: int = 0
+    tensor_parallel: int = 1
     ends_as_stored: bool = False
+    arithmetic: str = "per_token"
+    a_bits: tuple[int, ...] = (4, 8)
+    input_groups: bool = False
+
+    @property
+    def stream_bits(self) -> int:
+        """Activation bits in quantised blocks while later layers are calibrated."""
+        return 8 if 8 in self.a_bits else self.a_bits[-1]
 
     @property
     def quantiser(self) -> WeightQuantiser:

@@ -82,12 +82,11 @@ def become_simulation_(
             schemes: dict[tuple, InputScheme] = {}
             for name in names:
                 entry = layers[name]
-                key = (entry.rotated, entry.rank, entry.a4_clip, entry.a_symmetric, entry.rotation_block)
+                rounding = (entry.a4_clip, entry.a_symmetric, entry.rotation_block, entry.arithmetic, entry.a_group)
+                key = (entry.rotated, entry.rank, *rounding)
                 if key not in schemes:
                     low_rank = codes.low_rank[names[0]].to(device) if entry.rank else None
-                    schemes[key] = InputScheme(
-                        entry.rotated, low_rank, entry.a4_clip, entry.a_symmetric, entry.rotation_block
-                    )
+                    schemes[key] = InputScheme(entry.rotated, low_rank, *rounding)
                 replace_linear_(model, name, codes.weights[name], shared, schemes[key], packed=packed)
 
 

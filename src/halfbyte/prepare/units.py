@@ -15,7 +15,6 @@ from halfbyte.quant.int4 import GroupedWeight, fitting_group_size
 from halfbyte.quant.quant_linear import InputScheme
 
 SAMPLE = 1024  # tokens on which activation ranges are compared and layers measured
-STREAM_BITS = 8  # activation bits in the quantised blocks while later layers are calibrated
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,8 @@ class QuantisedUnit:
         codes: path of the linear in the block -> its codes.
         scheme: what happens to their input.
         note: empty, or what went otherwise than asked.
-        errors: path -> mean squared output error with 4 and with 8 activation bits, and mean square of the output.
+        errors: path -> mean squared output error with the fewest and with the most activation bits, and mean square of
+            the output.
     """
 
     codes: dict[str, GroupedWeight]
@@ -63,12 +63,14 @@ def quantise_unit(
         codes, note = _chosen(step, group, weight, recipe, scheme, where)
     step.seen.pop(group[0], None)
     errors, start = {}, 0
-    rounded = {bits: scheme.rounded(inputs, bits) for bits in (4, 8)}
+    widths = (recipe.a_bits[0], recipe.a_bits[-1])
+    rounded = {bits: scheme.rounded(inputs, bits) for bits in widths}
     for part, layer in zip(group, layers, strict=True):
         rows = slice(start, start + layer.weight.shape[0])
-        expected, decoded = seen @ plain[rows].T, codes[part].decode()
-        a4, a8 = (float((rounded[bits] @ decoded.T - expected).square().mean()) for bits in (4, 8))
-        errors[part] = (a4, a8, float(expected.square().mean()))
+        expected = seen @ plain[rows].T
+        made = {bits: rounded[bits] @ scheme.rule.decoded(codes[part], bits).T for bits in widths}
+        low, high = (float((made[bits] - expected).square().mean()) for bits in widths)
+        errors[part] = (low, high, float(expected.square().mean()))
         start = rows.stop
     return QuantisedUnit(dict(codes), scheme, note, errors)
 
@@ -80,7 +82,7 @@ def _chosen(
     moments = InputMoments(weight)
     if recipe.quantiser.looks_at_inputs:
         for original, of_copy in step.inputs(group[0]):
-            moments.add(scheme.transform(original), scheme.rounded(scheme.transform(of_copy), STREAM_BITS))
+            moments.add(scheme.transform(original), scheme.rounded(scheme.transform(of_copy), recipe.stream_bits))
     del step.seen[group[0]]
     group_size = fitting_group_size(weight.shape[1], recipe.group_size)
     together, note = recipe.quantiser.encode(moments, group_size, where, recipe.scale_rule)

@@ -19,7 +19,7 @@ from halfbyte.prepare.checkpoint import check_same_model, original_answers, take
 from halfbyte.prepare.folding import changed_ends, fold_block_, fold_ends_
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.simulation import become_simulation_
-from halfbyte.prepare.units import STREAM_BITS, QuantisedUnit, quantise_unit
+from halfbyte.prepare.units import QuantisedUnit, quantise_unit
 from halfbyte.quant.int4 import GroupedWeight, check_packable
 from halfbyte.quant.quant_linear import SharedInput, pack_linear_, replace_linear_, set_activation_bits_
 from halfbyte.search.sensitivity import LayerSensitivity
@@ -35,7 +35,7 @@ class Prepared:
 
     Attributes:
         codes: for the plan's codes file.
-        layers: layer name -> its entry in the plan, with 8-bit activations until a search decides.
+        layers: layer name -> its entry in the plan, with the most activation bits until a search decides.
         sensitivity: layer name -> measured errors.
         scales: unit (its first layer's name) -> which channel scales were chosen.
     """
@@ -132,7 +132,7 @@ class _Preparation:
             self.made.layers[name] = _entry(unit, codes, self.recipe)
             self.made.sensitivity[name] = _sensitivity(name, unit.errors[part])
             replace_linear_(step.quantised, part, codes, self._shared, unit.scheme)
-        set_activation_bits_(step.quantised, dict.fromkeys(unit.codes, STREAM_BITS))
+        set_activation_bits_(step.quantised, dict.fromkeys(unit.codes, self.recipe.stream_bits))
 
     def pack_(self, step: BlockStep) -> None:
         """Let the block's layers keep the packed codes that are kept for the result."""
@@ -148,7 +148,7 @@ def _entry(unit: QuantisedUnit, codes: GroupedWeight, recipe: Recipe) -> LayerPl
         notes.append(f"group {codes.group_size}: {recipe.group_size} does not divide {codes.shape[1]}")
     return LayerPlan(
         w_bits=codes.bits,
-        a_bits=8,
+        a_bits=recipe.a_bits[-1],
         group_size=codes.group_size,
         a_symmetric=unit.scheme.symmetric,
         note="; ".join(notes),
@@ -156,6 +156,8 @@ def _entry(unit: QuantisedUnit, codes: GroupedWeight, recipe: Recipe) -> LayerPl
         rotated=unit.scheme.rotated,
         rank=unit.scheme.low_rank.rank if unit.scheme.low_rank else 0,
         rotation_block=unit.scheme.block,
+        arithmetic=unit.scheme.arithmetic,
+        a_group=unit.scheme.group,
     )
 
 

@@ -30,6 +30,16 @@ class ScaleRule:
         2⁻¹⁷ it is a multiple of 2⁻²⁴ of at most 7 bits."""
         return (scales.to(torch.bfloat16) if self.bf16 else scales).to(torch.float16)
 
+    def fitted(self, scales: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
+        """Scales ``[out, groups]`` of one module that an engine takes over as they are; here those of :meth:`rounded`.
+
+        Scales that are fitted come back unchanged.
+
+        Args:
+            known: fitted scales whose codes are kept: then the largest of them stay what they are.
+        """
+        return scales
+
 
 ANY_FP16 = ScaleRule()
 
@@ -182,7 +192,7 @@ def absmax_scales(
     check_finite(weight, where)
     out_features = weight.shape[0]
     largest = weight.float().reshape(out_features, -1, group_size).abs().amax(dim=-1)
-    scales = rule.rounded(divided(largest, 2 ** (bits - 1) - 1))
+    scales = rule.fitted(rule.rounded(divided(largest, 2 ** (bits - 1) - 1)))
     if bool(torch.isinf(scales).any()):
         raise HalfbyteError(f"{where}: weights too large for fp16 scales, got max |w| = {float(largest.max()):.4g}")
     return scales
@@ -247,4 +257,4 @@ def searched_scales(
             total = torch.einsum("ogk,gk->og", error.square_(), cost)
             better = total < least
             best, least = torch.where(better, scales, best), torch.where(better, total, least)
-    return best
+    return rule.fitted(best)

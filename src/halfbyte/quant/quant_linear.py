@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.quant.arithmetics import ARITHMETICS, Arithmetic
 from halfbyte.quant.balance import LowRank
 from halfbyte.quant.hadamard import rotate, rotate_blocks
 from halfbyte.quant.int4 import GroupedWeight, PackedWeight
-from halfbyte.quant.kernels.activations import fake_quantise_rows
 from halfbyte.quant.kernels.codes import decode_packed
 
 Bits = int | torch.Tensor | None  # activation bits: for all, int32 [rows] for a batch [rows, ...], or not rounded
@@ -29,6 +30,8 @@ class InputScheme:
         a4_clip: share of a token's range that 4-bit codes span; 8-bit codes span all of it.
         symmetric: symmetric codes.
         block: channels that are rotated together, the same way in every block; 0 if all of them are.
+        arithmetic: name of the rule by which inputs are rounded and codes decoded (:mod:`halfbyte.quant.arithmetics`).
+        group: channels whose codes share a scale, where the arithmetic has groups; 0 if all of a token's do.
     """
 
     rotated: bool = False
@@ -36,6 +39,13 @@ class InputScheme:
     a4_clip: float = 1.0
     symmetric: bool = False
     block: int = 0
+    arithmetic: str = "per_token"
+    group: int = 0
+
+    @cached_property
+    def rule(self) -> Arithmetic:
+        """What the layer is computed as."""
+        return ARITHMETICS[self.arithmetic]
 
     @property
     def changes_input(self) -> bool:
@@ -60,9 +70,7 @@ class InputScheme:
 
     def rounded(self, x: torch.Tensor, bits: Bits) -> torch.Tensor:
         """A transformed input as its codes stand for it."""
-        if bits is None:
-            return x
-        return fake_quantise_rows(x, bits, a4_clip=self.a4_clip, symmetric=self.symmetric)
+        return x if bits is None else self.rule.rounded(x, bits, self)
 
 
 class SharedInput:
@@ -86,6 +94,9 @@ class SharedInput:
 class QuantLinear(nn.Module):
     """A linear layer on decoded weights, with activations quantised per token.
 
+    Args:
+        own: activation bits -> decoded codes, for those bits with which the scheme's arithmetic decodes otherwise.
+
     Attributes:
         weight: decoded codes in the compute dtype, ``[out, in]``.
         scheme: what happens to the input.
@@ -95,11 +106,18 @@ class QuantLinear(nn.Module):
     weight: torch.Tensor
 
     def __init__(
-        self, weight: torch.Tensor | None, bias: torch.Tensor | None, scheme: InputScheme, shared: SharedInput
+        self,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        scheme: InputScheme,
+        shared: SharedInput,
+        own: Mapping[int, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         if weight is not None:  # a subclass may have it in another form
             self.weight = nn.Parameter(weight, requires_grad=False)
+        for bits, value in (own or {}).items():
+            self.register_parameter(_own_name(bits), nn.Parameter(value, requires_grad=False))
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.scheme, self.shared = scheme, shared
         self.a_bits: Bits = None
@@ -118,10 +136,23 @@ class QuantLinear(nn.Module):
         """Treat the input, then multiply."""
         if self.a_bits is not None or self.scheme.changes_input:
             x = self.shared.treated(x, self.a_bits, self.scheme)
-        return self._multiply(x)
+        bits, own = self.a_bits, self.scheme.rule.own_weights
+        if not own or bits is None:
+            return self._multiply(x)
+        if isinstance(bits, int):
+            return self._multiply_own(x, bits) if bits in own else self._multiply(x)
+        result = self._multiply(x)
+        chosen = bits.view(-1, *[1] * (x.dim() - 1))  # [rows, 1, ..., 1]
+        for width in own:
+            result = torch.where(chosen == width, self._multiply_own(x, width), result)
+        return result
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.linear(x, self.weight, self.bias)
+
+    def _multiply_own(self, x: torch.Tensor, bits: int) -> torch.Tensor:
+        """The product with the weights that inputs of so many bits are multiplied with."""
+        return nn.functional.linear(x, self.get_parameter(_own_name(bits)), self.bias)
 
 
 class PackedLinear(QuantLinear):
@@ -165,6 +196,10 @@ class PackedLinear(QuantLinear):
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         return _DecodedProduct.apply(x, self.packed, self.scales, self.bias, self.dtype)
+
+    def _multiply_own(self, x: torch.Tensor, bits: int) -> torch.Tensor:
+        weight = self.scheme.rule.decoded(PackedWeight(self.packed, self.scales).unpack(), bits)
+        return nn.functional.linear(x, weight.to(self.dtype), self.bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
         """What ``.to()`` calls: a change of dtype is one of the compute dtype; the scales are fp16 whatever that is."""
@@ -231,7 +266,15 @@ def replace_linear_(
         decoded = decode_packed(weight.packed, weight.scales, dtype)
     else:
         decoded = weight.decode().to(dtype)
-    _put_(model, name, QuantLinear(decoded, old.bias, scheme, shared))
+    own = {}
+    for bits in scheme.rule.own_weights:
+        codes = weight.unpack() if isinstance(weight, PackedWeight) else weight
+        own[bits] = scheme.rule.decoded(codes, bits).to(dtype)
+    _put_(model, name, QuantLinear(decoded, old.bias, scheme, shared, own))
+
+
+def _own_name(bits: int) -> str:
+    return f"weight_a{bits}"
 
 
 def pack_linear_(model: nn.Module, name: str, weight: PackedWeight) -> None:

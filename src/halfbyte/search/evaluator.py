@@ -44,7 +44,7 @@ class KLEvaluator:
         units: one gene per unit.
         tokens: search text, int64 ``[windows, length]``.
         reference: of the unquantised model on the same tokens.
-        a_bits: activation bits of each format.
+        a_bits: the activation bits that each unit may have, ascending; 4 and 8 by default.
         rows: windows that go through the model at once; always the same, so that scores are reproducible.
 
     Attributes:
@@ -60,11 +60,12 @@ class KLEvaluator:
         units: Sequence[Unit],
         tokens: torch.Tensor,
         reference: Reference,
-        a_bits: Sequence[int] = (4, 8),
+        a_bits: Sequence[Sequence[int]] | None = None,
         *,
         rows: int | None = None,
     ) -> None:
-        self.model, self.family, self.units, self.a_bits = model, family, list(units), tuple(a_bits)
+        self.model, self.family, self.units = model, family, list(units)
+        self.a_bits = [(4, 8)] * len(self.units) if a_bits is None else [tuple(menu) for menu in a_bits]
         self.reference, self.head = reference, linear(model, family.head)
         self.windows, self.length = tokens.shape
         self.segments = self.length // max(size for size in range(1, SEGMENT_TOKENS + 1) if self.length % size == 0)
@@ -99,18 +100,16 @@ class KLEvaluator:
         """Mean KL(reference ‖ genome) over all windows in nats per token."""
         return float(self.losses([genome]).mean())
 
-    def one_at_a_time(self, base_format: int, other_format: int) -> Iterator[float]:
-        """For each unit in order: KL with that unit at one format (its index) and all others at another.
+    def one_at_a_time(self) -> Iterator[float]:
+        """For each unit in order: KL with that unit at its first format and all others at their last.
 
         Up to its own block each such genome equals the base, so only the blocks from there on are run: half the work
         of whole evaluations, and the same numbers.
         """
-        base = (base_format,) * len(self.units)
+        base = self.last_formats
         current = self._embedded
         for index, block in enumerate(blocks(self.model, self.family)):
-            genomes = [
-                (*base[:at], other_format, *base[at + 1 :]) for at, unit in enumerate(self.units) if unit.block == index
-            ]
+            genomes = [(*base[:at], 0, *base[at + 1 :]) for at, unit in enumerate(self.units) if unit.block == index]
             rows = [Row(genome, window) for genome in genomes for window in range(self.windows)]
             self._run([row for row in rows if row not in self._known], current, start=index)
             yield from (self.score(genome) for genome in genomes)
@@ -175,7 +174,7 @@ class KLEvaluator:
     def _set(self, batch: Sequence[Row]) -> torch.Tensor:
         """Give every row its activation bits; returns the window of each, ``[rows]``."""
         table = (
-            torch.tensor([[self.a_bits[gene] for gene in row.genome] for row in self._padded(batch)], dtype=torch.int32)
+            torch.tensor([self._widths(row.genome) for row in self._padded(batch)], dtype=torch.int32)
             .T.contiguous()
             .to(self.device)
         )
@@ -183,6 +182,15 @@ class KLEvaluator:
             one = int(bits) if self.rows == 1 else bits  # the same numbers, a little quicker
             set_activation_bits_(self.model, dict.fromkeys((layer.name for layer in unit.layers), one))
         return self._windows_of(batch)
+
+    @property
+    def last_formats(self) -> Genome:
+        """The genome with the most activation bits everywhere."""
+        return tuple(len(menu) - 1 for menu in self.a_bits)
+
+    def _widths(self, genome: Genome) -> list[int]:
+        """The activation bits of every unit."""
+        return [menu[gene] for menu, gene in zip(self.a_bits, genome, strict=True)]
 
     def _padded(self, batch: Sequence[Row]) -> list[Row]:
         """The batch with its last row repeated to the length that all batches have."""

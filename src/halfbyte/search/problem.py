@@ -224,31 +224,35 @@ class Problem:
 
 
 def activation_problem(
-    macs: Sequence[int], budget_fraction: float, gains: Sequence[float], bits: tuple[int, int] = (4, 8)
+    macs: Sequence[int], budget_fraction: float, gains: Sequence[float], menus: Sequence[Sequence[int]] | None = None
 ) -> Problem:
-    """The choice between two activation widths for each unit.
+    """The choice of an activation width for each unit.
 
     Args:
         macs: multiply-accumulates per token of each unit.
         budget_fraction: largest allowed mean of bits / 8, weighted by ``macs``.
-        gains: what each unit gains by the larger width alone (KL saved); a negative one counts as 0.
-        bits: the smaller and the larger width.
+        gains: what each unit gains by its last width over its first (KL saved); a negative one counts as 0.
+        menus: the widths that each unit may have, one or two, ascending; 4 and 8 by default.
 
     Raises:
-        HalfbyteError: the budget is outside what the two widths can reach, a gain is not finite, or the numbers of
+        HalfbyteError: the budget is outside what the widths can reach, a gain is not finite, or the numbers of
             units differ.
     """
-    low, high = bits
-    if not low / 8 <= budget_fraction <= high / 8:
+    menus = [(4, 8)] * len(macs) if menus is None else menus
+    costs = tuple(tuple(int(count) * bits for bits in menu) for count, menu in zip(macs, menus, strict=True))
+    per_eighth = 8 * sum(int(count) for count in macs)
+    low, high = (sum(menu[end] for menu in costs) / per_eighth for end in (0, -1))
+    if not low * (1 - BUDGET_EPSILON) <= budget_fraction <= high * (1 + BUDGET_EPSILON):
+        ends = (min(map(min, menus)), max(map(max, menus)))
         raise HalfbyteError(
-            f"target_compression: budget is out of range, expected {low / 8:g} (all A{low}) to {high / 8:g} "
-            f"(all A{high}), got {budget_fraction}"
+            f"target_compression: budget is out of range, expected {low:g} (A{ends[0]} wherever it runs) to {high:g} "
+            f"(A{ends[1]} wherever it runs), got {budget_fraction}"
         )
     if not all(math.isfinite(gain) for gain in gains):
         raise HalfbyteError("gains: a gain is not finite", fix="look at the sensitivities")
-    budget = math.floor(8 * budget_fraction * sum(int(count) for count in macs) * (1 + BUDGET_EPSILON))
-    costs = tuple((int(count) * low, int(count) * high) for count in macs)
-    return Problem(costs, tuple((max(gain, 0.0), 0.0) for gain in gains), budget)
+    budget = math.floor(budget_fraction * per_eighth * (1 + BUDGET_EPSILON))
+    losses = [(max(gain, 0.0), 0.0)[-len(menu) :] for gain, menu in zip(gains, menus, strict=True)]
+    return Problem(costs, tuple(losses), budget)
 
 
 def pruned(costs: Sequence[int], losses: Sequence[float]) -> list[int]:

@@ -1,4 +1,4 @@
-"""How much each layer suffers from 4-bit activations, measured at its own output.
+"""How much each layer suffers from its fewest activation bits, measured at its own output.
 
 Both errors are against the unquantised layer on the unquantised input, with W4 weights in both, so the ratio says what
 the activation bits alone change.
@@ -18,30 +18,31 @@ class LayerSensitivity:
 
     Attributes:
         layer: its name.
-        mse_a4, mse_a8: mean squared error of the output with 4-bit and 8-bit activations, W4 weights in both.
+        mse_low, mse_high: mean squared error of the output with the fewest and the most activation bits that it may get
+            (A4 and A8 for most targets), W4 weights in both.
         power: mean square of the unquantised output.
         grad_power: mean squared gradient of the loss at the output (0 when it was not measured).
     """
 
     layer: str
-    mse_a4: float
-    mse_a8: float
+    mse_low: float
+    mse_high: float
     power: float
     grad_power: float = 0.0
 
     @property
     def ratio(self) -> float:
-        """``mse_a4 / mse_a8``; 1 when both are zero."""
-        return self.mse_a4 / self.mse_a8 if self.mse_a8 > 0 else 1.0
+        """``mse_low / mse_high``; 1 when both are zero."""
+        return self.mse_low / self.mse_high if self.mse_high > 0 else 1.0
 
 
 def unit_ratios(units: Sequence[Unit], rows: Mapping[str, LayerSensitivity]) -> list[float]:
-    """The largest MSE(A4) / MSE(A8) among the layers of each unit."""
+    """The largest ratio of both errors among the layers of each unit."""
     return [max(rows[layer.name].ratio for layer in unit.layers) for unit in units]
 
 
-def unit_errors(units: Sequence[Unit], rows: Mapping[str, LayerSensitivity], fitness: str) -> list[dict[int, float]]:
-    """What each unit adds to the ``mse`` or ``fisher`` fitness with 4-bit and with 8-bit activations.
+def unit_errors(units: Sequence[Unit], rows: Mapping[str, LayerSensitivity], fitness: str) -> list[tuple[float, float]]:
+    """What each unit adds to the ``mse`` or ``fisher`` fitness with the fewest and with the most activation bits.
 
     ``mse`` weights a layer's MSE by its share of the multiply-accumulates; ``fisher`` by the mean squared gradient of
     the loss at its output times the number of outputs (the diagonal of the empirical Fisher information; cf. Dong et
@@ -50,11 +51,11 @@ def unit_errors(units: Sequence[Unit], rows: Mapping[str, LayerSensitivity], fit
     total = sum(unit.macs for unit in units)
     tables = []
     for unit in units:
-        table = {4: 0.0, 8: 0.0}
+        low = high = 0.0
         for layer in unit.layers:
             row = rows[layer.name]
             weight = layer.out_features * row.grad_power if fitness == "fisher" else layer.macs / total
-            table[4] += weight * row.mse_a4
-            table[8] += weight * row.mse_a8
-        tables.append(table)
+            low += weight * row.mse_low
+            high += weight * row.mse_high
+        tables.append((low, high))
     return tables

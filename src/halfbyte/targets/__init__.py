@@ -15,7 +15,7 @@ from halfbyte.quant.int4 import fitting_group_size
 from halfbyte.transforms import TRANSFORMS, sorted_names
 
 if TYPE_CHECKING:
-    from halfbyte.models.layers import Layer
+    from halfbyte.models.layers import Layer, Unit
     from halfbyte.models.loading import SourceModel
 
 ROTATE = "rotate"  # in --transforms: the rotations that serve a target best
@@ -28,8 +28,9 @@ class Target(ABC):
     Attributes:
         name: for ``--target``.
         recipe: what preparation obeys: what scales and activation codes may be.
+        hardware: what it was made for by :meth:`on`, such as ``sm90``; empty if any will do.
         runs_online: transforms at run time that it can run.
-        on_request: further ones, at a price that has to be asked for (``--online_transforms``).
+        default_budget: mean activation bits / 8, where none is asked for.
         best: what ``--transforms auto`` stands for.
         export_options: what :meth:`export` is given.
         menus: names of what can be searched, in order (:mod:`halfbyte.menus`); all of it is, unless ``--spaces`` says
@@ -38,11 +39,31 @@ class Target(ABC):
 
     name: ClassVar[str]
     recipe: ClassVar[Recipe] = Recipe()
+    hardware: str = ""
     runs_online: ClassVar[frozenset[str]] = frozenset()
-    on_request: ClassVar[tuple[str, ...]] = ()
+    default_budget: ClassVar[float] = 0.75
     best: ClassVar[str] = "smooth,rotate"
     menus: ClassVar[tuple[str, ...]] = ("activations",)
     export_options: ClassVar[type] = ExportOptions
+
+    def on(self, hardware: str, tensor_parallel: int = 1) -> Target:
+        """The target for that hardware.
+
+        Args:
+            hardware: of ``--hardware``: a GPU generation, a compute capability such as ``sm90``, or ``auto``.
+            tensor_parallel: GPUs that will share every layer.
+
+        Raises:
+            HalfbyteError: the target does not depend on hardware, or does not know it.
+        """
+        if hardware != "auto" or tensor_parallel != 1:
+            flag = "hardware" if hardware != "auto" else "tensor_parallel"
+            raise HalfbyteError(f"--{flag}: only for --target vllm", fix="leave it out")
+        return self
+
+    def widths(self, unit: Unit) -> tuple[int, ...]:
+        """The activation bits that a unit may have, ascending; 16 is not rounded."""
+        return self.recipe.a_bits
 
     def rotations(self, *, tied: bool) -> tuple[str, ...]:
         """What ``rotate`` stands for.
@@ -62,31 +83,24 @@ class Target(ABC):
             return ()
         asked = options.transforms if options.transforms != "auto" else self.best
         names = [] if asked == "none" else [name.strip() for name in asked.split(",")]
-        on_request = self.on_request if options.online_transforms else ()
-        chosen = set(on_request)
+        chosen: set[str] = set()
         for name in names:
             chosen |= set(self.rotations(tied=tied)) if name == ROTATE else {name}
         for name in chosen:
-            self._check_transform(name, on_request)
+            self._check_transform(name)
         return sorted_names(chosen)
 
     def can_run(self, name: str) -> bool:
         """Whether the target runs a transform: what is folded runs anywhere."""
         return not TRANSFORMS[name].at_run_time or name in self.runs_online
 
-    def _check_transform(self, name: str, on_request: Sequence[str]) -> None:
+    def _check_transform(self, name: str) -> None:
         if name not in TRANSFORMS.names():
             known = ", ".join(("auto", ROTATE, *TRANSFORMS, "none"))
             raise HalfbyteError(f"--transforms: unknown transform, expected {known}, got {name}")
-        if self.can_run(name) or name in on_request:
+        if self.can_run(name):
             return
         possible = ", ".join(sorted_names(known for known in TRANSFORMS if self.can_run(known)))
-        if name in self.on_request:
-            raise HalfbyteError(
-                f"--transforms: the target {self.name} runs this transform on request only, expected {possible}, "
-                f"got {name}",
-                fix="ask for it with --online_transforms, leave it out, or use --target sim",
-            )
         raise HalfbyteError(
             f"--transforms: the target {self.name} cannot run this transform, expected {possible}, got {name}",
             fix="leave it out, or use --target sim",
@@ -106,14 +120,12 @@ class Target(ABC):
             symmetric=self.recipe.symmetric or options.symmetric,
         )
 
-    def check_options(self, options: SearchOptions) -> None:
+    def check_options(self, options: SearchOptions) -> None:  # noqa: B027 - most targets have nothing to refuse
         """Refuse, before any work, options that do not fit.
 
         Raises:
             HalfbyteError: they do not.
         """
-        if options.online_transforms and not self.on_request:
-            raise HalfbyteError("--online_transforms: only for --target vllm", fix="name r4 in --transforms")
 
     def check_model(  # noqa: B027 - most targets have nothing to refuse
         self, source: SourceModel, layers: Sequence[Layer], options: SearchOptions, group_sizes: Mapping[str, int]

@@ -75,7 +75,9 @@ def transform_heads_(
 def rotate_input_(unit: UnitStep) -> None:
     """Let the unit's input be rotated at run time; in blocks where the recipe says so."""
     width = linear(unit.step.original, unit.group[0]).weight.shape[1]
-    block = largest_block(width) if unit.recipe.block_rotations else 0
+    if unit.group[0] in (unit.family.attention_out, unit.family.down):  # whose inputs several GPUs share
+        width //= unit.recipe.tensor_parallel
+    block = min(largest_block(width), unit.recipe.rotation_block)
     unit.scheme = replace(unit.scheme, rotated=True, block=block)
 
 

@@ -14,7 +14,6 @@ import torch
 
 from halfbyte.calibration.walk import sample
 from halfbyte.models.modules import fold_scales_, linear
-from halfbyte.quant.affine import fake_quantise
 from halfbyte.quant.balance import balancing_scales
 from halfbyte.quant.int4 import check_finite, fitting_group_size
 from halfbyte.quant.quantisers.rtn import round_to_nearest
@@ -111,7 +110,7 @@ def _output_error(unit: UnitStep, x: torch.Tensor, weight: torch.Tensor, where: 
         rounded = round_to_nearest(stored, group_size, rule=recipe.scale_rule, where=where).decode()
         total = quantiser.rounding_share * float((inputs @ (rounded - stored).T).square().sum())
         if not quantiser.scales_for_weights:
-            noise = fake_quantise(inputs, recipe.scale_bits, symmetric=recipe.symmetric) - inputs
+            noise = scheme.rounded(inputs, recipe.scale_bits) - inputs
             total += float((noise @ stored.T).square().sum())
         return total
 

@@ -160,7 +160,7 @@ def improve_scales(
     size_of = system.diagonal(dim1=1, dim2=2)
     size_of += (1e-6 * size_of.mean(-1, keepdim=True)).clamp_min(1e-30)
     scales, info = torch.linalg.solve_ex(system, wanted)
-    scales = rule.rounded(scales)
+    scales = rule.fitted(rule.rounded(scales), known=encoded.scales)
     legal = torch.isfinite(scales) & ((scales >= 0) | rule.signed)
     good = (info == 0).unsqueeze(-1) & legal.all(-1, keepdim=True)
     return GroupedWeight(encoded.codes, torch.where(good, scales, encoded.scales), encoded.bits)

@@ -66,7 +66,7 @@ def search(options: SearchOptions) -> SearchResult:
     Raises:
         HalfbyteError: anything the user can put right.
     """
-    target = TARGETS.find(options.target, where="--target")
+    target = TARGETS.find(options.target, where="--target").on(options.hardware, options.tensor_parallel)
     check_options(options, target)
     device = _own_device(resolve_device(options.device))
     options = with_tokens(options, device)
@@ -101,6 +101,7 @@ def search(options: SearchOptions) -> SearchResult:
             model_id=options.model_id,
             fingerprint=source.fingerprint,
             target=target.name,
+            hardware=target.hardware,
             granularity=options.granularity,
             layers={},
             budget_asked=1.0,  # what llama.cpp computes with, where no activation bits are searched

@@ -26,11 +26,10 @@ from halfbyte.search.problem import Genome, Problem, activation_problem
 from halfbyte.search.sensitivity import unit_errors, unit_ratios
 from halfbyte.workdir import Workdir
 
-A_BITS = (4, 8)
 FISHER_WINDOWS = 4  # of calibration text, for loss gradients
 PREPARED_AS = 2.5  # forward passes that preparation takes as long as, per calibration token, ...
 CODES_AS = 20_000.0  # ... and tokens of forward passes for what does not depend on the text
-FRONT = tuple(step / 20 for step in range(10, 21))  # budgets of a front: 0.5, 0.55 … 1
+FRONT = tuple(step / 10 for step in range(11))  # budgets of a front, from the cheapest plan to the dearest
 KNAPSACKS = {"kl": "KL", "fisher": "Fisher", "mse": "MSE"}
 SCORES = {
     "kl": "KL(reference ‖ quantised), nats per token",
@@ -40,7 +39,7 @@ SCORES = {
 
 
 class ActivationMenu(Menu):
-    """Two formats for every unit, int4/a4 and int4/a8; the budget is the mean of activation bits / 8."""
+    """One or two formats for every unit, such as int4/a4 and int4/a8; the budget is the mean of activation bits / 8."""
 
     name, title = "activations", "activation bits"
 
@@ -56,6 +55,10 @@ class ActivationMenu(Menu):
         transforms = self.setting.target.transforms(self.options, tied=is_tied(source.model, source.family))
         self.recipe = replace(self.setting.recipe, transforms=transforms)
         self.units = units_of(layers_of(source.model, source.family), source.family, self.options.granularity)
+        self.widths = [self.setting.target.widths(unit) for unit in self.units]
+        self.budget = self.options.target_compression or self.setting.target.default_budget
+        macs = [unit.macs for unit in self.units]
+        activation_problem(macs, self.budget, [0.0] * len(macs), self.widths)  # refuses a budget that cannot be met
 
     def effort(self) -> dict[str, float]:
         calib = 1.0 * self.options.calib_tokens
@@ -83,52 +86,62 @@ class ActivationMenu(Menu):
         if reference is not None:
             parts = reference.split(len(model.windows["search"]))
             self.on_search_text, self.on_validation_text = (
-                KLEvaluator(source.model, source.family, self.units, model.windows[part], answers, A_BITS)
+                KLEvaluator(source.model, source.family, self.units, model.windows[part], answers, self.widths)
                 for part, answers in zip(("search", "valid"), parts, strict=True)
             )
         self._record = self._search_record(model)
         gains = workdir.value("unit_gains", self._gains)
-        self.problem = activation_problem(
-            [unit.macs for unit in self.units], self.options.target_compression, gains, A_BITS
-        )
+        self.problem = activation_problem([unit.macs for unit in self.units], self.budget, gains, self.widths)
 
     def starts(self, problem: Problem) -> dict[str, Genome]:
         """The sensitivity rule, and exact knapsacks over scores of single units, Fisher-weighted errors, and both."""
         rows, last = self.prepared.sensitivity, max(unit.block for unit in self.units)
         ratios = unit_ratios(self.units, rows)
         edges = [unit.block in (0, last) for unit in self.units]
-        by_ratio = problem.with_losses([(ratio, 0.0) for ratio in ratios])  # brought to the budget by the same ratios
+        by_ratio = self._valued(problem, ratios)  # brought to the budget by the same ratios
         found = {
             "rule": by_ratio.fill(by_ratio.repair(rule_genome(problem, ratios, edges))),
             f"{KNAPSACKS[self.options.fitness]} knapsack": problem.knapsack(),
         }
         if self.on_whole_model and any(row.grad_power for row in rows.values()):
             fisher = self._table_gains("fisher")
-            found["Fisher knapsack"] = problem.with_losses([(gain, 0.0) for gain in fisher]).knapsack()
+            found["Fisher knapsack"] = self._valued(problem, fisher).knapsack()
             measured = [losses[0] for losses in problem.losses]
             total, total_fisher = sum(measured) or 1.0, sum(fisher) or 1.0
-            both = [(a / total + b / total_fisher, 0.0) for a, b in zip(measured, fisher, strict=True)]
-            found["KL + Fisher knapsack"] = problem.with_losses(both).knapsack()
+            both = [a / total + b / total_fisher for a, b in zip(measured, fisher, strict=True)]
+            found["KL + Fisher knapsack"] = self._valued(problem, both).knapsack()
         return found
 
     def ends(self, problem: Problem) -> dict[str, Genome]:
-        return {"all A8": problem.dearest, "all A4": problem.cheapest}
+        low, high = self.recipe.a_bits[0], self.recipe.a_bits[-1]
+        return {f"all A{high}": problem.dearest, f"all A{low}": problem.cheapest}
 
     def choice(self, genome: Genome) -> dict[str, int | str]:
-        return {unit.name: A_BITS[gene] for unit, gene in zip(self.units, genome, strict=True)}
+        return {unit.name: bits for unit, bits in zip(self.units, self._bits(genome), strict=True)}
+
+    def _bits(self, genome: Genome) -> list[int]:
+        """The activation bits of every unit."""
+        return [menu[gene] for menu, gene in zip(self.widths, genome, strict=True)]
+
+    def _valued(self, problem: Problem, gains: Sequence[float]) -> Problem:
+        """The same problem with other gains of each unit's last format over its first."""
+        menus = zip(gains, self.widths, strict=True)
+        return problem.with_losses([(gain, 0.0)[-len(menu) :] for gain, menu in menus])
 
     def front_budgets(self) -> Sequence[tuple[str, int]]:
-        macs = [unit.macs for unit in self.units]
-        gains = [losses[0] for losses in self.problem.losses]
-        return [(f"{share:.2f}", activation_problem(macs, share, gains, A_BITS).budget) for share in FRONT]
+        low, high = (self.problem.spent(end) for end in (self.problem.cheapest, self.problem.dearest))
+        eighths = 8 * sum(unit.macs for unit in self.units)
+        budgets = [low + round(share * (high - low)) for share in FRONT]
+        return [(f"{budget / eighths:.2f}", budget) for budget in budgets]
 
     def into_plan(self, plan: Plan, found: Found, workdir: Workdir) -> Plan:
-        options, bits = self.options, _layer_bits(self.units, found)
+        chosen = self._bits(found.genome)
+        bits = {layer.name: width for unit, width in zip(self.units, chosen, strict=True) for layer in unit.layers}
         return replace(
             plan,
             layers={name: replace(entry, a_bits=bits[name]) for name, entry in self.prepared.layers.items()},
-            budget_asked=options.target_compression,
-            budget_reached=mean_bits_fraction(self.units, [A_BITS[gene] for gene in found.genome]),
+            budget_asked=found.budget / (8 * sum(unit.macs for unit in self.units)) if self.options.max_kl else self.budget,
+            budget_reached=mean_bits_fraction(self.units, chosen),
             transforms=self.recipe.transforms,
             search={**self._record, **found.record(), "generations": len(found.history)},
             codes_sha256=sha256(workdir.codes),
@@ -202,17 +215,17 @@ class ActivationMenu(Menu):
         """What each unit gains by A8 on its own, all others at A8."""
         if not isinstance(self.on_search_text, KLEvaluator):
             return self._table_gains(self.options.fitness)
-        base = self.on_search_text.score((len(A_BITS) - 1,) * len(self.units))
+        base = self.on_search_text.score(self.on_search_text.last_formats)
         found = []
-        for loss in self.on_search_text.one_at_a_time(len(A_BITS) - 1, 0):
+        for loss in self.on_search_text.one_at_a_time():
             found.append(loss - base)
-            report("KL of each unit at A4", len(found), len(self.units), self.units[len(found) - 1].name)
+            report(f"KL of each unit at A{self.recipe.a_bits[0]}", len(found), len(self.units), self.units[len(found) - 1].name)
         return found
 
     def _table_gains(self, name: str) -> list[float]:
         """The same by layer errors, ``mse`` or ``fisher``; no unit gains less than nothing."""
         errors = unit_errors(self.units, self.prepared.sensitivity, name)
-        return [max(0.0, error[A_BITS[0]] - error[A_BITS[-1]]) for error in errors]
+        return [max(0.0, low - high) for low, high in errors]
 
     def _search_record(self, model: Model) -> dict[str, object]:
         options = self.options
@@ -227,10 +240,6 @@ class ActivationMenu(Menu):
             **model.tokens,
             **taken,
         }
-
-
-def _layer_bits(units: Sequence[Unit], found: Found) -> Mapping[str, int]:
-    return {layer.name: A_BITS[gene] for unit, gene in zip(units, found.genome, strict=True) for layer in unit.layers}
 
 
 def _memory_modes(setting: Setting) -> tuple[bool, bool]:

@@ -54,7 +54,7 @@ class IntegerScales(ScaleRule):
         top = torch.exp2(torch.log2(first.amax().clamp_min(2.0**-14)).ceil())
         step = top / INTEGERS
         whole = self._in_bf16((values / step).round()).clamp(0, INTEGERS)
-        fitted = whole * step
+        fitted = (whole * step).contiguous()
         at = first.flatten().argmax()  # the module's largest scale is the power of two itself
         fitted.view(-1)[at] = top
         return fitted.to(scales.dtype)

@@ -11,6 +11,9 @@ import torch
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.quant.affine import divided
+from halfbyte.quant.kernels import use_triton
+
+CHUNK_ELEMENTS = 2**20  # of decoded weights; each takes about 10 bytes of temporaries
 
 
 @dataclass(frozen=True)
@@ -206,6 +209,30 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     """The inverse of :func:`pack_int4`: int8 codes ``[..., 2 * n]`` from uint8 ``[..., n]``."""
     nibbles = torch.stack((packed & 0xF, packed >> 4), dim=-1).to(torch.int8)  # [..., n, 2]
     return torch.where(nibbles > 7, nibbles - 16, nibbles).flatten(-2)
+
+
+def decode_packed(
+    packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The weights ``[out, in]`` that int4 codes stand for, in ``dtype``; the Triton twin gives the same bits.
+
+    Args:
+        packed: uint8 ``[out, in / 2]`` of :func:`pack_int4`.
+        scales: fp16 ``[out, groups]``.
+        out: where to write, ``[out, in]`` of ``dtype``, contiguous; otherwise a new tensor.
+    """
+    shape = (packed.shape[0], 2 * packed.shape[1])
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+    assert (out.shape, out.dtype, out.is_contiguous()) == (shape, dtype, True), "a buffer of another kind"
+    if use_triton(packed):
+        from halfbyte.quant.kernels.triton_kernels import decode_packed as fast
+
+        return fast(packed, scales, out)
+    rows = max(1, CHUNK_ELEMENTS // max(1, shape[1]))
+    for part in (slice(start, start + rows) for start in range(0, shape[0], rows)):
+        out[part] = GroupedWeight(unpack_int4(packed[part]), scales[part]).decode()
+    return out
 
 
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)

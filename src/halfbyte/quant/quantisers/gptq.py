@@ -18,7 +18,7 @@ import torch
 
 from halfbyte.quant.base import InputMoments, WeightQuantiser
 from halfbyte.quant.int4 import ANY_FP16, GroupedWeight, ScaleRule, encode_with_scales, searched_scales
-from halfbyte.quant.kernels.columns import Codes, descend_columns, round_columns
+from halfbyte.quant.kernels import Codes, descend_columns, round_columns
 
 BLOCK = 128  # columns between two matrix products
 DAMPING = (0.01, 0.1, 1.0)  # shares of the mean diagonal, tried in turn

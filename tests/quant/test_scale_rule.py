@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.quant.base import QUANTISERS, InputMoments
 from halfbyte.quant.int4 import ANY_FP16, ScaleRule, absmax_scales, searched_scales
+from halfbyte.quant.quantisers import QUANTISERS, InputMoments
 from halfbyte.quant.quantisers.gptq import Ordered, improve_scales
 from halfbyte.quant.quantisers.rtn import round_to_nearest
 

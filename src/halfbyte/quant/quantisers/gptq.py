@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.quant.base import InputMoments, WeightQuantiser
 from halfbyte.quant.int4 import ANY_FP16, GroupedWeight, ScaleRule, encode_with_scales, searched_scales
 from halfbyte.quant.kernels import Codes, descend_columns, round_columns
+from halfbyte.quant.quantisers import InputMoments, WeightQuantiser
 
 BLOCK = 128  # columns between two matrix products
 DAMPING = (0.01, 0.1, 1.0)  # shares of the mean diagonal, tried in turn

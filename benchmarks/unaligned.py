@@ -27,8 +27,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from halfbyte.calibration.text import load_text
-from halfbyte.calibration.windows import cut
+from halfbyte.calibration.text import cut, load_text
 from halfbyte.core.device import DTYPES
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.loading import SourceModel, find, load

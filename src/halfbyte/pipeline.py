@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.calibration.text import Text, load_text, write_with
-from halfbyte.calibration.windows import cut
+from halfbyte.calibration.text import Text, cut, load_text, write_with
 from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError

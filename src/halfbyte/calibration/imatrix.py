@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.imatrix_file import Importance, check_for, read_imatrix, write_imatrix
-from halfbyte.calibration.text import load_text
+from halfbyte.calibration.text import cut, load_text
 from halfbyte.calibration.walk import block_copy, call_block, capture
-from halfbyte.calibration.windows import cut
 from halfbyte.core.device import resolve_device, resolve_dtype
 from halfbyte.core.files import check_output
 from halfbyte.core.progress import report

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.calibration.windows import scored_tokens
+from halfbyte.calibration.text import scored_tokens
 from halfbyte.core.environment import cores, cpu_name
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.naming import download_command, f16_gguf, mixed_gguf, q4km_gguf

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibration.windows import scored_tokens
+from halfbyte.calibration.text import scored_tokens
 from halfbyte.core.device import resolve_device, resolve_dtype
 from halfbyte.core.environment import cores
 from halfbyte.core.errors import HalfbyteError

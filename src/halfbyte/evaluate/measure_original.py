@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from halfbyte.calibration.windows import scored_tokens
+from halfbyte.calibration.text import scored_tokens
 from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import LogitsFile, model_logits, sample_text, windows_for

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.calibration.gradients import output_gradient_power
 from halfbyte.models.layers import layers_of, units_of
-from halfbyte.search.sensitivity import LayerSensitivity, unit_errors, unit_ratios
+from halfbyte.search.sensitivity import LayerSensitivity, output_gradient_power, unit_errors, unit_ratios
 
 
 def tokens_for(source, windows=2):

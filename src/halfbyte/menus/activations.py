@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from halfbyte.calibration.gradients import output_gradient_power
 from halfbyte.core.device import peak_memory
 from halfbyte.core.distributed import processes
 from halfbyte.core.files import sha256
@@ -23,7 +22,7 @@ from halfbyte.search.baselines import rule_genome
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.found import Found
 from halfbyte.search.problem import Genome, Problem, activation_problem
-from halfbyte.search.sensitivity import unit_errors, unit_ratios
+from halfbyte.search.sensitivity import output_gradient_power, unit_errors, unit_ratios
 from halfbyte.workdir import Workdir
 
 A_BITS = (4, 8)

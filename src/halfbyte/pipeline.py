@@ -27,8 +27,8 @@ from halfbyte.models.layers import Outcome, layers_of
 from halfbyte.models.loading import SourceModel, find, load, made_with
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, save_plan
-from halfbyte.search.found import Found
 from halfbyte.search.reference import reference
+from halfbyte.search.run import Found
 from halfbyte.targets import TARGETS
 from halfbyte.workdir import RECORD, Workdir, refuse_waiting, work_folder
 

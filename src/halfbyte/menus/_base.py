@@ -16,10 +16,9 @@ from halfbyte.models.loading import Origin, SourceModel, load
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.search.found import Found
 from halfbyte.search.genetic import GeneticSettings
 from halfbyte.search.reference import Reference
-from halfbyte.search.run import Searchable, search_menu
+from halfbyte.search.run import Found, Searchable, search_menu
 from halfbyte.targets import Target
 from halfbyte.workdir import Workdir
 

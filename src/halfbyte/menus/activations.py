@@ -20,8 +20,8 @@ from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, 
 from halfbyte.report.search_reports import ACTIVATION_REPORTS, FRONT_REPORTS, beside, write_activation_reports
 from halfbyte.search.baselines import rule_genome
 from halfbyte.search.evaluator import KLEvaluator
-from halfbyte.search.found import Found
 from halfbyte.search.problem import Genome, Problem, activation_problem
+from halfbyte.search.run import Found
 from halfbyte.search.sensitivity import output_gradient_power, unit_errors, unit_ratios
 from halfbyte.workdir import Workdir
 

@@ -27,8 +27,8 @@ from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.screen import screened
 from halfbyte.quant.ggml.encoded import save_encoded
 from halfbyte.report.search_reports import TYPE_FRONT_REPORTS, TYPE_REPORTS, beside, write_type_reports
-from halfbyte.search.found import Found
 from halfbyte.search.problem import Genome, Problem, pruned
+from halfbyte.search.run import Found
 from halfbyte.search.type_evaluator import MixedTypes, TypeEvaluator
 from halfbyte.targets.gguf_files.size import budget_bytes_of, ftype_types, ftype_within
 from halfbyte.transforms import TRANSFORMS

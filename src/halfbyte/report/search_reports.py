@@ -15,7 +15,7 @@ from halfbyte.plan import Plan
 from halfbyte.report.front import front_plot, size_front_plot
 from halfbyte.report.plots import convergence_plot, sensitivity_heatmap
 from halfbyte.report.tables import csv_text
-from halfbyte.search.found import Found
+from halfbyte.search.run import Found
 from halfbyte.search.sensitivity import LayerSensitivity
 
 ACTIVATION_REPORTS = (

@@ -31,7 +31,7 @@ from halfbyte.calibration.text import cut, load_text
 from halfbyte.core.device import DTYPES
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.loading import SourceModel, find, load
-from halfbyte.models.rescale import SPREAD, rescale_
+from halfbyte.models.modules import SPREAD, rescale_
 from halfbyte.report.tables import significant
 
 TOLERANCE = 1e-4  # relative difference of logits

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from halfbyte.quant.ggml.q4_0 import q4_0_blocks
+from halfbyte.quant.ggml.scales import q4_0_blocks
 from halfbyte.quant.ggml.types import decode
 from halfbyte.quant.int4 import absmax_scales, encode_with_scales, searched_scales
 

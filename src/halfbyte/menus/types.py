@@ -21,8 +21,7 @@ from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, types_path
-from halfbyte.prepare.candidates import Candidates, encode_candidates_, part_files
-from halfbyte.prepare.menus import TensorMenu, menus_of
+from halfbyte.prepare.candidates import Candidates, TensorMenu, encode_candidates_, menus_of, part_files
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.screen import screened
 from halfbyte.quant.ggml.encoded import save_encoded

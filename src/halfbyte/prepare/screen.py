@@ -13,9 +13,8 @@ from halfbyte.calibration.walk import BlockStep, block_copy, call_block, capture
 from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, is_tied, linear
-from halfbyte.prepare.candidates import BATCH_TOKENS, hessian_of
+from halfbyte.prepare.candidates import BATCH_TOKENS, TensorMenu, hessian_of
 from halfbyte.prepare.folding import fold_block_
-from halfbyte.prepare.menus import TensorMenu
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.gptq import Job, encode_
 from halfbyte.quant.ggml.stored import StoredMatrix

@@ -29,7 +29,7 @@ ORIGINAL: int = -1
 
 
 class Matrix(Protocol):
-    """A matrix and its menu (``halfbyte.prepare.menus.TensorMenu``)."""
+    """A matrix and its menu (``halfbyte.prepare.candidates.TensorMenu``)."""
 
     @property
     def name(self) -> str: ...

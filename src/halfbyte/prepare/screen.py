@@ -16,8 +16,8 @@ from halfbyte.models.modules import blocks, is_tied, linear
 from halfbyte.prepare.candidates import BATCH_TOKENS, TensorMenu, hessian_of
 from halfbyte.prepare.folding import fold_block_
 from halfbyte.prepare.recipe import Recipe
+from halfbyte.quant.ggml.encoded import StoredMatrix
 from halfbyte.quant.ggml.gptq import Job, encode_
-from halfbyte.quant.ggml.stored import StoredMatrix
 from halfbyte.quant.ggml.types import bits_per_weight, decode_tensor
 from halfbyte.search.reference import Reference
 

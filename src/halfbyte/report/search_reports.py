@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from halfbyte.core.files import write_text
-from halfbyte.core.naming import short_name
+from halfbyte.core.files import short_name, write_text
 from halfbyte.models.layers import Outcome, Unit, mean_bits_fraction
 from halfbyte.plan import Plan
 from halfbyte.report.front import front_plot, size_front_plot

@@ -12,8 +12,7 @@ import torch
 
 from halfbyte.calibration.text import pydoc_text
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output, whole_file
-from halfbyte.core.naming import mixed_gguf
+from halfbyte.core.files import check_output, mixed_gguf, whole_file
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
 from halfbyte.engines.llamacpp import Engine

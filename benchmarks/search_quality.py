@@ -32,7 +32,7 @@ import torch
 from common import Row, Rows, arguments, load_model, parse, run
 
 from halfbyte.core.device import device_name, resolve_device, resolve_dtype
-from halfbyte.menus._base import Model, Setting
+from halfbyte.menus import Model, Setting
 from halfbyte.menus.activations import A_BITS, ActivationMenu
 from halfbyte.models.estimate import with_tokens
 from halfbyte.options import SearchOptions

@@ -19,7 +19,7 @@ from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, remove_leftovers
 from halfbyte.core.progress import report
-from halfbyte.menus._base import Menu, Model, Setting
+from halfbyte.menus import Menu, Model, Setting
 from halfbyte.menus._checks import check_options, menus_of, weights_of
 from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
 from halfbyte.models.estimate import check_memory, estimate_load, with_tokens

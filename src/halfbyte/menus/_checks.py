@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.menus import MENUS
+from halfbyte.menus import MENUS, Menu
 from halfbyte.options import SearchOptions
 from halfbyte.plan import check_suffix
 from halfbyte.targets import Target
-
-if TYPE_CHECKING:
-    from halfbyte.menus._base import Menu
 
 OTHER_NAMES = {"a4a8": "activations", "ggml": "types"}  # of menus, in older commands
 

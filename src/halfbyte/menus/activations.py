@@ -10,7 +10,7 @@ from halfbyte.core.device import peak_memory
 from halfbyte.core.distributed import processes
 from halfbyte.core.files import sha256
 from halfbyte.core.progress import report
-from halfbyte.menus._base import Menu, Model, Setting, Written
+from halfbyte.menus import Menu, Model, Setting, Written
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_search, fits
 from halfbyte.models.layers import Outcome, Unit, layers_of, mean_bits_fraction, units_of
 from halfbyte.models.loading import SourceModel

@@ -14,7 +14,7 @@ from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_space, sha256
 from halfbyte.core.progress import report
-from halfbyte.menus._base import Menu, Model, Setting, Written
+from halfbyte.menus import Menu, Model, Setting, Written
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_types, fits
 from halfbyte.models.layers import Outcome
 from halfbyte.models.loading import SourceModel

@@ -22,7 +22,7 @@ import torch
 from common import Row, Rows, arguments, load_model, parse, run
 
 from halfbyte.calibration.text import scored_tokens
-from halfbyte.core.device import device_name, resolve_device
+from halfbyte.core.environment import device_name, resolve_device
 from halfbyte.evaluate.quality import LogitsFile, Quality, live, measure, model_logits, windows_for
 from halfbyte.models.layers import layers_of, units_of
 from halfbyte.models.loading import SourceModel

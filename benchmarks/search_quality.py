@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from common import Row, Rows, arguments, load_model, parse, run
 
-from halfbyte.core.device import device_name, resolve_device, resolve_dtype
+from halfbyte.core.environment import device_name, resolve_device, resolve_dtype
 from halfbyte.menus import Model, Setting
 from halfbyte.menus.activations import A_BITS, ActivationMenu
 from halfbyte.models.estimate import with_tokens

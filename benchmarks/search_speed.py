@@ -31,8 +31,8 @@ from seven_b_shape import SHAPE, shape_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from halfbyte.core.device import device_name, peak_memory
 from halfbyte.core.distributed import joined, processes
+from halfbyte.core.environment import device_name, peak_memory
 from halfbyte.menus.activations import A_BITS
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.layers import layers_of, units_of

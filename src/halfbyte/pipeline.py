@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from halfbyte.calibration.text import Text, cut, load_text, write_with
-from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.distributed import processes
+from halfbyte.core.environment import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, remove_leftovers
 from halfbyte.core.progress import report

@@ -12,7 +12,7 @@ from torch import nn
 from halfbyte.calibration.imatrix_file import Importance, check_for, read_imatrix, write_imatrix
 from halfbyte.calibration.text import cut, load_text
 from halfbyte.calibration.walk import block_copy, call_block, capture
-from halfbyte.core.device import resolve_device, resolve_dtype
+from halfbyte.core.environment import resolve_device, resolve_dtype
 from halfbyte.core.files import check_output
 from halfbyte.core.progress import report
 from halfbyte.models.layers import layers_of

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from halfbyte.core.device import peak_memory
 from halfbyte.core.distributed import processes
+from halfbyte.core.environment import peak_memory
 from halfbyte.core.files import sha256
 from halfbyte.core.progress import report
 from halfbyte.menus import Menu, Model, Setting, Written

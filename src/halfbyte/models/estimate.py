@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from halfbyte.core.device import available_memory
+from halfbyte.core.environment import available_memory
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.families import Family
 from halfbyte.models.layers import Layer, layers_of, units_of

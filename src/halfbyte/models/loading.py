@@ -17,7 +17,7 @@ from transformers.initialization import no_init_weights
 
 import halfbyte
 from halfbyte.core import environment as hub
-from halfbyte.core.device import device_name
+from halfbyte.core.environment import device_name
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.gguf_file import open_gguf

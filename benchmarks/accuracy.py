@@ -33,8 +33,8 @@ from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import set_activation_bits_
 from halfbyte.report.tables import Cell, markdown_table, significant
 from halfbyte.search.evaluator import KLEvaluator
-from halfbyte.search.problem import activation_problem
 from halfbyte.search.reference import reference
+from halfbyte.search.sensitivity import activation_problem
 from halfbyte.targets import TARGETS
 
 PLAIN = Recipe(weights="rtn", clip=False)

@@ -18,11 +18,10 @@ from halfbyte.models.modules import is_tied, linear, move_
 from halfbyte.plan import Plan, codes_path
 from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
 from halfbyte.report.search_reports import ACTIVATION_REPORTS, FRONT_REPORTS, beside, write_activation_reports
-from halfbyte.search.baselines import rule_genome
 from halfbyte.search.evaluator import KLEvaluator
-from halfbyte.search.problem import Genome, Problem, activation_problem
+from halfbyte.search.problem import Genome, Problem
 from halfbyte.search.run import Found
-from halfbyte.search.sensitivity import output_gradient_power, unit_errors, unit_ratios
+from halfbyte.search.sensitivity import activation_problem, output_gradient_power, rule_genome, unit_errors, unit_ratios
 from halfbyte.workdir import Workdir
 
 A_BITS = (4, 8)

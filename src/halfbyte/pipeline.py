@@ -19,8 +19,7 @@ from halfbyte.core.environment import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, remove_leftovers
 from halfbyte.core.progress import report
-from halfbyte.menus import Menu, Model, Setting
-from halfbyte.menus._checks import check_options, menus_of, weights_of
+from halfbyte.menus import Menu, Model, Setting, check_options, menus_of, weights_of
 from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
 from halfbyte.models.estimate import check_memory, estimate_load, with_tokens
 from halfbyte.models.layers import Outcome, layers_of

@@ -18,6 +18,7 @@ from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
 from halfbyte.core.progress import report
+from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.families import Family
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear
@@ -29,7 +30,6 @@ from halfbyte.quant.ggml.types import bits_per_weight, fits, row_bytes
 from halfbyte.quant.int4 import check_finite
 from halfbyte.quant.quantisers.gptq import DAMPING, NotPositive, Ordered
 
-BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
 TOP_ROWS = 8192  # of embedding and head, encoded at once
 STAGE = "encode candidates"
 OUTSIDE = -1  # block of the embedding and the head
@@ -151,7 +151,7 @@ def encode_candidates_(
         HalfbyteError: values that are not finite, or that a type cannot hold.
     """
     family, made = source.family, Candidates()
-    batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
+    batch = windows_at_once(device, tokens.shape[1])
     last: list[torch.Tensor] = []
 
     def leave(step: BlockStep) -> None:

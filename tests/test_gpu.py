@@ -28,7 +28,7 @@ from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference
 from halfbyte.workdir import Workdir
 from tests.quant.test_affine import DTYPES, batch, same_bits
-from tests.quant.test_packing import SHAPES, packed_weight
+from tests.quant.test_int4 import SHAPES, packed_weight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 QUICK = ["--calib", "pydoc", "--ctx", "64", "--calib_tokens", "128", "--search_tokens", "128", "--ga_pop", "6"]

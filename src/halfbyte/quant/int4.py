@@ -242,14 +242,13 @@ def searched_scales(
     weight: torch.Tensor,
     group_size: int,
     importance: torch.Tensor,
-    bits: int = 4,
     *,
     rule: ScaleRule = ANY_FP16,
     where: object = "weight",
 ) -> torch.Tensor:
-    """fp16 scales ``[out, in / group_size]`` with the least ``Σ importance_j (w_j − ŵ_j)²`` per group.
+    """fp16 scales of 4-bit codes ``[out, in / group_size]`` with the least ``Σ importance_j (w_j − ŵ_j)²`` per group.
 
-    Tried are ``RATIOS`` of the absmax scale, and of absmax / 2^(bits − 1) with the sign that puts the largest weight on
+    Tried are ``RATIOS`` of the absmax scale, and of absmax / 8 with the sign that puts the largest weight on
     the lowest code: the symmetric grid has one more code on that side, and a negative scale turns it around (as ggml's
     Q4_0 does). Where ``rule`` forbids negative scales, its size is tried.
 
@@ -257,12 +256,11 @@ def searched_scales(
         weight: ``[out, in]``.
         importance: what an error in each input channel costs, ``[in]``: the diagonal of the Hessian.
     """
-    top = 2 ** (bits - 1) - 1
-    full = absmax_scales(weight, group_size, bits, rule=rule, where=where)
+    full = absmax_scales(weight, group_size, rule=rule, where=where)
     grouped = weight.float().reshape(weight.shape[0], -1, group_size)  # [out, groups, group]
     cost = importance.float().view(-1, group_size)
     largest = grouped.gather(-1, grouped.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
-    lowest = rule.rounded((-largest if rule.signed else largest.abs()) / (top + 1))
+    lowest = rule.rounded((-largest if rule.signed else largest.abs()) / 8)
     best = full.clone()
     least = torch.full(full.shape, float("inf"), device=weight.device)
     for start in (full, lowest):
@@ -270,7 +268,7 @@ def searched_scales(
             scales = rule.rounded(start.float() * ratio)
             step = scales.float().unsqueeze(-1)
             safe = torch.where(step == 0, torch.ones_like(step), step)
-            error = (grouped / safe).round_().clamp_(-top - 1, top).mul_(step).sub_(grouped)
+            error = (grouped / safe).round_().clamp_(-8, 7).mul_(step).sub_(grouped)
             total = torch.einsum("ogk,gk->og", error.square_(), cost)
             better = total < least
             best, least = torch.where(better, scales, best), torch.where(better, total, least)

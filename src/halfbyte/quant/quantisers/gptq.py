@@ -96,10 +96,10 @@ class Ordered:
         return torch.cholesky_solve(flipped.T, self._factor).T.flip(1)[:, self.back]
 
 
-def round_with_feedback(weight: torch.Tensor, scales: torch.Tensor, known: Ordered, bits: int = 4) -> GroupedWeight:
-    """Codes of ``weight`` ``[out, in]`` on given fp16 ``scales`` ``[out, groups]``, by GPTQ."""
-    codes = feedback_codes(weight.float(), _per_column(scales, weight.shape[1]), known, bits)
-    return GroupedWeight(codes.to(torch.int8).contiguous(), scales, bits)
+def round_with_feedback(weight: torch.Tensor, scales: torch.Tensor, known: Ordered) -> GroupedWeight:
+    """4-bit codes of ``weight`` ``[out, in]`` on given fp16 ``scales`` ``[out, groups]``, by GPTQ."""
+    codes = feedback_codes(weight.float(), _per_column(scales, weight.shape[1]), known, 4)
+    return GroupedWeight(codes.to(torch.int8).contiguous(), scales)
 
 
 def improve_codes(weight: torch.Tensor, encoded: GroupedWeight, known: Ordered) -> GroupedWeight:

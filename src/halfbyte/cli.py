@@ -165,7 +165,7 @@ def doctor(options: DoctorOptions, draw: Drawing) -> Answer:
 
 
 def _doctor_served(options: DoctorOptions, folder: str) -> Answer:
-    from halfbyte.core.device import resolve_device
+    from halfbyte.core.environment import resolve_device
     from halfbyte.report.served import served_summary
     from halfbyte.targets.served.report import examine_served
 

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from halfbyte.calibration.gradients import output_gradient_power
-from halfbyte.core.device import peak_memory
 from halfbyte.core.distributed import processes
+from halfbyte.core.environment import peak_memory
 from halfbyte.core.files import sha256
 from halfbyte.core.progress import report
-from halfbyte.menus._base import Menu, Model, Setting, Written
+from halfbyte.menus import Menu, Model, Setting, Written
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_search, fits
 from halfbyte.models.layers import Outcome, Unit, layers_of, mean_bits_fraction, units_of
 from halfbyte.models.loading import SourceModel
@@ -19,11 +18,10 @@ from halfbyte.models.modules import is_tied, linear, move_
 from halfbyte.plan import Plan, codes_path
 from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
 from halfbyte.report.search_reports import ACTIVATION_REPORTS, FRONT_REPORTS, beside, write_activation_reports
-from halfbyte.search.baselines import rule_genome
 from halfbyte.search.evaluator import KLEvaluator
-from halfbyte.search.found import Found
-from halfbyte.search.problem import Genome, Problem, activation_problem
-from halfbyte.search.sensitivity import unit_errors, unit_ratios
+from halfbyte.search.problem import Genome, Problem
+from halfbyte.search.run import Found
+from halfbyte.search.sensitivity import activation_problem, output_gradient_power, rule_genome, unit_errors, unit_ratios
 from halfbyte.workdir import Workdir
 
 A_BITS = (4, 8)

@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.quant.affine import fake_quantise_rows
 from halfbyte.quant.balance import LowRank
 from halfbyte.quant.hadamard import rotate, rotate_blocks
-from halfbyte.quant.int4 import GroupedWeight, PackedWeight
-from halfbyte.quant.kernels.activations import fake_quantise_rows
-from halfbyte.quant.kernels.codes import decode_packed
+from halfbyte.quant.int4 import GroupedWeight, PackedWeight, decode_packed
 
 Bits = int | torch.Tensor | None  # activation bits: for all, int32 [rows] for a batch [rows, ...], or not rounded
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from halfbyte.core.naming import is_hub_id, short_name
+from halfbyte.core.files import is_hub_id, short_name
 from halfbyte.plan import Plan
 from halfbyte.report.tables import Cell, markdown_table
 from halfbyte.targets.served.rules import serving_markdown

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from halfbyte.pipeline import SearchResult
     from halfbyte.plan import Plan
     from halfbyte.report.doctor import Finding
-    from halfbyte.search.found import Found
+    from halfbyte.search.run import Found
     from halfbyte.targets.gguf_files.export import ExportResult
     from halfbyte.targets.vllm_files.export import VllmExportResult
 

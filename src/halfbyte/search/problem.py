@@ -22,7 +22,6 @@ Genome = tuple[int, ...]  # the index of the chosen format of each unit; 0 is th
 
 SPREAD = 0.5  # sd of the logarithm of a unit's random factor in repair and fill: about what predictions are wrong by
 STATES_LIMIT = 2_000_000  # budgets that the knapsack's table tells apart
-BUDGET_EPSILON = 1e-12  # relative: 0.7 is not a binary fraction, and a genome that meets it exactly must fit
 
 
 @dataclass(frozen=True)
@@ -223,32 +222,22 @@ class Problem:
         return np.array([[*menu, *[menu[-1]] * (width - len(menu))] for menu in menus])
 
 
-def activation_problem(
-    macs: Sequence[int], budget_fraction: float, gains: Sequence[float], bits: tuple[int, int] = (4, 8)
-) -> Problem:
-    """The choice between two activation widths for each unit.
+def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:
+    """A full genome that ignores what the units lose.
 
-    Args:
-        macs: multiply-accumulates per token of each unit.
-        budget_fraction: largest allowed mean of bits / 8, weighted by ``macs``.
-        gains: what each unit gains by the larger width alone (KL saved); a negative one counts as 0.
-        bits: the smaller and the larger width.
-
-    Raises:
-        HalfbyteError: the budget is outside what the two widths can reach, a gain is not finite, or the numbers of
-            units differ.
+    One unit after the other, drawn evenly from those whose next format still fits, is raised until nothing fits.
     """
-    low, high = bits
-    if not low / 8 <= budget_fraction <= high / 8:
-        raise HalfbyteError(
-            f"target_compression: budget is out of range, expected {low / 8:g} (all A{low}) to {high / 8:g} "
-            f"(all A{high}), got {budget_fraction}"
-        )
-    if not all(math.isfinite(gain) for gain in gains):
-        raise HalfbyteError("gains: a gain is not finite", fix="look at the sensitivities")
-    budget = math.floor(8 * budget_fraction * sum(int(count) for count in macs) * (1 + BUDGET_EPSILON))
-    costs = tuple((int(count) * low, int(count) * high) for count in macs)
-    return Problem(costs, tuple((max(gain, 0.0), 0.0) for gain in gains), budget)
+    chosen = np.zeros(problem.size, dtype=int)
+    units = np.arange(problem.size)
+    left = problem.budget - problem.spent(problem.cheapest)
+    while True:
+        step = problem.steps[units, chosen]  # [units], 0 at the last format
+        fits = np.flatnonzero((step > 0) & (step <= left))
+        if fits.size == 0:
+            return tuple(chosen.tolist())
+        unit = fits[rng.integers(fits.size)]
+        chosen[unit] += 1
+        left -= int(step[unit])
 
 
 def pruned(costs: Sequence[int], losses: Sequence[float]) -> list[int]:

@@ -14,10 +14,9 @@ from compressed_tensors.transform import TransformConfig, apply_transform_config
 from transformers import AutoModelForCausalLM
 
 from halfbyte.calibration.text import pydoc_text
-from halfbyte.core.device import available_memory
+from halfbyte.core.environment import available_memory
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output_folder, check_space, whole_folder, write_text
-from halfbyte.core.naming import mixed_folder
+from halfbyte.core.files import check_output_folder, check_space, mixed_folder, whole_folder, write_text
 from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import windows_for
 from halfbyte.models.estimate import estimate_load

@@ -21,8 +21,8 @@ from pathlib import Path
 import torch
 from common import Row, Rows, arguments, load_model, parse, run
 
-from halfbyte.calibration.windows import scored_tokens
-from halfbyte.core.device import device_name, resolve_device
+from halfbyte.calibration.text import scored_tokens
+from halfbyte.core.environment import device_name, resolve_device
 from halfbyte.evaluate.quality import LogitsFile, Quality, live, measure, model_logits, windows_for
 from halfbyte.models.layers import layers_of, units_of
 from halfbyte.models.loading import SourceModel
@@ -33,8 +33,8 @@ from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import set_activation_bits_
 from halfbyte.report.tables import Cell, markdown_table, significant
 from halfbyte.search.evaluator import KLEvaluator
-from halfbyte.search.problem import activation_problem
 from halfbyte.search.reference import reference
+from halfbyte.search.sensitivity import activation_problem
 from halfbyte.targets import TARGETS
 
 PLAIN = Recipe(weights="rtn", clip=False)

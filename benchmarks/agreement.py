@@ -16,8 +16,7 @@ from typing import Any
 
 from common import machine, run
 
-from halfbyte.calibration.text import pydoc_text
-from halfbyte.calibration.windows import scored_tokens
+from halfbyte.calibration.text import pydoc_text, scored_tokens
 from halfbyte.core.environment import cores
 from halfbyte.evaluate.quality import LogitsFile, measure
 from halfbyte.evaluate.worker import run_worker

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from halfbyte.calibration.text import Text, load_text
-from halfbyte.calibration.windows import cut
+from halfbyte.calibration.text import Text, cut, load_text
 from halfbyte.core.environment import cores, cpu_name
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, write_text

@@ -2,8 +2,8 @@
 
 Runs the four commands as a user would and prints each one before it starts. Everything is written to the current
 folder. Texts, generations and menus are smaller than by default, so that it ends within eight minutes on two CPU cores.
-The model's channels are rescaled when it is loaded (``halfbyte/models/rescale.py``): its weights were Q4_1 once, and
-would flatter that format.
+The model's channels are rescaled when it is loaded (``rescale_`` in ``halfbyte/models/modules.py``): its weights were
+Q4_1 once, and would flatter that format.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from halfbyte.calibration.imatrix import matrices, measure_importance
 from halfbyte.calibration.imatrix_file import check_for, read_imatrix, write_imatrix
-from halfbyte.calibration.windows import scored_tokens
+from halfbyte.calibration.text import scored_tokens
 from halfbyte.core.files import check_output
 from halfbyte.engines import open_engine
 from halfbyte.evaluate.quality import LogitsFile, measure

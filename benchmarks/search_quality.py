@@ -31,18 +31,18 @@ import numpy as np
 import torch
 from common import Row, Rows, arguments, load_model, parse, run
 
-from halfbyte.core.device import device_name, resolve_device, resolve_dtype
-from halfbyte.menus._base import Model, Setting
+from halfbyte.core.environment import device_name, resolve_device, resolve_dtype
+from halfbyte.menus import Model, Setting
 from halfbyte.menus.activations import A_BITS, ActivationMenu
 from halfbyte.models.estimate import with_tokens
 from halfbyte.options import SearchOptions
 from halfbyte.report.tables import Cell, markdown_table
-from halfbyte.search.baselines import random_genome
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticResult, GeneticSettings
-from halfbyte.search.problem import Genome, activation_problem
+from halfbyte.search.problem import Genome, random_genome
 from halfbyte.search.reference import Reference, reference
 from halfbyte.search.run import FINALISTS, search_menu
+from halfbyte.search.sensitivity import activation_problem
 from halfbyte.search.validate import choose
 from halfbyte.targets import TARGETS
 from halfbyte.workdir import Workdir

@@ -31,20 +31,20 @@ from seven_b_shape import SHAPE, shape_of
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from halfbyte.core.device import device_name, peak_memory
 from halfbyte.core.distributed import joined, processes
+from halfbyte.core.environment import device_name, peak_memory
 from halfbyte.menus.activations import A_BITS
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.layers import layers_of, units_of
 from halfbyte.quant.int4 import PackedWeight
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_activation_bits_
 from halfbyte.report.tables import Cell, markdown_table, significant
-from halfbyte.search.baselines import random_genome
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.genetic import GeneticSettings
-from halfbyte.search.problem import Genome, Problem, activation_problem
+from halfbyte.search.problem import Genome, Problem, random_genome
 from halfbyte.search.reference import Reference, reference
 from halfbyte.search.run import Searchable, search_menu
+from halfbyte.search.sensitivity import activation_problem
 
 GROUP_SIZE, BITS_STD = 128, 4.6  # standard deviation of codes drawn evenly from -8 to 7
 

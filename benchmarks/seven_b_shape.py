@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from halfbyte.models.loading import find, load
-from halfbyte.prepare.menus import menus_of
+from halfbyte.prepare.candidates import menus_of
 from halfbyte.quant.ggml.types import QUANTISED, decode_tensor, row_bytes
 from halfbyte.targets.gguf_files.size import ftype_types
 from halfbyte.targets.gguf_files.writer import write_gguf

@@ -27,12 +27,11 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from halfbyte.calibration.text import load_text
-from halfbyte.calibration.windows import cut
-from halfbyte.core.device import DTYPES
+from halfbyte.calibration.text import cut, load_text
+from halfbyte.core.environment import resolve_dtype
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.loading import SourceModel, find, load
-from halfbyte.models.rescale import SPREAD, rescale_
+from halfbyte.models.modules import SPREAD, rescale_
 from halfbyte.report.tables import significant
 
 TOLERANCE = 1e-4  # relative difference of logits
@@ -67,7 +66,7 @@ def main() -> int:
     parser.add_argument("--model", default="demo", help="Hugging Face id, local folder, .gguf file, or demo")
     parser.add_argument("--output", required=True, type=Path, help="folder to make")
     parser.add_argument("--spread", type=float, default=SPREAD, help="standard deviation of the factors' logarithm")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="fp32", help="what weights are stored in")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="what weights are stored in")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.output.exists():
@@ -81,7 +80,7 @@ def main() -> int:
     print(f"logits differ by {significant(difference, 2)} (relative, fp32)")
     if difference > TOLERANCE:
         raise HalfbyteError(f"logits: the copy says something else, expected < {TOLERANCE}, got {difference}")
-    save(source, options.output, DTYPES[options.dtype])
+    save(source, options.output, resolve_dtype(options.dtype, torch.device("cpu")))
     print(f"{options.output}: {options.model}, spread {options.spread}, seed {options.seed}, {options.dtype}")
     return 0
 

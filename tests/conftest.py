@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import Prepared, prepare_
-from halfbyte.quant.base import QUANTISERS, WeightQuantiser
 from halfbyte.quant.int4 import GroupedWeight
 from halfbyte.quant.quant_linear import set_activation_bits_
+from halfbyte.quant.quantisers import QUANTISERS, WeightQuantiser
 from tests.tiny_models import MODELS, SIZE, hf_byte_level, hf_sentencepiece, randomise_
 
 LONGEST = (

@@ -14,23 +14,21 @@ from halfbyte.models.layers import layers_of, units_of
 from halfbyte.plan import load_plan
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import load_prepared_, prepare_, save_prepared
-from halfbyte.quant.affine import fake_quantise
+from halfbyte.quant.affine import fake_quantise, fake_quantise_rows
 from halfbyte.quant.ggml.block_scales import choose_rows
 from halfbyte.quant.ggml.grid import GRIDS
 from halfbyte.quant.ggml.types import QUANTISED, decode_tensor, row_bytes
 from halfbyte.quant.hadamard import rotate
-from halfbyte.quant.int4 import searched_scales
+from halfbyte.quant.int4 import decode_packed, searched_scales
 from halfbyte.quant.kernels import forced
-from halfbyte.quant.kernels.activations import fake_quantise_rows
-from halfbyte.quant.kernels.codes import decode_packed
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_activation_bits_
 from halfbyte.quant.quantisers.gptq import Ordered, improve_codes, output_error, round_with_feedback
 from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference
 from halfbyte.workdir import Workdir
-from tests.quant.kernels.test_activations import DTYPES, batch, same_bits
-from tests.quant.kernels.test_codes import SHAPES, packed_weight
+from tests.quant.test_affine import DTYPES, batch, same_bits
+from tests.quant.test_int4 import SHAPES, packed_weight
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 QUICK = ["--calib", "pydoc", "--ctx", "64", "--calib_tokens", "128", "--search_tokens", "128", "--ga_pop", "6"]

@@ -41,7 +41,7 @@ UPWARD = {
     ("report.served", "targets"): "the table of such rules",
 }
 ROOT = {"__init__", "__main__", "api", "arguments", "cli", "options", "pipeline", "plan", "workdir"}
-NUMBERS = ("problem", "genetic", "baselines", "validate", "found", "run")  # the search itself
+NUMBERS = ("problem", "genetic", "validate", "run")  # the search itself
 MODULES = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(SOURCE.rglob("*.py"))

@@ -10,7 +10,7 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.modules import linear
 from halfbyte.plan import load_codes, load_plan
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.quant.base import QUANTISERS, WeightQuantiser
+from halfbyte.quant.quantisers import QUANTISERS, WeightQuantiser
 from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.targets import TARGETS, Target
 from halfbyte.transforms import TRANSFORMS, Transform

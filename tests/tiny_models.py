@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from halfbyte.engines import open_engine
-from halfbyte.models.gguf_pre import LLAMA3, QWEN2, TEKKEN
+from halfbyte.models.gguf_source import LLAMA3, QWEN2, TEKKEN
 from halfbyte.models.loading import SourceModel
 
 transformers.logging.set_verbosity_error()

@@ -93,11 +93,11 @@ def export(options: ExportOptions, draw: Drawing) -> Answer:
 
 
 def export_vllm(options: VllmExportOptions, draw: Drawing) -> Answer:
-    """Write a plan as a folder for vLLM and transformers and check it."""
+    """Write a plan as a folder for vLLM and check it."""
     from halfbyte.report.summary import vllm_export_summary
-    from halfbyte.targets.vllm_files.export import export_vllm as run
+    from halfbyte.targets.vllm import TARGET
 
-    result = run(options)
+    result = TARGET.export(options)
     record = {
         "path": str(result.path),
         "bytes": result.nbytes,
@@ -156,24 +156,8 @@ def doctor(options: DoctorOptions, draw: Drawing) -> Answer:
     from halfbyte.report.doctor import examine
     from halfbyte.report.summary import doctor_summary
 
-    if options.served is not None:
-        return _doctor_served(options, options.served)
-    if options.twins is not None:
-        raise HalfbyteError("--twins: twins of what?", fix="say --served DIR")
     findings = examine(options)
     return Answer(doctor_summary(findings), {finding.topic: finding.text for finding in findings})
-
-
-def _doctor_served(options: DoctorOptions, folder: str) -> Answer:
-    from halfbyte.core.device import resolve_device
-    from halfbyte.report.served import served_summary
-    from halfbyte.targets.served.report import examine_served
-
-    device = resolve_device(options.device)
-    report = examine_served(
-        folder, device=device, hardware=options.hardware, engine=options.engine, twins=options.twins
-    )
-    return Answer(served_summary(report), report.to_dict(), report.twins)
 
 
 ALIASES = {"export gguf": "export"}

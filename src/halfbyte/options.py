@@ -84,8 +84,8 @@ class SearchOptions(ModelOptions):
     )
     hardware: str = option(
         "auto",
-        "for vllm: the GPU that the plan will run on: turing, ampere, ada, hopper, blackwell, or sm75 to sm121; auto is "
-        "this machine's",
+        "for vllm: the GPU that the plan will run on: turing, ampere, ada, hopper, blackwell, or sm75 to sm121; auto is"
+        " this machine's",
         metavar="GPU",
     )
     target_compression: float = option(
@@ -281,22 +281,3 @@ class DoctorOptions(CommandOptions):
 
     model_id: str = option(DEFAULT_MODEL, "the model to estimate memory for", metavar="M")
     device: str = option("auto", "the device to report on: cuda, mps, cpu, or auto", metavar="D")
-    served: str | None = option(
-        None,
-        "a compressed-tensors folder: say what each of its layers is computed as where it is served",
-        metavar="DIR",
-    )
-    engine: str = option("auto", "of --served: the engine", ENGINE, choices=("auto", "vllm", "transformers"))
-    hardware: str = option(
-        "auto",
-        "of --served: another machine than this one, e.g. sm80, sm89, sm90, sm120, rocm, cpu-amx",
-        ENGINE,
-        metavar="KEY",
-    )
-    twins: str | None = option(
-        None,
-        "of --served: write copies of the folder with all activations at 16, 8 and 4 bits here, to compare with; the "
-        "weights are hard links",
-        ENGINE,
-        metavar="DIR",
-    )

@@ -13,23 +13,21 @@ from typing import Any
 
 import torch
 
-from halfbyte.calibration.text import Text, load_text, write_with
-from halfbyte.calibration.windows import cut
-from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
+from halfbyte.calibration.text import Text, cut, load_text, write_with
 from halfbyte.core.distributed import processes
+from halfbyte.core.environment import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, remove_leftovers
 from halfbyte.core.progress import report
-from halfbyte.menus._base import Menu, Model, Setting
-from halfbyte.menus._checks import check_options, menus_of, weights_of
+from halfbyte.menus import Menu, Model, Setting, check_options, menus_of, weights_of
 from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
 from halfbyte.models.estimate import check_memory, estimate_load, with_tokens
 from halfbyte.models.layers import Outcome, layers_of
 from halfbyte.models.loading import SourceModel, find, load, made_with
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, save_plan
-from halfbyte.search.found import Found
 from halfbyte.search.reference import reference
+from halfbyte.search.run import Found
 from halfbyte.targets import TARGETS
 from halfbyte.workdir import RECORD, Workdir, refuse_waiting, work_folder
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.calibration.text import load_text, split
-from halfbyte.calibration.windows import cut, scored
+from halfbyte.calibration.text import cut, load_text, scored, split
 from halfbyte.core import environment as hub
 from halfbyte.core.errors import HalfbyteError
 

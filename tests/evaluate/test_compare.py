@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGUFWriter
 
-from halfbyte.core.naming import f16_gguf
+from halfbyte.core.files import f16_gguf
 from halfbyte.evaluate import compare
 from halfbyte.evaluate.worker import Measured, OriginalRequest
 from halfbyte.options import CompareOptions

@@ -11,8 +11,7 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.progress import listening
 from halfbyte.models.modules import linear
 from halfbyte.prepare import candidates
-from halfbyte.prepare.candidates import encode_candidates_
-from halfbyte.prepare.menus import menus_of
+from halfbyte.prepare.candidates import encode_candidates_, menus_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.types import decode_tensor
 

@@ -9,7 +9,7 @@ import torch
 
 from halfbyte.models.modules import linear
 from halfbyte.prepare import screen
-from halfbyte.prepare.menus import menus_of
+from halfbyte.prepare.candidates import menus_of
 from halfbyte.prepare.screen import VARIANTS, WITH_R1, screened
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.reference import reference

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from halfbyte.quant.base import InputMoments
 from halfbyte.quant.int4 import absmax_scales, encode_with_scales, searched_scales
+from halfbyte.quant.quantisers import InputMoments
 from halfbyte.quant.quantisers.gptq import (
     DAMPING,
     QUANTISER,

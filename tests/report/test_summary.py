@@ -9,7 +9,7 @@ from halfbyte.evaluate.quality import Quality
 from halfbyte.evaluate.worker import Measured
 from halfbyte.plan import LayerPlan, Plan
 from halfbyte.report.summary import comparison_summary, search_summary
-from halfbyte.search.found import Found
+from halfbyte.search.run import Found
 
 PLAN = Plan(
     model_id="m",

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.search.baselines import random_genome
 from halfbyte.search.genetic import GeneticAlgorithm, GeneticSettings
-from halfbyte.search.problem import Problem, activation_problem
+from halfbyte.search.problem import Problem, random_genome
+from halfbyte.search.sensitivity import activation_problem
 from tests.search.test_problem import everything, is_full, model_problem, problems
 
 

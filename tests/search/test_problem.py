@@ -12,7 +12,8 @@ from scipy.sparse import csr_array
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.search import problem as problem_module
-from halfbyte.search.problem import Problem, activation_problem, pruned
+from halfbyte.search.problem import Problem, pruned, random_genome
+from halfbyte.search.sensitivity import activation_problem
 
 QWEN_7B_BLOCK = (3584 * 4608, 3584 * 3584, 2 * 3584 * 18944, 3584 * 18944)
 BITS = (2.625, 3.4375, 4.5, 5.5, 6.5625, 8.5)  # per weight, of ggml types
@@ -237,32 +238,6 @@ def test_the_ends_of_the_activation_budget_leave_one_genome(budget, choice):
     assert problem.spent((choice,) * 112) == 8 * budget * sum(QWEN_7B_BLOCK) * 28
 
 
-def test_an_activation_budget_that_is_no_binary_fraction_is_met_exactly():
-    problem = activation_problem((1,) * 10, 0.7, [1.0] * 10)  # 4 of 10 units at 8 bits: (4 * 8 + 6 * 4) / 80
-    assert problem.fill((0,) * 10).count(1) == 4
-    assert not problem.feasible((1,) * 5 + (0,) * 5)
-
-
-def test_activation_costs_are_bits_and_negative_gains_count_as_nothing():
-    problem = activation_problem([3, 5], 1.5, [-1.0, 2.0], bits=(8, 16))
-    assert problem.costs == ((24, 48), (40, 80))
-    assert problem.losses == ((0.0, 0.0), (2.0, 0.0))
-    assert problem.budget == 96
-
-
-@pytest.mark.parametrize("budget", [0.49, 1.01, math.nan])
-def test_activation_budgets_out_of_range_are_refused(budget):
-    said = r"target_compression: budget is out of range, expected 0.5 \(all A4\) to 1 \(all A8\)"
-    with pytest.raises(HalfbyteError, match=said):
-        activation_problem([1, 1], budget, [1.0, 1.0])
-
-
-@pytest.mark.parametrize(("gains", "said"), [([1.0], "losses of 2 units, got 1"), ([1.0, math.nan], "not finite")])
-def test_wrong_gains_are_refused(gains, said):
-    with pytest.raises(HalfbyteError, match=said):
-        activation_problem([1, 1], 0.75, gains)
-
-
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 9)), min_size=1, max_size=8))
 def test_pruned_menus_are_menus_and_miss_nothing(formats):
     costs, losses = zip(*formats, strict=True)
@@ -277,3 +252,17 @@ def test_pruned_drops_what_another_format_beats():
     for wrong, said in (([1.0], "expected 2 values"), ([math.nan, 1.0], "NaN")):
         with pytest.raises(HalfbyteError, match=said):
             pruned([1, 2], wrong)
+
+
+@given(problems(max_units=8), st.integers(0, 99))
+def test_random_genomes_are_full(problem, seed):
+    genome = random_genome(problem, np.random.default_rng(seed))
+    assert is_full(problem, genome)
+    assert genome == random_genome(problem, np.random.default_rng(seed))
+
+
+def test_random_genomes_have_no_favourites():
+    problem = activation_problem((1,) * 10, 0.75, range(10))
+    rng = np.random.default_rng(0)
+    share = np.mean([random_genome(problem, rng) for _ in range(1000)], axis=0)
+    assert share == pytest.approx(np.full(10, 0.5), abs=0.06)

@@ -1,13 +1,23 @@
-"""What units make of their layers' errors; loss gradients."""
+"""What units make of their layers' errors; loss gradients; the choice of bits, and the rule."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 
-from halfbyte.calibration.gradients import output_gradient_power
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.layers import layers_of, units_of
-from halfbyte.search.sensitivity import LayerSensitivity, unit_errors, unit_ratios
+from halfbyte.search.problem import Problem
+from halfbyte.search.sensitivity import (
+    LayerSensitivity,
+    activation_problem,
+    output_gradient_power,
+    rule_genome,
+    unit_errors,
+    unit_ratios,
+)
 
 
 def tokens_for(source, windows=2):
@@ -50,3 +60,53 @@ def test_gradient_power_predicts_the_loss(tiny):
     # Var(g·ε) = Σ g² for standard normal ε
     measured = sum(slope**2 for slope in slopes) / len(slopes) / (24 * 128)
     assert measured == pytest.approx(power[name], rel=0.6)
+
+
+def test_an_activation_budget_that_is_no_binary_fraction_is_met_exactly():
+    problem = activation_problem((1,) * 10, 0.7, [1.0] * 10)  # 4 of 10 units at 8 bits: (4 * 8 + 6 * 4) / 80
+    assert problem.fill((0,) * 10).count(1) == 4
+    assert not problem.feasible((1,) * 5 + (0,) * 5)
+
+
+def test_activation_costs_are_bits_and_negative_gains_count_as_nothing():
+    problem = activation_problem([3, 5], 1.5, [-1.0, 2.0], bits=(8, 16))
+    assert problem.costs == ((24, 48), (40, 80))
+    assert problem.losses == ((0.0, 0.0), (2.0, 0.0))
+    assert problem.budget == 96
+
+
+@pytest.mark.parametrize("budget", [0.49, 1.01, math.nan])
+def test_activation_budgets_out_of_range_are_refused(budget):
+    said = r"target_compression: budget is out of range, expected 0.5 \(all A4\) to 1 \(all A8\)"
+    with pytest.raises(HalfbyteError, match=said):
+        activation_problem([1, 1], budget, [1.0, 1.0])
+
+
+@pytest.mark.parametrize(("gains", "said"), [([1.0], "losses of 2 units, got 1"), ([1.0, math.nan], "not finite")])
+def test_wrong_gains_are_refused(gains, said):
+    with pytest.raises(HalfbyteError, match=said):
+        activation_problem([1, 1], 0.75, gains)
+
+
+def test_the_rule_has_its_own_threshold_at_the_edges_and_ignores_the_budget():
+    problem = activation_problem((1, 1, 1, 1), 0.5, (1, 1, 1, 1))
+    edges = (True, False, False, True)
+    assert rule_genome(problem, (2.0, 2.0, 3.0, 1.5), edges) == (1, 0, 1, 0)
+
+
+def test_the_rule_takes_the_last_format_of_longer_menus():
+    problem = Problem(((1, 2, 3), (1, 2)), ((2, 1, 0), (1, 0)), 9)
+    assert rule_genome(problem, (3.0, 3.0), (False, False)) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("ratios", "edges", "said"),
+    [
+        ((2.0,), (True, False), "ratios: expected 2 values"),
+        ((2.0, 1.0), (True,), "edges: expected 2 values"),
+        ((2.0, math.nan), (True, False), "ratios: a value is NaN"),
+    ],
+)
+def test_the_rule_refuses_what_does_not_fit(ratios, edges, said):
+    with pytest.raises(HalfbyteError, match=said):
+        rule_genome(activation_problem((1, 1), 0.75, (1, 1)), ratios, edges)

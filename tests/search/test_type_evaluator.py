@@ -9,8 +9,7 @@ import torch
 
 from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.models.modules import is_tied, linear
-from halfbyte.prepare.candidates import encode_candidates_
-from halfbyte.prepare.menus import menus_of
+from halfbyte.prepare.candidates import encode_candidates_, menus_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.types import decode_tensor
 from halfbyte.search import reference as reference_module

@@ -10,18 +10,16 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.imatrix_file import Importance, check_for, read_imatrix, write_imatrix
-from halfbyte.calibration.text import load_text
+from halfbyte.calibration.text import cut, load_text
 from halfbyte.calibration.walk import block_copy, call_block, capture
-from halfbyte.calibration.windows import cut
-from halfbyte.core.device import resolve_device, resolve_dtype
+from halfbyte.core.environment import resolve_device, resolve_dtype
 from halfbyte.core.files import check_output
 from halfbyte.core.progress import report
+from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.layers import layers_of
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import blocks, is_tied, linear
 from halfbyte.options import ImatrixOptions
-
-BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
 
 
 def make_imatrix(options: ImatrixOptions) -> Importance:
@@ -38,7 +36,7 @@ def make_imatrix(options: ImatrixOptions) -> Importance:
     ids = source.tokenizer(text.parts["calib"], add_special_tokens=False).input_ids
     count = max(1, options.calib_tokens // options.ctx)
     tokens = torch.tensor(cut(ids, options.ctx, count, spread=True, where=f"{text.name} (calib part)"))
-    batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // options.ctx)
+    batch = windows_at_once(device, options.ctx)
     made = measure_importance(source, tokens, device=device, batch=batch, text=text.name)
     write_imatrix(path, made)
     return made

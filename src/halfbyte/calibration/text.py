@@ -2,15 +2,15 @@
 
 A source is a name (``wikitext2``, ``pydoc``, ``self``) or a file. Each gives four disjoint parts: ``calib`` for
 statistics, ``search`` for fitness, ``valid`` to decide between the best, ``eval`` for the final numbers. A single text
-is cut at line ends into the first half, the next 10 %, 10 % more, and, after a gap of 2 %, the rest. Importing this
-module imports no torch.
+is cut at line ends into the first half, the next 10 %, 10 % more, and, after a gap of 2 %, the rest. The tokens of a
+part are cut into windows. Importing this module imports no torch, so that small workers can use it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,3 +160,53 @@ def write_with(model: nn.Module, tokenizer: Any, *, seed: int, samples: int = 24
             pad_token_id=tokenizer.pad_token_id or 0,
         )
     return "\n".join(tokenizer.batch_decode(ids, skip_special_tokens=True))
+
+
+def cut(
+    token_ids: Sequence[int], length: int, count: int, *, spread: bool = False, where: str = "text"
+) -> list[list[int]]:
+    """At most ``count`` windows of ``length`` tokens.
+
+    Args:
+        spread: take windows evenly over the whole text, instead of the first ones in a row (as llama.cpp does).
+        where: what to name in an error.
+
+    Raises:
+        HalfbyteError: the text is shorter than one window.
+    """
+    whole = len(token_ids) // length
+    if whole < 1:
+        raise HalfbyteError(
+            f"{where}: text is shorter than one window, expected {length} tokens, got {len(token_ids)}",
+            fix="use a longer text or a smaller --ctx",
+        )
+    count = min(count, whole)
+    starts = [(index * whole // count if spread else index) * length for index in range(count)]
+    return [list(token_ids[start : start + length]) for start in starts]
+
+
+def scored(token_ids: Sequence[int], ctx: int, chunks: int, *, bos: int | None, where: str) -> list[list[int]]:
+    """The first ``chunks`` windows of ``ctx`` tokens, for evaluation, as llama.cpp's perplexity tool cuts them.
+
+    If ``bos`` is given, it is put in front of the text, and then replaces the first token of each window.
+
+    Raises:
+        HalfbyteError: the text is shorter than one window, or ``ctx`` too small to score anything.
+    """
+    if ctx < 4:
+        raise HalfbyteError(f"--ctx: context is too short, expected at least 4, got {ctx}")
+    if chunks < 1:
+        raise HalfbyteError(f"--chunks: must be positive, got {chunks}")
+    if bos is None:
+        return cut(token_ids, ctx, chunks, where=where)
+    return [[bos, *window[1:]] for window in cut([bos, *token_ids], ctx, chunks, where=where)]
+
+
+def first_scored(ctx: int) -> int:
+    """Position of the first prediction that is scored in a window of ``ctx`` tokens; the last is ``ctx - 2``."""
+    return ctx // 2
+
+
+def scored_tokens(ctx: int) -> int:
+    """How many predictions are scored in a window of ``ctx`` tokens."""
+    return ctx - first_scored(ctx) - 1

@@ -116,9 +116,8 @@ class BlockStep:
 
         handle = self.quantised.get_submodule(part).register_forward_pre_hook(stop)
         try:
-            self._run_copy(index)
-        except _Seen:
-            pass
+            with suppress(_Seen):
+                self._run_copy(index)
         finally:
             handle.remove()
         return found[0]
@@ -200,10 +199,6 @@ def _as_fp32(value: Any) -> Any:
     return tuple(_as_fp32(item) for item in value) if isinstance(value, tuple) else value
 
 
-class _Captured(Exception):
-    """Raised inside the first block to stop the forward pass there."""
-
-
 @dataclass
 class BlockInputs:
     """What the first block is called with.
@@ -228,12 +223,12 @@ def capture(
     def stop(_: nn.Module, args: tuple, named: dict[str, Any]) -> None:
         hidden.append(args[0] if args else named.pop("hidden_states"))
         kwargs.update(named)
-        raise _Captured
+        raise _Seen
 
     handle = first.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         for part in tokens.split(batch):
-            with torch.no_grad(), suppress(_Captured):
+            with torch.no_grad(), suppress(_Seen):
                 model(input_ids=part.to(next(model.parameters()).device), use_cache=False)
     finally:
         handle.remove()
@@ -268,11 +263,9 @@ def block_copy(block: nn.Module, device: torch.device, dtype: torch.dtype | None
     return copy.deepcopy(block, made).to(device=device, dtype=dtype)
 
 
-def run_blocks(
-    model: nn.Module, family: Family, tokens: torch.Tensor, *, device: torch.device, batch: int = 1
-) -> list[torch.Tensor]:
-    """Hidden states after the last block, ``[windows, length, hidden]`` per batch; blocks visit ``device`` in turn."""
-    inputs = capture(model, family, tokens, device=device, batch=batch)
+def run_blocks(model: nn.Module, family: Family, tokens: torch.Tensor, *, device: torch.device) -> list[torch.Tensor]:
+    """Hidden states after the last block, ``[windows, length, hidden]`` per window; blocks visit ``device`` in turn."""
+    inputs = capture(model, family, tokens, device=device)
     hidden = inputs.hidden
     for block in blocks(model, family):
         if next(block.parameters()).device != device:

@@ -1,4 +1,7 @@
-"""The machine this process runs on: cores, name, peak memory. Imports no torch, so that small workers can use it."""
+"""The machine this process runs on: cores, memory, devices and number formats to compute in, the model hub.
+
+torch is imported where a device is asked about, and not before: small workers use the rest without it.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,18 @@ import platform
 import socket
 import sys
 from functools import cache
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
 import psutil
+
+from halfbyte.core.errors import HalfbyteError
+
+if TYPE_CHECKING:
+    import torch
+
+TIMEOUT_SECONDS = 3.0  # to reach the model hub
 
 
 def cores() -> int:
@@ -44,7 +55,61 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-TIMEOUT_SECONDS = 3.0
+def resolve_device(name: str) -> torch.device:
+    """``auto`` means cuda, then mps, then cpu.
+
+    Raises:
+        HalfbyteError: the device asked for is not there.
+    """
+    import torch
+
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(device for device, there in available.items() if there)
+    if not available.get(name.partition(":")[0], False):
+        there = ", ".join(device for device, here in available.items() if here)
+        raise HalfbyteError(
+            f"--device: device is not available, expected {there}, got {name}", fix="pass --device auto"
+        )
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` means bf16 on an accelerator and fp32 on a CPU; fp16 is never used (Qwen2.5 overflows it)."""
+    import torch
+
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on ``device``."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes that this process has had allocated on ``device`` so far."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return peak_process_memory()
+
+
+def device_name(device: torch.device) -> str:
+    """The device in words, for reports."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "mps":
+        return "Apple GPU (MPS)"
+    return f"{cpu_name()} ({torch.get_num_threads()} threads)"
 
 
 @cache

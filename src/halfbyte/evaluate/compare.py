@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from halfbyte.calibration.windows import scored_tokens
+from halfbyte.calibration.text import scored_tokens
 from halfbyte.core.environment import cores, cpu_name
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.naming import download_command, f16_gguf, mixed_gguf, q4km_gguf
+from halfbyte.core.files import download_command, f16_gguf, mixed_gguf, q4km_gguf
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
 from halfbyte.evaluate.quality import LogitsFile, Quality, evaluation_text, measure, scratch_folder

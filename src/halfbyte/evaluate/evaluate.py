@@ -6,9 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibration.windows import scored_tokens
-from halfbyte.core.device import resolve_device, resolve_dtype
-from halfbyte.core.environment import cores
+from halfbyte.calibration.text import scored_tokens
+from halfbyte.core.environment import cores, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import sha256
 from halfbyte.core.progress import report

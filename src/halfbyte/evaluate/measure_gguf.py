@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibration.windows import first_scored, scored
+from halfbyte.calibration.text import first_scored, scored
 from halfbyte.core.environment import peak_process_memory
 from halfbyte.core.files import check_space, write_error
 from halfbyte.core.progress import report

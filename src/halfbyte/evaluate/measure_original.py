@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from halfbyte.calibration.windows import scored_tokens
-from halfbyte.core.device import peak_memory, resolve_device, resolve_dtype
+from halfbyte.calibration.text import scored_tokens
+from halfbyte.core.environment import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import LogitsFile, model_logits, sample_text, windows_for
 from halfbyte.evaluate.worker import Measured, OriginalRequest, serve

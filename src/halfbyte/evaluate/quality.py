@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from halfbyte.calibration.text import SOURCES, load_text
-from halfbyte.calibration.windows import first_scored, scored
+from halfbyte.calibration.text import SOURCES, first_scored, load_text, scored
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_space, write_error
 from halfbyte.core.progress import report

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibration.windows import scored_tokens
+from halfbyte.calibration.text import scored_tokens
 from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import (
     LogitsFile,

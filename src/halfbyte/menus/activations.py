@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from halfbyte.calibration.gradients import output_gradient_power
-from halfbyte.core.device import peak_memory
 from halfbyte.core.distributed import processes
+from halfbyte.core.environment import peak_memory
 from halfbyte.core.files import sha256
 from halfbyte.core.progress import report
-from halfbyte.menus._base import Menu, Model, Setting, Written
+from halfbyte.menus import Menu, Model, Setting, Written
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_search, fits
-from halfbyte.models.layers import Outcome, Unit, layers_of, mean_bits_fraction, units_of
+from halfbyte.models.layers import Outcome, layers_of, mean_bits_fraction, units_of
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear, move_
 from halfbyte.plan import Plan, codes_path
 from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
 from halfbyte.report.search_reports import ACTIVATION_REPORTS, FRONT_REPORTS, beside, write_activation_reports
-from halfbyte.search.baselines import rule_genome
 from halfbyte.search.evaluator import KLEvaluator
-from halfbyte.search.found import Found
-from halfbyte.search.problem import Genome, Problem, activation_problem
-from halfbyte.search.sensitivity import unit_errors, unit_ratios
+from halfbyte.search.problem import Genome, Problem
+from halfbyte.search.run import Found
+from halfbyte.search.sensitivity import activation_problem, output_gradient_power, rule_genome, unit_errors, unit_ratios
 from halfbyte.workdir import Workdir
 
 FISHER_WINDOWS = 4  # of calibration text, for loss gradients
@@ -130,17 +128,20 @@ class ActivationMenu(Menu):
 
     def front_budgets(self) -> Sequence[tuple[str, int]]:
         low, high = (self.problem.spent(end) for end in (self.problem.cheapest, self.problem.dearest))
-        eighths = 8 * sum(unit.macs for unit in self.units)
         budgets = [low + round(share * (high - low)) for share in FRONT]
-        return [(f"{budget / eighths:.2f}", budget) for budget in budgets]
+        return [(f"{self._fraction(budget):.2f}", budget) for budget in budgets]
+
+    def _fraction(self, budget: int) -> float:
+        """Mean activation bits / 8 that a budget in the problem's unit allows."""
+        return budget / (8 * sum(unit.macs for unit in self.units))
 
     def into_plan(self, plan: Plan, found: Found, workdir: Workdir) -> Plan:
-        chosen = self._bits(found.genome)
+        options, chosen = self.options, self._bits(found.genome)
         bits = {layer.name: width for unit, width in zip(self.units, chosen, strict=True) for layer in unit.layers}
         return replace(
             plan,
             layers={name: replace(entry, a_bits=bits[name]) for name, entry in self.prepared.layers.items()},
-            budget_asked=found.budget / (8 * sum(unit.macs for unit in self.units)) if self.options.max_kl else self.budget,
+            budget_asked=self._fraction(found.budget) if options.max_kl else self.budget,
             budget_reached=mean_bits_fraction(self.units, chosen),
             transforms=self.recipe.transforms,
             search={**self._record, **found.record(), "generations": len(found.history)},
@@ -219,7 +220,8 @@ class ActivationMenu(Menu):
         found = []
         for loss in self.on_search_text.one_at_a_time():
             found.append(loss - base)
-            report(f"KL of each unit at A{self.recipe.a_bits[0]}", len(found), len(self.units), self.units[len(found) - 1].name)
+            stage = f"KL of each unit at A{self.recipe.a_bits[0]}"
+            report(stage, len(found), len(self.units), self.units[len(found) - 1].name)
         return found
 
     def _table_gains(self, name: str) -> list[float]:

@@ -14,21 +14,20 @@ from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_space, sha256
 from halfbyte.core.progress import report
-from halfbyte.menus._base import Menu, Model, Setting, Written
+from halfbyte.menus import Menu, Model, Setting, Written
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_types, fits
 from halfbyte.models.layers import Outcome
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, types_path
-from halfbyte.prepare.candidates import Candidates, encode_candidates_, part_files
-from halfbyte.prepare.menus import TensorMenu, menus_of
+from halfbyte.prepare.candidates import Candidates, TensorMenu, encode_candidates_, menus_of, part_files
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.screen import screened
 from halfbyte.quant.ggml.encoded import save_encoded
 from halfbyte.report.search_reports import TYPE_FRONT_REPORTS, TYPE_REPORTS, beside, write_type_reports
-from halfbyte.search.found import Found
 from halfbyte.search.problem import Genome, Problem, pruned
+from halfbyte.search.run import Found
 from halfbyte.search.type_evaluator import MixedTypes, TypeEvaluator
 from halfbyte.targets.gguf_files.size import budget_bytes_of, ftype_types, ftype_within
 from halfbyte.transforms import TRANSFORMS

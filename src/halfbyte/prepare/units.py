@@ -10,9 +10,9 @@ import torch
 from halfbyte.calibration.walk import BlockStep, sample
 from halfbyte.models.modules import linear
 from halfbyte.prepare.recipe import A4_CLIPS, Recipe
-from halfbyte.quant.base import InputMoments
 from halfbyte.quant.int4 import GroupedWeight, fitting_group_size
 from halfbyte.quant.quant_linear import InputScheme
+from halfbyte.quant.quantisers import InputMoments
 
 SAMPLE = 1024  # tokens on which activation ranges are compared and layers measured
 

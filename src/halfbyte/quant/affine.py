@@ -4,12 +4,15 @@ Asymmetric: the range is the token's min and max, widened to hold zero, and zero
 (Jacob et al. 2018, arXiv:1712.05877). Symmetric: the rule of compressed-tensors, ``s = absmax / ((2^b - 1) / 2)``,
 codes in [-2^(b-1), 2^(b-1) - 1], so that engines which read that format compute the same numbers.
 
-``bits`` and ``clip`` are numbers, or tensors that differ from row to row (``[..., 1]``, integers and fp32).
+``bits`` and ``clip`` are numbers, or tensors that differ from row to row (``[..., 1]``, integers and fp32): candidates
+that differ only in bits share one pass.
 """
 
 from __future__ import annotations
 
 import torch
+
+from halfbyte.quant.kernels import use_triton
 
 
 def divided(x: torch.Tensor, divisor: float | torch.Tensor) -> torch.Tensor:
@@ -60,3 +63,24 @@ def fake_quantise(
         return codes.mul_(scale).to(x.dtype)
     codes, scale, zero = quantise_asymmetric(x, bits, clip=clip)
     return codes.sub_(zero).mul_(scale).to(x.dtype)
+
+
+def fake_quantise_rows(
+    x: torch.Tensor, bits: int | torch.Tensor, *, a4_clip: float = 1.0, symmetric: bool = False
+) -> torch.Tensor:
+    """``x`` as its codes stand for it, one scale per token (last axis); the Triton twin gives the same bits.
+
+    Args:
+        x: ``[rows, ..., in]``, any dtype.
+        bits: 4 or 8 for all, or int32 ``[rows]`` on ``x``'s device.
+        a4_clip: share of a token's range that 4-bit codes span; 8-bit codes span all of it.
+    """
+    assert isinstance(bits, int) or bits.shape == x.shape[:1], "one width for each row"
+    if use_triton(x):
+        from halfbyte.quant.kernels.triton_kernels import fake_quantise_rows as fast
+
+        return fast(x, bits, a4_clip, symmetric)
+    if isinstance(bits, int):
+        return fake_quantise(x, bits, symmetric=symmetric, clip=a4_clip if bits == 4 else 1.0)
+    bits = bits.view(-1, *[1] * (x.dim() - 1))  # [rows, 1, ..., 1]
+    return fake_quantise(x, bits, symmetric=symmetric, clip=torch.where(bits == 4, a4_clip, 1.0))

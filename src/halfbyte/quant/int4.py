@@ -11,6 +11,9 @@ import torch
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.quant.affine import divided
+from halfbyte.quant.kernels import use_triton
+
+CHUNK_ELEMENTS = 2**20  # of decoded weights; each takes about 10 bytes of temporaries
 
 
 @dataclass(frozen=True)
@@ -218,6 +221,30 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
     return torch.where(nibbles > 7, nibbles - 16, nibbles).flatten(-2)
 
 
+def decode_packed(
+    packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The weights ``[out, in]`` that int4 codes stand for, in ``dtype``; the Triton twin gives the same bits.
+
+    Args:
+        packed: uint8 ``[out, in / 2]`` of :func:`pack_int4`.
+        scales: fp16 ``[out, groups]``.
+        out: where to write, ``[out, in]`` of ``dtype``, contiguous; otherwise a new tensor.
+    """
+    shape = (packed.shape[0], 2 * packed.shape[1])
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=packed.device)
+    assert (out.shape, out.dtype, out.is_contiguous()) == (shape, dtype, True), "a buffer of another kind"
+    if use_triton(packed):
+        from halfbyte.quant.kernels.triton_kernels import decode_packed as fast
+
+        return fast(packed, scales, out)
+    rows = max(1, CHUNK_ELEMENTS // max(1, shape[1]))
+    for part in (slice(start, start + rows) for start in range(0, shape[0], rows)):
+        out[part] = GroupedWeight(unpack_int4(packed[part]), scales[part]).decode()
+    return out
+
+
 RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 
 
@@ -225,14 +252,13 @@ def searched_scales(
     weight: torch.Tensor,
     group_size: int,
     importance: torch.Tensor,
-    bits: int = 4,
     *,
     rule: ScaleRule = ANY_FP16,
     where: object = "weight",
 ) -> torch.Tensor:
-    """fp16 scales ``[out, in / group_size]`` with the least ``Σ importance_j (w_j − ŵ_j)²`` per group.
+    """fp16 scales of 4-bit codes ``[out, in / group_size]`` with the least ``Σ importance_j (w_j − ŵ_j)²`` per group.
 
-    Tried are ``RATIOS`` of the absmax scale, and of absmax / 2^(bits − 1) with the sign that puts the largest weight on
+    Tried are ``RATIOS`` of the absmax scale, and of absmax / 8 with the sign that puts the largest weight on
     the lowest code: the symmetric grid has one more code on that side, and a negative scale turns it around (as ggml's
     Q4_0 does). Where ``rule`` forbids negative scales, its size is tried.
 
@@ -240,12 +266,11 @@ def searched_scales(
         weight: ``[out, in]``.
         importance: what an error in each input channel costs, ``[in]``: the diagonal of the Hessian.
     """
-    top = 2 ** (bits - 1) - 1
-    full = absmax_scales(weight, group_size, bits, rule=rule, where=where)
+    full = absmax_scales(weight, group_size, rule=rule, where=where)
     grouped = weight.float().reshape(weight.shape[0], -1, group_size)  # [out, groups, group]
     cost = importance.float().view(-1, group_size)
     largest = grouped.gather(-1, grouped.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
-    lowest = rule.rounded((-largest if rule.signed else largest.abs()) / (top + 1))
+    lowest = rule.rounded((-largest if rule.signed else largest.abs()) / 8)
     best = full.clone()
     least = torch.full(full.shape, float("inf"), device=weight.device)
     for start in (full, lowest):
@@ -253,7 +278,7 @@ def searched_scales(
             scales = rule.rounded(start.float() * ratio)
             step = scales.float().unsqueeze(-1)
             safe = torch.where(step == 0, torch.ones_like(step), step)
-            error = (grouped / safe).round_().clamp_(-top - 1, top).mul_(step).sub_(grouped)
+            error = (grouped / safe).round_().clamp_(-8, 7).mul_(step).sub_(grouped)
             total = torch.einsum("ogk,gk->og", error.square_(), cost)
             better = total < least
             best, least = torch.where(better, scales, best), torch.where(better, total, least)

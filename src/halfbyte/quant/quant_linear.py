@@ -14,8 +14,7 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.quant.arithmetics import ARITHMETICS, Arithmetic
 from halfbyte.quant.balance import LowRank
 from halfbyte.quant.hadamard import rotate, rotate_blocks
-from halfbyte.quant.int4 import GroupedWeight, PackedWeight
-from halfbyte.quant.kernels.codes import decode_packed
+from halfbyte.quant.int4 import GroupedWeight, PackedWeight, decode_packed
 
 Bits = int | torch.Tensor | None  # activation bits: for all, int32 [rows] for a batch [rows, ...], or not rounded
 

@@ -10,8 +10,7 @@ import psutil
 import torch
 
 from halfbyte.core import environment as hub
-from halfbyte.core.device import available_memory, device_name, resolve_device, resolve_dtype
-from halfbyte.core.environment import cores, cpu_name
+from halfbyte.core.environment import available_memory, cores, cpu_name, device_name, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.estimate import MemoryEstimate, estimate_load, estimate_search, estimate_types, with_tokens
 from halfbyte.models.loading import find, stored_dtype

@@ -4,44 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from halfbyte.core.naming import is_hub_id, short_name
+from halfbyte.core.files import is_hub_id, short_name
 from halfbyte.plan import Plan
 from halfbyte.report.tables import Cell, markdown_table
-from halfbyte.targets.served.rules import serving_markdown
-
-R4_COSTS = (
-    "R4 rotates the input of down_proj at run time: vLLM runs it without tensor parallelism and without biases on "
-    "those layers, and transformers needs one more line after loading (apply_transform_config)"
-)
-ENGINES = "The activation bits are what the folder asks for; an engine may compute with others, and say so in its log."
-LOAD = """```python
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(FOLDER)
-```"""
-LOAD_ROTATED = """```python
-import json
-from compressed_tensors.transform import TransformConfig, apply_transform_config
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(FOLDER)
-config = json.load(open(f"{FOLDER}/config.json"))["quantization_config"]["transform_config"]
-apply_transform_config(model, TransformConfig(**config))
-```"""
 
 
-def model_card(plan: Plan, groups: Mapping[str, Sequence[str]], blocks: str, nbytes: int, model_id: str) -> str:
+def model_card(
+    plan: Plan, groups: Mapping[str, int], run: str, tags: Sequence[str], blocks: str, nbytes: int, model_id: str
+) -> str:
     """The card as Markdown.
 
     Args:
-        groups: config group -> its layers.
+        groups: what layers are computed as -> how many.
+        run: how to run the folder, Markdown.
+        tags: of the format.
         blocks: path of the transformer blocks, such as ``model.layers``.
         nbytes: of all tensors.
         model_id: what was quantised; only a hub id is told as it is, a path says nothing to others.
     """
-    rotated = any(entry.rotated for entry in plan.layers.values())
     base = model_id if is_hub_id(model_id) else short_name(model_id)
-    shares: list[list[Cell]] = [[group, len(names)] for group, names in groups.items()]
+    shares: list[list[Cell]] = [[group, count] for group, count in groups.items()]
     transforms = ", ".join(plan.transforms) or "none"
     lines = [
         "---",
@@ -49,24 +31,19 @@ def model_card(plan: Plan, groups: Mapping[str, Sequence[str]], blocks: str, nby
         *([f"base_model: {base}"] if is_hub_id(model_id) else []),
         "pipeline_tag: text-generation",
         "tags:",
-        "- compressed-tensors",
+        *(f"- {tag}" for tag in tags),
         "- vllm",
         "- halfbyte",
         "---",
         "",
-        f"# {short_name(model_id)}, W4 with A4 and A8 layer by layer",
+        f"# {short_name(model_id)}, 4-bit weights, activation bits layer by layer",
         "",
-        f"{base} with 4-bit weights in symmetric groups and activations of 4 or 8 bits, symmetric, one scale per "
-        "token. Which layer gets which was searched by the whole model's behaviour. Format: compressed-tensors, "
-        f"`pack-quantized`; {nbytes / 1e9:.2f} GB of tensors.",
+        f"{base} with 4-bit weights. Which layer gets how many activation bits was searched by the whole model's "
+        f"behaviour, for vLLM on {plan.hardware} GPUs; {nbytes / 1e9:.2f} GB of tensors.",
         "",
-        markdown_table(["config group", "layers"], shares),
+        markdown_table(["computed as", "layers"], shares),
         "",
-        ENGINES,
-        "",
-        serving_markdown().rstrip(),
-        "",
-        *([R4_COSTS + ":", "", LOAD_ROTATED] if rotated else ["In transformers:", "", LOAD]),
+        run,
         "",
         "## How it was made",
         "",

@@ -26,7 +26,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import whole_file
 from halfbyte.report.tables import significant
-from halfbyte.search.baselines import RULE_EDGE_THRESHOLD, RULE_THRESHOLD
+from halfbyte.search.sensitivity import RULE_EDGE_THRESHOLD, RULE_THRESHOLD
 
 DOTS_PER_INCH = 150
 THRESHOLDS = {"rule threshold": RULE_THRESHOLD, "rule threshold, first and last block": RULE_EDGE_THRESHOLD}

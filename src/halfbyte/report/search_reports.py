@@ -8,14 +8,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from halfbyte.core.files import write_text
-from halfbyte.core.naming import short_name
+from matplotlib.figure import Figure
+
+from halfbyte.core.files import short_name, write_text
 from halfbyte.models.layers import Outcome, Unit, mean_bits_fraction
 from halfbyte.plan import Plan
-from halfbyte.report.front import front_plot, size_front_plot
-from halfbyte.report.plots import convergence_plot, sensitivity_heatmap
+from halfbyte.report.plots import (
+    DOTS_PER_INCH,
+    LINE_COLOURS,
+    SEARCH_COLOUR,
+    convergence_plot,
+    save_figure,
+    sensitivity_heatmap,
+    set_title,
+)
 from halfbyte.report.tables import csv_text
-from halfbyte.search.found import Found
+from halfbyte.search.run import Found
 from halfbyte.search.sensitivity import LayerSensitivity
 
 ACTIVATION_REPORTS = (
@@ -70,8 +78,9 @@ def write_activation_reports(
         )
         yield write_text(beside(output, "front.csv"), _table(points))
         title = f"{short_name(plan.model_id)}: KL against activation bits"
-        front_plot(beside(output, "front.png"), points, title=title, chosen=8 * plan.budget_reached)
-        yield beside(output, "front.png")
+        bits = [point["mean_bits"] for point in points]
+        axis = "mean activation bits, weighted by multiply-accumulates"
+        yield _draw_front(beside(output, "front.png"), bits, points, axis, title, chosen=8 * plan.budget_reached)
 
 
 def write_type_reports(output: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], found: Found) -> Iterator[Path]:
@@ -87,8 +96,9 @@ def write_type_reports(output: Path, plan: Plan, rows: Sequence[Mapping[str, Any
     ]
     numbers, picture = (beside(output, kind) for kind in TYPE_FRONT_REPORTS)
     yield write_text(numbers, _table(points))
-    size_front_plot(picture, points, title=f"{short_name(plan.model_id)}: KL against size", chosen=found.cost)
-    yield picture
+    title = f"{short_name(plan.model_id)}: KL against size"
+    sizes = [point["bytes"] / 1e6 for point in points]
+    yield _draw_front(picture, sizes, points, "size of the matrices, MB", title, chosen=found.cost / 1e6)
 
 
 def _made_by(plan: Plan) -> dict[str, Any]:
@@ -133,4 +143,38 @@ def _draw_convergence(path: Path, plan: Plan, found: Found) -> Path:
         title=f"{short_name(plan.model_id)}: genetic search, budget {plan.budget_asked:g}",
         score_label=found.score_label,
     )
+    return path
+
+
+def _draw_front(
+    path: Path, places: Sequence[float], points: Sequence[Mapping[str, Any]], axis: str, title: str, *, chosen: float
+) -> Path:
+    """The validated KL of each budget's best choice, and of its knapsack, at ``places``; the plan is at ``chosen``."""
+    figure = Figure(figsize=(6.4, 4.2), dpi=DOTS_PER_INCH, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(
+        places,
+        [point["kl_knapsack"] for point in points],
+        color=LINE_COLOURS[0],
+        linestyle="--",
+        marker="x",
+        label="knapsack over one-at-a-time KL",
+    )
+    axes.errorbar(
+        places,
+        [point["kl_validation"] for point in points],
+        yerr=[point["noise_floor"] for point in points],
+        color=SEARCH_COLOUR,
+        marker="o",
+        capsize=3,
+        label="search; bars: noise floor",
+    )
+    axes.axvline(chosen, color="#555555", linestyle=":", label="the plan")
+    axes.set_xlabel(axis)
+    axes.set_ylabel("KL on the validation text, nats per token")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    set_title(figure, title)
+    save_figure(figure, path)
     return path

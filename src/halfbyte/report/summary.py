@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from halfbyte.report.model_card import R4_COSTS
 from halfbyte.report.tables import (
     Cell,
     format_bytes,
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from halfbyte.pipeline import SearchResult
     from halfbyte.plan import Plan
     from halfbyte.report.doctor import Finding
-    from halfbyte.search.found import Found
+    from halfbyte.search.run import Found
     from halfbyte.targets.gguf_files.export import ExportResult
     from halfbyte.targets.vllm_files.export import VllmExportResult
 
@@ -61,8 +60,6 @@ def search_summary(result: SearchResult, seconds: Mapping[str, float]) -> str:
     lines.append(f"plan {plan.hash}, text {plan.text['name']}{note}")
     notes = Counter(outcome.note for outcome in result.outcomes if outcome.note)
     lines += [f"{count} layers: {note}" for note, count in notes.items()]
-    if plan.target == "vllm" and _rotates_at_run_time(plan):
-        lines.append(R4_COSTS)
     lines.append(f"took {sum(seconds.values()):.0f} s, peak memory {format_bytes(result.peak_memory)}")
     return "\n".join(lines)
 
@@ -84,11 +81,9 @@ def _found(found: Found) -> list[str]:
 
 
 def _activation_bits(plan: Plan) -> str:
-    a8 = sum(entry.a_bits == 8 for entry in plan.layers.values())
-    return (
-        f"{a8} of {len(plan.layers)} layers A8, mean activation bits {8 * plan.budget_reached:.2f} "
-        f"(budget {8 * plan.budget_asked:.2f})"
-    )
+    counts = Counter(entry.a_bits for entry in plan.layers.values())
+    parts = ", ".join(f"{count} layers A{bits}" for bits, count in sorted(counts.items()))
+    return f"{parts}, mean activation bits {8 * plan.budget_reached:.2f} (budget {8 * plan.budget_asked:.2f})"
 
 
 def _file_types(plan: Plan, found: Found) -> str:
@@ -119,8 +114,8 @@ def export_summary(result: ExportResult) -> str:
 
 
 def vllm_export_summary(result: VllmExportResult) -> str:
-    """Config groups of a folder, its size, and what the check saw."""
-    lines = [text_table(["config group", "layers"], [[group, count] for group, count in result.groups.items()])]
+    """What a folder's layers are computed as, its size, and what the check saw."""
+    lines = [text_table(["computed as", "layers"], [[group, count] for group, count in result.groups.items()])]
     if result.checked:
         logits = (
             f"logits not compared: {result.skipped}"
@@ -128,8 +123,6 @@ def vllm_export_summary(result: VllmExportResult) -> str:
             else f"transformers against the simulation: logits differ by at most {result.difference:.1g}"
         )
         lines.append(f"checked: {result.checked} tensors read back; {logits}")
-    if _rotates_at_run_time(result.plan):
-        lines.append(R4_COSTS)
     lines.append(f"{result.tensors} tensors, {format_bytes(result.nbytes)}")
     return "\n".join(lines)
 
@@ -227,7 +220,3 @@ def doctor_summary(findings: Sequence[Finding]) -> str:
 
 def _percent(share: float | None) -> str | None:
     return None if share is None else f"{100 * share:.1f}%"
-
-
-def _rotates_at_run_time(plan: Plan) -> bool:
-    return any(entry.rotated for entry in plan.layers.values())

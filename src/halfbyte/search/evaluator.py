@@ -17,7 +17,7 @@ from torch import nn
 from halfbyte.calibration.walk import call_block, capture
 from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.models.estimate import BATCH_TOKENS
+from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.families import Family
 from halfbyte.models.layers import Unit
 from halfbyte.models.modules import blocks, linear
@@ -70,8 +70,7 @@ class KLEvaluator:
         self.windows, self.length = tokens.shape
         self.segments = self.length // max(size for size in range(1, SEGMENT_TOKENS + 1) if self.length % size == 0)
         self.device = next(model.get_submodule(family.final_norm).parameters()).device
-        on_accelerator = max(1, BATCH_TOKENS // self.length)
-        self.rows = rows or (1 if self.device.type == "cpu" else on_accelerator)
+        self.rows = rows or windows_at_once(self.device, self.length)
         missing = -len(tokens) % self.rows
         repeated = torch.cat([tokens, tokens[-1:].expand(missing, -1)])
         inputs = capture(model, family, repeated, device=self.device, batch=self.rows)

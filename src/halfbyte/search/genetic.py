@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.search.baselines import random_genome
-from halfbyte.search.problem import Genome, Problem
+from halfbyte.search.problem import Genome, Problem, random_genome
 
 ATTEMPTS = 20  # mutations tried for a child that is not known yet, then random genomes
 STOPPING = ("generations", "patience")  # settings that a resumed search may change

@@ -22,7 +22,6 @@ Genome = tuple[int, ...]  # the index of the chosen format of each unit; 0 is th
 
 SPREAD = 0.5  # sd of the logarithm of a unit's random factor in repair and fill: about what predictions are wrong by
 STATES_LIMIT = 2_000_000  # budgets that the knapsack's table tells apart
-BUDGET_EPSILON = 1e-12  # relative: 0.7 is not a binary fraction, and a genome that meets it exactly must fit
 
 
 @dataclass(frozen=True)
@@ -223,36 +222,22 @@ class Problem:
         return np.array([[*menu, *[menu[-1]] * (width - len(menu))] for menu in menus])
 
 
-def activation_problem(
-    macs: Sequence[int], budget_fraction: float, gains: Sequence[float], menus: Sequence[Sequence[int]] | None = None
-) -> Problem:
-    """The choice of an activation width for each unit.
+def random_genome(problem: Problem, rng: np.random.Generator) -> Genome:
+    """A full genome that ignores what the units lose.
 
-    Args:
-        macs: multiply-accumulates per token of each unit.
-        budget_fraction: largest allowed mean of bits / 8, weighted by ``macs``.
-        gains: what each unit gains by its last width over its first (KL saved); a negative one counts as 0.
-        menus: the widths that each unit may have, one or two, ascending; 4 and 8 by default.
-
-    Raises:
-        HalfbyteError: the budget is outside what the widths can reach, a gain is not finite, or the numbers of
-            units differ.
+    One unit after the other, drawn evenly from those whose next format still fits, is raised until nothing fits.
     """
-    menus = [(4, 8)] * len(macs) if menus is None else menus
-    costs = tuple(tuple(int(count) * bits for bits in menu) for count, menu in zip(macs, menus, strict=True))
-    per_eighth = 8 * sum(int(count) for count in macs)
-    low, high = (sum(menu[end] for menu in costs) / per_eighth for end in (0, -1))
-    if not low * (1 - BUDGET_EPSILON) <= budget_fraction <= high * (1 + BUDGET_EPSILON):
-        ends = (min(map(min, menus)), max(map(max, menus)))
-        raise HalfbyteError(
-            f"target_compression: budget is out of range, expected {low:g} (A{ends[0]} wherever it runs) to {high:g} "
-            f"(A{ends[1]} wherever it runs), got {budget_fraction}"
-        )
-    if not all(math.isfinite(gain) for gain in gains):
-        raise HalfbyteError("gains: a gain is not finite", fix="look at the sensitivities")
-    budget = math.floor(budget_fraction * per_eighth * (1 + BUDGET_EPSILON))
-    losses = [(max(gain, 0.0), 0.0)[-len(menu) :] for gain, menu in zip(gains, menus, strict=True)]
-    return Problem(costs, tuple(losses), budget)
+    chosen = np.zeros(problem.size, dtype=int)
+    units = np.arange(problem.size)
+    left = problem.budget - problem.spent(problem.cheapest)
+    while True:
+        step = problem.steps[units, chosen]  # [units], 0 at the last format
+        fits = np.flatnonzero((step > 0) & (step <= left))
+        if fits.size == 0:
+            return tuple(chosen.tolist())
+        unit = fits[rng.integers(fits.size)]
+        chosen[unit] += 1
+        left -= int(step[unit])
 
 
 def pruned(costs: Sequence[int], losses: Sequence[float]) -> list[int]:

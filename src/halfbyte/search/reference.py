@@ -91,11 +91,9 @@ class Reference:
         return self.negentropy[windows].flatten() - (projected * final.float()).sum(dim=-1) + log_sum_exp(head, final)
 
 
-def reference(
-    model: nn.Module, family: Family, tokens: torch.Tensor, *, device: torch.device, batch: int = 1
-) -> Reference:
+def reference(model: nn.Module, family: Family, tokens: torch.Tensor, *, device: torch.device) -> Reference:
     """Run the unquantised model on ``tokens`` ``[windows, length]``, block by block on ``device``."""
-    hidden = run_blocks(model, family, tokens, device=device, batch=batch)
+    hidden = run_blocks(model, family, tokens, device=device)
     norm = copy.deepcopy(model.get_submodule(family.final_norm)).to(device)
     head = linear(model, family.head).weight.detach().to(device)
     projected, negentropy, finals = [], [], []

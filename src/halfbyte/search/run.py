@@ -6,6 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +16,6 @@ from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
 from halfbyte.core.progress import report
-from halfbyte.search.found import Found
 from halfbyte.search.genetic import Generation, GeneticAlgorithm, GeneticResult, GeneticSettings
 from halfbyte.search.problem import Genome, Problem
 from halfbyte.search.validate import choose, two_rungs
@@ -79,8 +79,63 @@ class Searchable(ABC):
         """Unit or matrix -> the format that ``genome`` gives it."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """The winner of a search, and what it had to beat.
+
+    Attributes:
+        genome: the winner.
+        choice: unit or matrix -> the format that it gets.
+        cost, budget: what the winner costs, and what it might cost, in the problem's unit.
+        score_label: what a score is, with its unit.
+        search_scores: label -> score on the search text: of the winner (``plan``), of what the search started from, and
+            of the ends of the menu.
+        validation_scores: the same on text that nothing was chosen on; empty where there is none.
+        winner: the label of the start that won, or ``genetic search``.
+        finalists, ties: genomes that the validation text was asked about, and those that it cannot tell from the best.
+        noise_floor: standard error of a difference between two finalists on the validation text.
+        evaluations: genomes that were scored.
+        history: one row per generation.
+        front: budget -> the winner of that budget, where a front was asked for.
+    """
+
+    genome: Genome
+    choice: Mapping[str, int | str]
+    cost: int
+    budget: int
+    score_label: str
+    search_scores: Mapping[str, float]
+    validation_scores: Mapping[str, float]
+    winner: str
+    finalists: int
+    ties: int
+    noise_floor: float
+    evaluations: int
+    history: Sequence[Generation]
+    front: Mapping[str, Found] = field(default_factory=dict)
+
+    def record(self) -> dict[str, object]:
+        """What plans and reports say of the search, in types that JSON has."""
+        return {
+            "scores": dict(self.search_scores),
+            "validation": dict(self.validation_scores),
+            "winner": self.winner,
+            "evaluations": self.evaluations,
+            "finalists": self.finalists,
+            "ties": self.ties,
+            "noise_floor": self.noise_floor,
+        }
+
+
 def search_menu(
-    menu: Searchable, settings: GeneticSettings, *, seed: int, state_file: Path, resume: bool, budget: int | None = None
+    menu: Searchable,
+    settings: GeneticSettings,
+    *,
+    seed: int,
+    state_file: Path,
+    resume: bool,
+    budget: int | None = None,
+    at_most: float = 0.0,
 ) -> Found:
     """Search one budget.
 
@@ -90,6 +145,7 @@ def search_menu(
         state_file: rewritten after every generation by the first process; an interruption loses one generation at most.
         resume: go on from that file if it is there.
         budget: in the problem's unit; by default the problem's own.
+        at_most: a loss on the validation text that the winner keeps to, if any finalist does; 0 is any.
 
     Raises:
         HalfbyteError: the state file is damaged or of another search, or several processes disagree.
@@ -107,6 +163,8 @@ def search_menu(
         report("validation", 0, 1, f"{unseen.windows * unseen.length} tokens each")
         ranked = sorted(result.scores, key=lambda genome: (result.scores[genome], genome))[:FINALISTS]
         candidates = list(dict.fromkeys([*starts.values(), *ranked]))
+        within = [genome for genome in candidates if not at_most or unseen.score(genome) <= at_most]
+        candidates = within or candidates
         validation, search = (dict(zip(candidates, text.losses(candidates), strict=True)) for text in (unseen, scorer))
         chosen = choose(validation, search)
         winner, finalists, ties, noise_floor = chosen.winner, len(candidates), len(chosen.ties), chosen.noise_floor

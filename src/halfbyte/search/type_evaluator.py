@@ -18,8 +18,7 @@ from halfbyte.core.distributed import processes
 from halfbyte.models.estimate import SIDE_BY_SIDE
 from halfbyte.models.families import Family
 from halfbyte.models.modules import blocks, is_tied, linear
-from halfbyte.quant.ggml.encoded import Encoded
-from halfbyte.quant.ggml.stored import StoredLinear, StoredMatrix, store_matrix_
+from halfbyte.quant.ggml.encoded import Encoded, StoredLinear, StoredMatrix, store_matrix_
 from halfbyte.quant.ggml.types import decode_tensor
 from halfbyte.search.evaluator import KLEvaluator, Row
 from halfbyte.search.problem import Genome
@@ -29,7 +28,7 @@ ORIGINAL: int = -1
 
 
 class Matrix(Protocol):
-    """A matrix and its menu (``halfbyte.prepare.menus.TensorMenu``)."""
+    """A matrix and its menu (``halfbyte.prepare.candidates.TensorMenu``)."""
 
     @property
     def name(self) -> str: ...

@@ -6,7 +6,7 @@ import torch
 from gguf import GGMLQuantizationType, dequantize
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.quant.ggml.q4_0 import q4_0_blocks
+from halfbyte.quant.ggml.scales import q4_0_blocks
 from halfbyte.quant.ggml.types import WRITABLE, bits_per_weight, decode, encode, fits, row_bytes
 from halfbyte.quant.int4 import GroupedWeight
 from halfbyte.quant.quantisers.rtn import round_to_nearest

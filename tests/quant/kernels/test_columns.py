@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.quant.kernels import columns
+from halfbyte.quant import kernels
 from tests.quant.kernels.interpreter import interpret
 
 UNEVEN = torch.tensor([-8.0, -5, -3, -1.5, -0.5, 0.25, 1, 2, 4, 7])
@@ -25,7 +25,7 @@ def block(rows=37, width=32):
 @pytest.mark.parametrize("bits", [3, 4])
 def test_rounding_feeds_errors_to_later_columns(bits):
     target, weight, step, mix, _ = block()
-    codes, errors = columns.round_columns(target, weight, step, mix, bits)
+    codes, errors = kernels.round_columns(target, weight, step, mix, bits)
     assert torch.allclose(errors, weight - codes * step, atol=1e-6)
     wanted = (target + errors @ mix) / step  # mix is strictly upper: column k sees the columns before it
     half = 2 ** (bits - 1)
@@ -36,22 +36,22 @@ def test_rounding_feeds_errors_to_later_columns(bits):
 
 def test_a_code_can_be_one_of_uneven_values():
     target, weight, step, mix, hessian = block()
-    codes, errors = columns.round_columns(target, weight, step, mix, UNEVEN)
+    codes, errors = kernels.round_columns(target, weight, step, mix, UNEVEN)
     assert torch.allclose(errors, weight - codes * step, atol=1e-6)
     wanted = (target + errors @ mix) / step
     distance = (wanted.unsqueeze(-1) - UNEVEN).abs()
     assert bool(((wanted - codes).abs() <= distance.amin(-1) + 1e-4).all())
     assert set(codes.unique().tolist()) == set(UNEVEN.tolist())
-    better = weight - step * columns.descend_columns(errors @ hessian, codes, step, hessian, UNEVEN)
+    better = weight - step * kernels.descend_columns(errors @ hessian, codes, step, hessian, UNEVEN)
     costs = [((e @ hessian) * e).sum(-1) for e in (errors, better)]
     assert bool((costs[1] <= costs[0] + 1e-5).all())
 
 
 def test_rows_may_have_bits_of_their_own():
     target, weight, step, mix, _ = block()
-    together = columns.round_columns(target, weight, step, mix, torch.tensor([3, 4] * 18 + [3]))
+    together = kernels.round_columns(target, weight, step, mix, torch.tensor([3, 4] * 18 + [3]))
     for bits in (3, 4):
-        alone = columns.round_columns(target, weight, step, mix, bits)
+        alone = kernels.round_columns(target, weight, step, mix, bits)
         assert all(torch.equal(a[bits - 3 :: 2], b[bits - 3 :: 2]) for a, b in zip(together, alone, strict=True))
 
 
@@ -59,8 +59,8 @@ def test_rows_may_have_bits_of_their_own():
 def test_the_loops_are_those_of_the_definition(width):
     """One column after the other, each with all that came before; also across what torch does in one product."""
     target, weight, step, mix, hessian = block(width=width)
-    codes, errors = columns.round_columns(target, weight, step, mix, 4)
-    moved = columns.descend_columns(errors @ hessian, codes, step, hessian, 4)
+    codes, errors = kernels.round_columns(target, weight, step, mix, 4)
+    moved = kernels.descend_columns(errors @ hessian, codes, step, hessian, 4)
     error, pull, best = torch.zeros_like(target), errors @ hessian, codes.clone()
     expected = torch.zeros_like(codes)
     for k in range(width):
@@ -77,7 +77,7 @@ def test_descent_only_lowers_the_error():
     _, weight, step, _, hessian = block()
     before = (weight / step).round().clamp(-8, 7)
     error = weight - before * step
-    after = columns.descend_columns(error @ hessian, before, step, hessian, 4)
+    after = kernels.descend_columns(error @ hessian, before, step, hessian, 4)
     better = weight - after * step
     costs = [((e @ hessian) * e).sum(-1) for e in (error, better)]
     assert bool((costs[1] <= costs[0] + 1e-5).all())
@@ -91,7 +91,7 @@ def test_twins_agree_in_tritons_interpreter():
 TWINS = """
 import torch
 from halfbyte.quant.kernels import forced
-from halfbyte.quant.kernels.columns import descend_columns, round_columns
+from halfbyte.quant.kernels import descend_columns, round_columns
 from tests.quant.kernels.test_columns import UNEVEN, block
 
 for bits, rows, width in ((4, 37, 32), (3, 4, 1), (UNEVEN, 37, 32), (torch.arange(37) % 3 + 2, 37, 32)):

@@ -16,8 +16,8 @@ from halfbyte.models.loading import find, load
 from halfbyte.models.modules import linear
 from halfbyte.options import ExportOptions
 from halfbyte.plan import codes_path, load_codes, load_plan, save_codes, save_plan
+from halfbyte.prepare.folding import TransformedBlocks
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.prepare.transformed import TransformedBlocks
 from halfbyte.quant.ggml.types import encode
 from halfbyte.targets.gguf_files import export as exporting
 from halfbyte.targets.gguf_files.export import export_gguf

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.engines import open_engine
-from halfbyte.models.gguf_pre import PRE_TOKENIZERS, pre_tokenizer_name
+from halfbyte.models.gguf_source import PRE_TOKENIZERS, pre_tokenizer_name
 from halfbyte.models.loading import find, load
 from halfbyte.targets.gguf_files.writer import write_gguf
 from tests.tiny_models import CHAT_TEMPLATE, TEXTS, keys, random_texts

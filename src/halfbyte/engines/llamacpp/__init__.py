@@ -129,7 +129,7 @@ class Engine:
         """Write ``source`` (GGUF, any types) as ``target`` in a standard mixture of types such as ``Q4_K_M``.
 
         Args:
-            file_type: one of ``file_types.FILE_TYPES``; quantised sources are dequantised first, which costs quality.
+            file_type: one of ``ftypes.FILE_TYPES``; quantised sources are dequantised first, which costs quality.
             imatrix: importance of each input channel: a GGUF importance-matrix file, or tensor name -> float32 [in].
 
         Returns:

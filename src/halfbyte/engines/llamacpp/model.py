@@ -168,12 +168,11 @@ class GGUFModel:
             rows[filled : filled + count - skip] = self._decode(ids[start : start + count], skip)
         return rows
 
-    def generate(self, prompt: str, max_tokens: int, *, chat: bool = True, seed: int = 0) -> Generation:
+    def generate(self, prompt: str, max_tokens: int, *, chat: bool = True) -> Generation:
         """Continue ``prompt`` greedily, up to an end-of-generation token, ``max_tokens`` or the end of the context.
 
         Args:
             chat: wrap the prompt as a user's turn in the file's chat template.
-            seed: for engines that sample; greedy decoding has nothing to seed.
 
         Raises:
             HalfbyteError: the prompt is empty or leaves no room in the context.

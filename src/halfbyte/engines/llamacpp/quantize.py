@@ -1,9 +1,9 @@
 """Turn a GGUF file into another file type with llama.cpp's own quantisers.
 
 A library with ``llama_model_quantize`` does it whole. The one in the ``xllamacpp`` wheel was linked without it but has
-``ggml_quantize_chunk``, the function below it, so here the file is read, each tensor's type chosen (``file_types.py``)
-and its rows encoded. Both ways wrote the same bytes for every file type, with and without an importance matrix
-(compared with llama-cpp-python 0.3.36 on dense Llama-shaped models).
+``ggml_quantize_chunk``, the function below it, so here the file is read, each tensor's type chosen
+(:mod:`halfbyte.quant.ggml.ftypes`) and its rows encoded. Both ways wrote the same bytes for every file type, with and
+without an importance matrix (compared with llama-cpp-python 0.3.36 on dense Llama-shaped models).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from halfbyte.quant.affine import fake_quantise_rows
 from halfbyte.quant.arithmetics import Arithmetic
-from halfbyte.quant.kernels.activations import fake_quantise_rows
 
 if TYPE_CHECKING:
     from halfbyte.quant.quant_linear import InputScheme

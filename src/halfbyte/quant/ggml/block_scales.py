@@ -30,7 +30,7 @@ def choose_rows(weight: Tensor, type_name: str, importance: Tensor, *, where: ob
 
     Args:
         weight: fp32 ``[out, in]``.
-        type_name: a type of ``ggml_grid.GRIDS``.
+        type_name: a type of ``GRIDS``.
         importance: what a squared error costs in each input channel, ``[in]``.
 
     Returns:

@@ -1,5 +1,7 @@
 """Blocks of ggml types from scales and codes of one's own: the other direction of :mod:`halfbyte.quant.ggml.grid`.
 
+W4 codes become Q4_0 blocks as they are: nothing is quantised again.
+
 Source of the layouts: ggml's block definitions (ggml-common.h).
 """
 
@@ -11,8 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfbyte.quant.ggml.grid import GRIDS, Plane
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.quant.ggml.grid import GRIDS, Plane, with_codes
+from halfbyte.quant.ggml.types import Array
+from halfbyte.quant.int4 import GroupedWeight
 
+Q4_0_BLOCK = GRIDS["Q4_0"].sizes[0]  # 32 elements share one scale
 ONE = (1, 1)  # a block has one step, and that is its unit
 Write = Callable[[Tensor, Tensor, Tensor], None]
 
@@ -115,3 +121,37 @@ SCALINGS = {
     "Q6_K": Scaling(16, (-128, 127), 208, write=_write_q6_k),
     "Q8_0": Scaling(1, ONE, 0),
 }  # every type of ``GRIDS``
+
+
+def check_q4_0(weight: GroupedWeight, *, where: object = "weight") -> None:
+    """Refuse codes that Q4_0 cannot hold as they are.
+
+    Raises:
+        HalfbyteError: not 4 bits, groups that 32 does not divide, or scales that do not cover the row.
+    """
+    in_features, groups = weight.codes.shape[1], weight.scales.shape[1]
+    if weight.bits != 4:
+        raise HalfbyteError(f"{where}: Q4_0 holds 4-bit codes, expected bits 4, got {weight.bits}")
+    if groups == 0 or in_features % groups or weight.group_size % Q4_0_BLOCK:
+        raise HalfbyteError(
+            f"{where}: weight groups do not divide into Q4_0 blocks, expected groups of a multiple of {Q4_0_BLOCK}, "
+            f"got {groups} groups in a row of {in_features}",
+            fix="use another group size, or leave this layer as F16",
+        )
+
+
+def q4_0_blocks(weight: GroupedWeight, *, where: object = "weight") -> Array:
+    """The codes themselves as Q4_0, uint8 ``[out, in / 32 * 18]``.
+
+    A block is the fp16 scale of its group, then 16 bytes: code j + 8 in the low and code j + 16 (+ 8) in the high
+    nibble. A group of 128 becomes four blocks with the same scale.
+
+    Raises:
+        HalfbyteError: see :func:`check_q4_0`.
+    """
+    check_q4_0(weight, where=where)
+    scales = weight.scales.cpu().float().repeat_interleave(weight.group_size // Q4_0_BLOCK, 1)
+    scales = scales.view(-1, 1)  # [blocks, 1]
+    blocks = blocks_with("Q4_0", Multiples(scales, torch.ones_like(scales)), None)
+    codes = (weight.codes.cpu() + GRIDS["Q4_0"].centre).view(torch.uint8)
+    return with_codes(blocks.view(len(codes), -1), "Q4_0", codes).numpy()

@@ -10,7 +10,7 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
-from halfbyte.quant.kernels.columns import Codes, bounds, is_table
+from halfbyte.quant.kernels import Codes, bounds, is_table
 
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and subtracting it rounds |x| < 2²² to even
 
@@ -46,7 +46,7 @@ def _decode_kernel(packed, scales, out, total, GROUP: tl.constexpr, BLOCK: tl.co
 
 
 def decode_packed(packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """See :func:`halfbyte.quant.kernels.codes.decode_packed`."""
+    """See :func:`halfbyte.quant.int4.decode_packed`."""
     packed, scales = packed.contiguous(), scales.contiguous()
     total = packed.numel()
     if total:
@@ -97,7 +97,7 @@ def _fake_quantise_kernel(
 
 
 def fake_quantise_rows(x: torch.Tensor, bits: int | torch.Tensor, a4_clip: float, symmetric: bool) -> torch.Tensor:
-    """See :func:`halfbyte.quant.kernels.activations.fake_quantise_rows`."""
+    """See :func:`halfbyte.quant.affine.fake_quantise_rows`."""
     x = x.contiguous()
     result = torch.empty_like(x)
     if not x.numel():
@@ -219,7 +219,7 @@ def _descend_kernel(
 def round_columns(
     target: torch.Tensor, weight: torch.Tensor, step: torch.Tensor, mix: torch.Tensor, bits: Codes
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`halfbyte.quant.kernels.columns.round_columns`; the block is a power of two wide."""
+    """See :func:`halfbyte.quant.kernels.round_columns`; the block is a power of two wide."""
     rows, block = target.shape
     target, weight, step, mix = (tensor.contiguous() for tensor in (target, weight, step, mix))
     codes, errors = torch.empty_like(target), torch.empty_like(target)
@@ -233,7 +233,7 @@ def round_columns(
 def descend_columns(
     pull: torch.Tensor, codes: torch.Tensor, step: torch.Tensor, hessian: torch.Tensor, bits: Codes
 ) -> torch.Tensor:
-    """See :func:`halfbyte.quant.kernels.columns.descend_columns`; the block is a power of two wide."""
+    """See :func:`halfbyte.quant.kernels.descend_columns`; the block is a power of two wide."""
     rows, block = pull.shape
     pull, codes, step, hessian = (tensor.contiguous() for tensor in (pull, codes, step, hessian))
     result = torch.empty_like(codes)

@@ -6,8 +6,8 @@ where smoothing is, and folded like it.
 
 from __future__ import annotations
 
-from halfbyte.quant.base import InputMoments, WeightQuantiser
 from halfbyte.quant.int4 import ANY_FP16, GroupedWeight, ScaleRule, encode_with_scales, searched_scales
+from halfbyte.quant.quantisers import InputMoments, WeightQuantiser
 
 
 def _encode(

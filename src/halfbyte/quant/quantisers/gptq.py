@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.quant.base import InputMoments, WeightQuantiser
 from halfbyte.quant.int4 import ANY_FP16, GroupedWeight, ScaleRule, encode_with_scales, searched_scales
-from halfbyte.quant.kernels.columns import Codes, descend_columns, round_columns
+from halfbyte.quant.kernels import Codes, descend_columns, round_columns
+from halfbyte.quant.quantisers import InputMoments, WeightQuantiser
 
 BLOCK = 128  # columns between two matrix products
 DAMPING = (0.01, 0.1, 1.0)  # shares of the mean diagonal, tried in turn
@@ -96,10 +96,10 @@ class Ordered:
         return torch.cholesky_solve(flipped.T, self._factor).T.flip(1)[:, self.back]
 
 
-def round_with_feedback(weight: torch.Tensor, scales: torch.Tensor, known: Ordered, bits: int = 4) -> GroupedWeight:
-    """Codes of ``weight`` ``[out, in]`` on given fp16 ``scales`` ``[out, groups]``, by GPTQ."""
-    codes = feedback_codes(weight.float(), _per_column(scales, weight.shape[1]), known, bits)
-    return GroupedWeight(codes.to(torch.int8).contiguous(), scales, bits)
+def round_with_feedback(weight: torch.Tensor, scales: torch.Tensor, known: Ordered) -> GroupedWeight:
+    """4-bit codes of ``weight`` ``[out, in]`` on given fp16 ``scales`` ``[out, groups]``, by GPTQ."""
+    codes = feedback_codes(weight.float(), _per_column(scales, weight.shape[1]), known, 4)
+    return GroupedWeight(codes.to(torch.int8).contiguous(), scales)
 
 
 def improve_codes(weight: torch.Tensor, encoded: GroupedWeight, known: Ordered) -> GroupedWeight:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from halfbyte.quant.base import InputMoments, WeightQuantiser
 from halfbyte.quant.int4 import ANY_FP16, GroupedWeight, ScaleRule, absmax_scales, encode_with_scales
+from halfbyte.quant.quantisers import InputMoments, WeightQuantiser
 
 
 def round_to_nearest(

@@ -12,8 +12,7 @@ import torch
 
 from halfbyte.calibration.text import pydoc_text
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output, whole_file
-from halfbyte.core.naming import mixed_gguf
+from halfbyte.core.files import check_output, mixed_gguf, whole_file
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
 from halfbyte.engines.llamacpp import Engine
@@ -21,9 +20,9 @@ from halfbyte.evaluate.quality import kl_per_token, same_top, windows_for
 from halfbyte.models.loading import SourceModel
 from halfbyte.options import ExportOptions
 from halfbyte.plan import Plan, codes_path, load_codes, load_plan
+from halfbyte.prepare.folding import TransformedBlocks
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.simulation import become_simulation_, become_types_, load_for_plan, load_types, need_activations
-from halfbyte.prepare.transformed import TransformedBlocks
 from halfbyte.quant.ggml.types import decode, encode
 from halfbyte.quant.int4 import PackedWeight
 from halfbyte.quant.quant_linear import QuantLinear, set_activation_bits_, set_parameters_

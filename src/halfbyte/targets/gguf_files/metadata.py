@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.models.gguf_pre import pre_tokenizer_name
+from halfbyte.models.gguf_source import pre_tokenizer_name
 from halfbyte.models.modules import head_dim
 
 ROPE_FREQS = "rope_freqs.weight"

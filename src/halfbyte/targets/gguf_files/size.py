@@ -9,7 +9,7 @@ from math import prod
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied
-from halfbyte.prepare.menus import TensorMenu
+from halfbyte.prepare.candidates import TensorMenu
 from halfbyte.quant.ggml.ftypes import FILE_TYPES, Shape, tensor_type
 from halfbyte.targets.gguf_files.writer import header_bytes
 

@@ -14,7 +14,7 @@ from torch import Tensor, uint8
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.gguf_source import pairs_from_halves
 from halfbyte.models.loading import SourceModel
-from halfbyte.quant.ggml.q4_0 import check_q4_0, q4_0_blocks
+from halfbyte.quant.ggml.scales import check_q4_0, q4_0_blocks
 from halfbyte.quant.ggml.types import Array, encode, row_bytes
 from halfbyte.quant.int4 import GroupedWeight, PackedWeight
 from halfbyte.targets.gguf_files.metadata import ROPE_FREQS

@@ -22,7 +22,7 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from transformers import AutoModelForCausalLM
 
 from halfbyte.calibration.text import pydoc_text
-from halfbyte.core.device import available_memory
+from halfbyte.core.environment import available_memory
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import windows_for
@@ -49,7 +49,15 @@ class Compressed(GPUTarget):
     """
 
     packed_name = "weight_packed"
+    tags = ("compressed-tensors",)
     in_transformers: ClassVar[str]
+
+    @property
+    def how_to_run(self) -> str:
+        return (
+            f"{super().how_to_run}\n\ntransformers reads it too, and computes it in floating point: "
+            "`AutoModelForCausalLM.from_pretrained(FOLDER)`."
+        )
 
     @abstractmethod
     def scheme(self, entry: LayerPlan, layers: list[str]) -> QuantizationScheme:

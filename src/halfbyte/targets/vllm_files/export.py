@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output_folder, check_space, whole_folder, write_text
-from halfbyte.core.naming import mixed_folder
+from halfbyte.core.files import check_output_folder, check_space, mixed_folder, whole_folder, write_text
 from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied
@@ -76,7 +75,10 @@ def export_vllm(options: VllmExportOptions, on: Callable[[str, int], Target]) ->
     checked, difference, skipped = 0, None, "the check was skipped"
     with whole_folder(path) as folder:
         write_tensors(folder, entries, options.shard_size)
-        write_text(folder / "README.md", model_card(plan, groups, source.family.blocks, nbytes, model_id))
+        write_text(
+            folder / "README.md",
+            model_card(plan, groups, target.how_to_run, target.tags, source.family.blocks, nbytes, model_id),
+        )
         _write_tokenizer(folder, source)
         _write_config(folder, source, plan, codes, target)
         if options.check:

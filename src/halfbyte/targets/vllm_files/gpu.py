@@ -33,6 +33,7 @@ class GPUTarget(Target):
     Attributes:
         capabilities: those that the target is for.
         engine: the first version of vLLM that runs its folders.
+        tags: of the format, for the model card.
         packed_name: the last part of the name of a tensor of codes.
     """
 
@@ -41,10 +42,16 @@ class GPUTarget(Target):
     capabilities: ClassVar[tuple[int, ...]]
     engine: ClassVar[str]
     packed_name: ClassVar[str]
+    tags: ClassVar[tuple[str, ...]]
 
     def __init__(self, capability: int, tensor_parallel: int = 1) -> None:
         self.capability, self.tensor_parallel = capability, tensor_parallel
         self.hardware = f"sm{capability}"
+
+    @property
+    def how_to_run(self) -> str:
+        """For the model card, Markdown."""
+        return f"In vLLM {self.engine} or newer:\n\n    vllm serve FOLDER"
 
     def recipe_for(self, options: SearchOptions) -> Recipe:
         return replace(super().recipe_for(options), tensor_parallel=self.tensor_parallel)

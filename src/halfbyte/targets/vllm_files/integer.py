@@ -37,6 +37,7 @@ class Integer(GPUTarget):
     capabilities = (75, 80, 86, 87, 89)
     engine = "0.33"
     packed_name = "weight"
+    tags = ("humming",)
     recipe: ClassVar = Recipe(
         clip=False,
         scale_rule=IntegerScales(),

@@ -1,11 +1,12 @@
-"""AWQ: plain rounding on scales that the inputs chose."""
+"""The weight quantisers beside each other, and the moments of inputs that they are given."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from halfbyte.quant.base import QUANTISERS, InputMoments
 from halfbyte.quant.int4 import encode_with_scales, searched_scales
+from halfbyte.quant.quantisers import QUANTISERS, InputMoments
 from halfbyte.quant.quantisers.gptq import output_error
 
 
@@ -32,3 +33,17 @@ def test_awq_lies_between_rounding_and_gptq():
 def test_who_needs_calibration_text():
     assert {name for name, quantiser in QUANTISERS.items() if quantiser.looks_at_inputs} == {"gptq", "awq"}
     assert {name for name, quantiser in QUANTISERS.items() if quantiser.scales_for_weights} == {"awq"}
+
+
+@pytest.mark.parametrize("sizes", [[60], [10, 50], [20, 20, 20]])
+@pytest.mark.parametrize("rows", [8, 40])
+def test_means_over_all_batches(sizes, rows):
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(60, 16, generator=generator), torch.randn(rows, 16, generator=generator)
+    rounded = x + 0.1 * torch.randn(60, 16, generator=generator)
+    moments = InputMoments(weight)
+    for one, other in zip(x.split(sizes), rounded.split(sizes), strict=True):
+        moments.add(one, other)
+    assert moments.tokens == 60
+    assert torch.allclose(moments.hessian, rounded.T @ rounded / 60, atol=1e-5)
+    assert torch.allclose(moments.drift, weight @ (x - rounded).T @ rounded / 60, atol=1e-5)

@@ -11,8 +11,8 @@ from torch import nn
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.modules import blocks
 from halfbyte.plan import load_codes, save_codes
+from halfbyte.prepare.folding import CPU, TransformedBlocks
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.prepare.transformed import CPU, TransformedBlocks
 from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import set_parameters_
 from halfbyte.transforms._rotation import rotate_ends_

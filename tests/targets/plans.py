@@ -35,12 +35,15 @@ def plan_for(
     Args:
         a_bits: of the units in turn, again and again.
     """
+    if target == "vllm":
+        options = {"hardware": "ada", **options}
     asked = SearchOptions(model_id=str(folder), target=target, **options)
+    where = TARGETS[target].on(asked.hardware, asked.tensor_parallel)
     source = load(find(str(folder)), device=torch.device("cpu"), dtype=torch.float32)
     fingerprint = source.fingerprint
     units = units_of(layers_of(source.model, source.family), source.family, "fused")
-    transforms = TARGETS[target].transforms(asked, tied=is_tied(source.model, source.family))
-    recipe = replace(TARGETS[target].recipe_for(asked), transforms=transforms)
+    transforms = where.transforms(asked, tied=is_tied(source.model, source.family))
+    recipe = replace(where.recipe_for(asked), transforms=transforms)
     tokens = torch.randint(0, len(source.tokenizer), (2, 64), generator=torch.Generator().manual_seed(0))
     prepared = prepare_(source, tokens, recipe, device=source.device)
     genome = [a_bits[index % len(a_bits)] for index in range(len(units))]
@@ -50,6 +53,7 @@ def plan_for(
         model_id=str(folder),
         fingerprint=fingerprint,
         target=target,
+        hardware=where.hardware,
         granularity="fused",
         layers={name: replace(entry, a_bits=bits[name]) for name, entry in prepared.layers.items()},
         budget_asked=0.75,

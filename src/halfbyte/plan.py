@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from halfbyte.quant.balance import LowRank
+    from halfbyte.quant.grids import Grid
     from halfbyte.quant.int4 import PackedWeight
 
 PLAN_VERSION = 2
@@ -39,6 +40,7 @@ class LayerPlan:
         rotation_block: channels that are rotated together; 0 if the rotation is one of all channels.
         arithmetic: what the layer is computed as (:mod:`halfbyte.quant.arithmetics`).
         a_group: channels whose activation codes share a scale; 0 if all of a token's do.
+        a_scale: what group scales of activations are multiplied with before they are rounded; 0 if they are not.
         note: empty, or why something differs from what was asked ("group 64: 128 does not divide 576").
     """
 
@@ -53,6 +55,7 @@ class LayerPlan:
     rotation_block: int = 0
     arithmetic: str = "per_token"
     a_group: int = 0
+    a_scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -190,13 +193,18 @@ def save_codes(path: str | Path, codes: Codes) -> str:
 
     tensors = dict(codes.parameters)
     for name, weight in codes.weights.items():
-        tensors |= {f"{name}.codes": weight.packed, f"{name}.scales": weight.scales}
+        tensors |= {f"{name}.{_kind(weight.grid)}": weight.packed, f"{name}.scales": weight.scales}
     for name, transform in codes.low_rank.items():
         tensors |= {f"{name}.basis": transform.basis, f"{name}.gain": transform.gain}
     for name, scales in codes.channel_scales.items():
         tensors[name + CHANNEL_SCALES] = scales
     save_tensors(path, tensors, "halfbyte.codes.v1")
     return sha256(path)
+
+
+def _kind(grid: Grid) -> str:
+    """The last part of the name of a tensor of codes on that grid."""
+    return "codes" if grid.even else f"codes_{grid.name}"
 
 
 def load_codes(path: str | Path) -> Codes:
@@ -207,14 +215,16 @@ def load_codes(path: str | Path) -> Codes:
     """
     from halfbyte.quant.balance import LowRank
     from halfbyte.quant.ggml.encoded import open_tensors
+    from halfbyte.quant.grids import GRIDS
     from halfbyte.quant.int4 import PackedWeight
 
-    codes = Codes({}, {}, {})
+    codes, grids = Codes({}, {}, {}), {_kind(grid): grid for grid in GRIDS.values()}
     with open_tensors(path, "codes file", missing="keep it beside the plan, or search again") as handle:
         for name in handle.keys():  # noqa: SIM118 - not a dict
-            if name.endswith(".codes"):
-                layer = name.removesuffix(".codes")
-                codes.weights[layer] = PackedWeight(handle.get_tensor(name), handle.get_tensor(f"{layer}.scales"))
+            layer, _, kind = name.rpartition(".")
+            if kind in grids:
+                scales = handle.get_tensor(f"{layer}.scales")
+                codes.weights[layer] = PackedWeight(handle.get_tensor(name), scales, grids[kind])
             elif name.endswith(".basis"):
                 first = name.removesuffix(".basis")
                 codes.low_rank[first] = LowRank(handle.get_tensor(name), handle.get_tensor(f"{first}.gain"))

@@ -82,7 +82,8 @@ def become_simulation_(
             schemes: dict[tuple, InputScheme] = {}
             for name in names:
                 entry = layers[name]
-                rounding = (entry.a4_clip, entry.a_symmetric, entry.rotation_block, entry.arithmetic, entry.a_group)
+                rounding = (entry.a4_clip, entry.a_symmetric, entry.rotation_block, entry.arithmetic)
+                rounding += (entry.a_group, entry.a_scale)
                 key = (entry.rotated, entry.rank, *rounding)
                 if key not in schemes:
                     low_rank = codes.low_rank[names[0]].to(device) if entry.rank else None

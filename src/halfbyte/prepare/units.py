@@ -56,6 +56,7 @@ def quantise_unit(
     weight = scheme.stored_weight(plain)  # [out, in]
     seen = sample(step.seen[group[0]], SAMPLE)
     inputs = scheme.transform(seen)
+    scheme = scheme.rule.calibrated(scheme, step.seen[group[0]])
     if recipe.clip:
         scheme = replace(scheme, a4_clip=_best_clip(inputs, weight, scheme))
     note = ""
@@ -88,7 +89,9 @@ def _chosen(
     together, note = recipe.quantiser.encode(moments, group_size, where, recipe.scale_rule)
     outputs = [linear(step.original, part).weight.shape[0] for part in group]
     rows = zip(together.codes.split(outputs), together.scales.split(outputs), strict=True)
-    return {part: GroupedWeight(*own, together.bits) for part, own in zip(group, rows, strict=True)}, note
+    return {
+        part: GroupedWeight(*own, together.bits, together.grid) for part, own in zip(group, rows, strict=True)
+    }, note
 
 
 def _best_clip(inputs: torch.Tensor, weight: torch.Tensor, scheme: InputScheme) -> float:

@@ -158,6 +158,7 @@ def _entry(unit: QuantisedUnit, codes: GroupedWeight, recipe: Recipe) -> LayerPl
         rotation_block=unit.scheme.block,
         arithmetic=unit.scheme.arithmetic,
         a_group=unit.scheme.group,
+        a_scale=unit.scheme.scale,
     )
 
 

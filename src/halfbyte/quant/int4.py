@@ -1,4 +1,4 @@
-"""Integer weights in groups along the input: W4 symmetric, one fp16 scale per group.
+"""Weights in groups along the input: W4 symmetric, one fp16 scale per group; codes are integers of a grid.
 
 The scale is rounded to fp16 when it is chosen, so that every export carries the same numbers.
 """
@@ -11,6 +11,7 @@ import torch
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.quant.affine import divided
+from halfbyte.quant.grids import INT4, Grid
 from halfbyte.quant.kernels import use_triton
 
 CHUNK_ELEMENTS = 2**20  # of decoded weights; each takes about 10 bytes of temporaries
@@ -18,15 +19,17 @@ CHUNK_ELEMENTS = 2**20  # of decoded weights; each takes about 10 bytes of tempo
 
 @dataclass(frozen=True)
 class ScaleRule:
-    """What a group's scale may be, apart from an fp16 number.
+    """What a group's scale may be, apart from an fp16 number, and on which grid its codes are.
 
     Attributes:
         bf16: exactly representable in bf16 too, for engines that keep scales in the model's dtype.
         signed: it may be negative, which turns the grid around.
+        grid: what 4-bit codes may be.
     """
 
     bf16: bool = False
     signed: bool = True
+    grid: Grid = INT4
 
     def rounded(self, scales: torch.Tensor) -> torch.Tensor:
         """The nearest such fp16 numbers. What fp16 makes of a bf16 number is one: it has 11 bits, and 8 are used; below
@@ -52,14 +55,16 @@ class GroupedWeight:
     """Encoded weights of one linear layer, while they are chosen.
 
     Attributes:
-        codes: int8 ``[out, in]``, values in [-2^(bits-1), 2^(bits-1) - 1].
+        codes: int8 ``[out, in]``, values in [-2^(bits-1), 2^(bits-1) - 1], or those of the grid.
         scales: fp16 ``[out, in / group_size]``.
         bits: code width.
+        grid: what 4-bit codes may be.
     """
 
     codes: torch.Tensor
     scales: torch.Tensor
     bits: int = 4
+    grid: Grid = INT4
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -90,11 +95,12 @@ class GroupedWeight:
         """
         if self.bits != 4:
             raise HalfbyteError(f"pack: only 4-bit codes are packed, expected 4, got {self.bits}")
-        return PackedWeight(pack_int4(self.codes).contiguous(), self.scales.contiguous())
+        packed = pack_int4(self.grid.to_nibbles(self.codes))
+        return PackedWeight(packed.contiguous(), self.scales.contiguous(), self.grid)
 
     def to(self, device: torch.device | str) -> GroupedWeight:
         """The same on ``device``."""
-        return GroupedWeight(self.codes.to(device), self.scales.to(device), self.bits)
+        return GroupedWeight(self.codes.to(device), self.scales.to(device), self.bits, self.grid)
 
 
 @dataclass(frozen=True)
@@ -104,10 +110,12 @@ class PackedWeight:
     Attributes:
         packed: two codes to a byte (:func:`halfbyte.quant.int4.pack_int4`), uint8 ``[out, in / 2]``.
         scales: fp16 ``[out, in / group_size]``.
+        grid: what a code stands for.
     """
 
     packed: torch.Tensor
     scales: torch.Tensor
+    grid: Grid = INT4
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -121,7 +129,7 @@ class PackedWeight:
 
     def unpack(self) -> GroupedWeight:
         """One byte per code."""
-        return GroupedWeight(unpack_int4(self.packed), self.scales)
+        return GroupedWeight(self.grid.from_nibbles(unpack_int4(self.packed)), self.scales, grid=self.grid)
 
     def decode(self) -> torch.Tensor:
         """The weights that the codes stand for, fp32 ``[out, in]``."""
@@ -129,7 +137,7 @@ class PackedWeight:
 
     def to(self, device: torch.device | str) -> PackedWeight:
         """The same on ``device``; the same tensors if they are there."""
-        return PackedWeight(self.packed.to(device), self.scales.to(device))
+        return PackedWeight(self.packed.to(device), self.scales.to(device), self.grid)
 
 
 def check_packable(in_features: int, *, where: object) -> None:
@@ -170,7 +178,7 @@ def check_finite(tensor: torch.Tensor, where: object, what: str = "weights are")
         )
 
 
-def encode_with_scales(weight: torch.Tensor, scales: torch.Tensor, bits: int = 4) -> GroupedWeight:
+def encode_with_scales(weight: torch.Tensor, scales: torch.Tensor, bits: int = 4, grid: Grid = INT4) -> GroupedWeight:
     """Round ``weight`` ``[out, in]`` to the grid of given fp16 ``scales`` ``[out, groups]``; scale 0 codes 0.
 
     A scale may be negative: it turns the grid around, so that the one code more is on the other side.
@@ -180,14 +188,14 @@ def encode_with_scales(weight: torch.Tensor, scales: torch.Tensor, bits: int = 4
     step = scales.float().unsqueeze(-1)  # [out, groups, 1]
     grouped = weight.float().reshape(out_features, scales.shape[1], -1)
     codes = grouped / torch.where(step == 0, torch.full_like(step, torch.inf), step)
-    codes = codes.round().clamp(-top - 1, top).to(torch.int8)
-    return GroupedWeight(codes.view(out_features, in_features), scales, bits)
+    codes = codes.round().clamp(-top - 1, top) if grid.even else grid.nearest_(codes)
+    return GroupedWeight(codes.to(torch.int8).view(out_features, in_features), scales, bits, grid)
 
 
 def absmax_scales(
     weight: torch.Tensor, group_size: int, bits: int = 4, *, rule: ScaleRule = ANY_FP16, where: object = "weight"
 ) -> torch.Tensor:
-    """Scales ``max|group| / (2^(bits-1) - 1)``, rounded to fp16, ``[out, in / group_size]``.
+    """Scales ``max|group| / (2^(bits-1) - 1)``, or over the grid's largest code, ``[out, in / group_size]``.
 
     Raises:
         HalfbyteError: NaN or Inf in ``weight``, or a group too large for an fp16 scale.
@@ -195,7 +203,8 @@ def absmax_scales(
     check_finite(weight, where)
     out_features = weight.shape[0]
     largest = weight.float().reshape(out_features, -1, group_size).abs().amax(dim=-1)
-    scales = rule.fitted(rule.rounded(divided(largest, 2 ** (bits - 1) - 1)))
+    top = 2 ** (bits - 1) - 1 if rule.grid.even else rule.grid.top
+    scales = rule.fitted(rule.rounded(divided(largest, top)))
     if bool(torch.isinf(scales).any()):
         raise HalfbyteError(f"{where}: weights too large for fp16 scales, got max |w| = {float(largest.max()):.4g}")
     return scales
@@ -222,9 +231,14 @@ def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
 
 
 def decode_packed(
-    packed: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor | None = None
+    packed: torch.Tensor,
+    scales: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    out: torch.Tensor | None = None,
+    grid: Grid = INT4,
 ) -> torch.Tensor:
-    """The weights ``[out, in]`` that int4 codes stand for, in ``dtype``; the Triton twin gives the same bits.
+    """The weights ``[out, in]`` that packed codes stand for, in ``dtype``; the Triton twin gives the same bits.
 
     Args:
         packed: uint8 ``[out, in / 2]`` of :func:`pack_int4`.
@@ -238,14 +252,11 @@ def decode_packed(
     if use_triton(packed):
         from halfbyte.quant.kernels.triton_kernels import decode_packed as fast
 
-        return fast(packed, scales, out)
+        return fast(packed, scales, out, grid)
     rows = max(1, CHUNK_ELEMENTS // max(1, shape[1]))
     for part in (slice(start, start + rows) for start in range(0, shape[0], rows)):
-        out[part] = GroupedWeight(unpack_int4(packed[part]), scales[part]).decode()
+        out[part] = PackedWeight(packed[part], scales[part], grid).decode()
     return out
-
-
-RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65)
 
 
 def searched_scales(
@@ -258,9 +269,9 @@ def searched_scales(
 ) -> torch.Tensor:
     """fp16 scales of 4-bit codes ``[out, in / group_size]`` with the least ``Σ importance_j (w_j − ŵ_j)²`` per group.
 
-    Tried are ``RATIOS`` of the absmax scale, and of absmax / 8 with the sign that puts the largest weight on
-    the lowest code: the symmetric grid has one more code on that side, and a negative scale turns it around (as ggml's
-    Q4_0 does). Where ``rule`` forbids negative scales, its size is tried.
+    Tried are the grid's ratios of the absmax scale. With integers also those of absmax / 8 with the sign that puts the
+    largest weight on the lowest code: the symmetric grid has one more code on that side, and a negative scale turns it
+    around (as ggml's Q4_0 does). Where ``rule`` forbids negative scales, its size is tried.
 
     Args:
         weight: ``[out, in]``.
@@ -273,12 +284,12 @@ def searched_scales(
     lowest = rule.rounded((-largest if rule.signed else largest.abs()) / 8)
     best = full.clone()
     least = torch.full(full.shape, float("inf"), device=weight.device)
-    for start in (full, lowest):
-        for ratio in RATIOS:
+    for start in (full, lowest) if rule.grid.even else (divided(largest.abs(), rule.grid.top),):
+        for ratio in rule.grid.ratios:
             scales = rule.rounded(start.float() * ratio)
             step = scales.float().unsqueeze(-1)
             safe = torch.where(step == 0, torch.ones_like(step), step)
-            error = (grouped / safe).round_().clamp_(-8, 7).mul_(step).sub_(grouped)
+            error = rule.grid.nearest_(grouped / safe).mul_(step).sub_(grouped)
             total = torch.einsum("ogk,gk->og", error.square_(), cost)
             better = total < least
             best, least = torch.where(better, scales, best), torch.where(better, total, least)

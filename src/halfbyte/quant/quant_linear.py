@@ -13,6 +13,7 @@ from torch import nn
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.quant.arithmetics import ARITHMETICS, Arithmetic
 from halfbyte.quant.balance import LowRank
+from halfbyte.quant.grids import Grid
 from halfbyte.quant.hadamard import rotate, rotate_blocks
 from halfbyte.quant.int4 import GroupedWeight, PackedWeight, decode_packed
 
@@ -31,6 +32,7 @@ class InputScheme:
         block: channels that are rotated together, the same way in every block; 0 if all of them are.
         arithmetic: name of the rule by which inputs are rounded and codes decoded (:mod:`halfbyte.quant.arithmetics`).
         group: channels whose codes share a scale, where the arithmetic has groups; 0 if all of a token's do.
+        scale: what the arithmetic multiplies all group scales with before it rounds them, if it does.
     """
 
     rotated: bool = False
@@ -40,6 +42,7 @@ class InputScheme:
     block: int = 0
     arithmetic: str = "per_token"
     group: int = 0
+    scale: float = 0.0
 
     @cached_property
     def rule(self) -> Arithmetic:
@@ -158,7 +161,7 @@ class PackedLinear(QuantLinear):
     """The same numbers from packed codes, which every multiplication decodes anew: a quarter of bf16's memory.
 
     Attributes:
-        packed, scales: see :class:`halfbyte.quant.int4.PackedWeight`; buffers.
+        packed, scales, grid: see :class:`halfbyte.quant.int4.PackedWeight`; the tensors are buffers.
         dtype: what is decoded to, the compute dtype.
     """
 
@@ -176,12 +179,12 @@ class PackedLinear(QuantLinear):
         super().__init__(None, bias, scheme, shared)
         self.register_buffer("packed", weight.packed)
         self.register_buffer("scales", weight.scales)
-        self.dtype = dtype
+        self.grid, self.dtype = weight.grid, dtype
 
     @property
     def weight(self) -> torch.Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Decoded at every access, ``[out, in]``."""
-        return decode_packed(self.packed, self.scales, self.dtype)
+        return decode_packed(self.packed, self.scales, self.dtype, grid=self.grid)
 
     @property
     def in_features(self) -> int:
@@ -194,10 +197,10 @@ class PackedLinear(QuantLinear):
         return self.packed.shape[0]
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        return _DecodedProduct.apply(x, self.packed, self.scales, self.bias, self.dtype)
+        return _DecodedProduct.apply(x, self.packed, self.scales, self.bias, self.dtype, self.grid)
 
     def _multiply_own(self, x: torch.Tensor, bits: int) -> torch.Tensor:
-        weight = self.scheme.rule.decoded(PackedWeight(self.packed, self.scales).unpack(), bits)
+        weight = self.scheme.rule.decoded(PackedWeight(self.packed, self.scales, self.grid).unpack(), bits)
         return nn.functional.linear(x, weight.to(self.dtype), self.bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedLinear:
@@ -220,15 +223,17 @@ class _DecodedProduct(torch.autograd.Function):
         scales: torch.Tensor,
         bias: torch.Tensor | None,
         dtype: torch.dtype,
+        grid: Grid,
     ) -> torch.Tensor:
         ctx.save_for_backward(packed, scales)
-        ctx.dtype = dtype
-        return nn.functional.linear(x, decode_packed(packed, scales, dtype), bias)
+        ctx.dtype, ctx.grid = dtype, grid
+        return nn.functional.linear(x, decode_packed(packed, scales, dtype, grid=grid), bias)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None, None]:
         packed, scales = ctx.saved_tensors
-        return gradients[0] @ decode_packed(packed, scales, ctx.dtype), None, None, None, None
+        weight = decode_packed(packed, scales, ctx.dtype, grid=ctx.grid)
+        return gradients[0] @ weight, None, None, None, None, None
 
 
 def replace_linear_(
@@ -262,7 +267,7 @@ def replace_linear_(
         _put_(model, name, PackedLinear(codes, old.bias, scheme, shared, dtype))
         return
     if isinstance(weight, PackedWeight):
-        decoded = decode_packed(weight.packed, weight.scales, dtype)
+        decoded = decode_packed(weight.packed, weight.scales, dtype, grid=weight.grid)
     else:
         decoded = weight.decode().to(dtype)
     own = {}

@@ -6,13 +6,14 @@ from typing import ClassVar
 
 from halfbyte.options import SearchOptions, VllmExportOptions
 from halfbyte.targets import Target
+from halfbyte.targets.vllm_files.blackwell import Blackwell
 from halfbyte.targets.vllm_files.export import VllmExportResult, export_vllm
 from halfbyte.targets.vllm_files.gpu import GPUTarget
 from halfbyte.targets.vllm_files.hardware import capability_of
 from halfbyte.targets.vllm_files.hopper import Hopper
 from halfbyte.targets.vllm_files.integer import Integer
 
-GENERATIONS: tuple[type[GPUTarget], ...] = (Integer, Hopper)
+GENERATIONS: tuple[type[GPUTarget], ...] = (Integer, Hopper, Blackwell)
 
 
 class VLLM(Target):

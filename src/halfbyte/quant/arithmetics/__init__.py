@@ -7,6 +7,7 @@ measured with the numbers that its engine computes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -30,6 +31,14 @@ class Arithmetic(ABC):
 
     a_bits: ClassVar[tuple[int, ...]] = (4, 8)
     own_weights: ClassVar[frozenset[int]] = frozenset()
+
+    def calibrated(self, scheme: InputScheme, seen: Sequence[torch.Tensor]) -> InputScheme:
+        """``scheme`` with what the rule keeps fixed at run time.
+
+        Args:
+            seen: batches of the layer's input on calibration text, before the scheme's transform, ``[tokens, in]``.
+        """
+        return scheme
 
     def rounded(self, x: torch.Tensor, bits: int | torch.Tensor, scheme: InputScheme) -> torch.Tensor:
         """``x`` ``[rows, ..., in]`` as its codes stand for it, in its dtype.

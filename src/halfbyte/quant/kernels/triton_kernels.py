@@ -10,6 +10,7 @@ import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 
+from halfbyte.quant.grids import Grid
 from halfbyte.quant.kernels import Codes, bounds, is_table
 
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 · 2²³: adding and subtracting it rounds |x| < 2²² to even
@@ -28,13 +29,24 @@ DECODE_WARPS = 8
 
 
 @triton.jit
-def _decode_kernel(packed, scales, out, total, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+def _e2m1(nibble):
+    """Twice the e2m1 number that a nibble stands for, as an integer."""
+    size = nibble & 7
+    value = tl.where(size < 2, size, (2 | (size & 1)) << tl.maximum((size >> 1) - 1, 0))
+    return tl.where(nibble > 7, -value, value)
+
+
+@triton.jit
+def _decode_kernel(packed, scales, out, total, GROUP: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     """Rows follow each other: a group never straddles two, so neither ``[out]`` nor ``[in]`` matters."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     byte = start + tl.arange(0, BLOCK)
     inside = byte < total
     both = tl.load(packed + byte, mask=inside, other=0).to(tl.int32)
-    even, odd = ((both & 0xF) ^ 8) - 8, ((both >> 4) ^ 8) - 8  # sign of a nibble
+    if EVEN:
+        even, odd = ((both & 0xF) ^ 8) - 8, ((both >> 4) ^ 8) - 8  # sign of a nibble
+    else:
+        even, odd = _e2m1(both & 0xF), _e2m1(both >> 4)
     scale = tl.load(scales + 2 * byte // GROUP, mask=inside, other=0.0).to(tl.float32)
     if GROUP % 2 == 0:
         scale_odd = scale
@@ -45,13 +57,20 @@ def _decode_kernel(packed, scales, out, total, GROUP: tl.constexpr, BLOCK: tl.co
     tl.store(out + column, values.to(out.dtype.element_ty), mask=column < 2 * total)
 
 
-def decode_packed(packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+def decode_packed(packed: torch.Tensor, scales: torch.Tensor, out: torch.Tensor, grid: Grid) -> torch.Tensor:
     """See :func:`halfbyte.quant.int4.decode_packed`."""
     packed, scales = packed.contiguous(), scales.contiguous()
     total = packed.numel()
     if total:
         _decode_kernel[(triton.cdiv(total, DECODE_BYTES),)](  # pyright: ignore[reportIndexIssue]
-            packed, scales, out, total, GROUP=2 * total // scales.numel(), BLOCK=DECODE_BYTES, num_warps=DECODE_WARPS
+            packed,
+            scales,
+            out,
+            total,
+            GROUP=2 * total // scales.numel(),
+            EVEN=grid.even,
+            BLOCK=DECODE_BYTES,
+            num_warps=DECODE_WARPS,
         )
     return out
 

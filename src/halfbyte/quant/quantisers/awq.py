@@ -14,7 +14,7 @@ def _encode(
     moments: InputMoments, group_size: int, where: object, rule: ScaleRule = ANY_FP16
 ) -> tuple[GroupedWeight, str]:
     scales = searched_scales(moments.weight, group_size, moments.hessian.diagonal(), rule=rule, where=where)
-    return encode_with_scales(moments.weight, scales), ""
+    return encode_with_scales(moments.weight, scales, grid=rule.grid), ""
 
 
 QUANTISER = WeightQuantiser(_encode, looks_at_inputs=True, rounding_share=0.7, scales_for_weights=True)

@@ -14,8 +14,11 @@ Afterwards each code in turn becomes the best one given all others, and scales a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from halfbyte.quant.grids import INT4, Grid
 from halfbyte.quant.int4 import ANY_FP16, GroupedWeight, ScaleRule, encode_with_scales, searched_scales
 from halfbyte.quant.kernels import Codes, descend_columns, round_columns
 from halfbyte.quant.quantisers import InputMoments, WeightQuantiser
@@ -96,17 +99,19 @@ class Ordered:
         return torch.cholesky_solve(flipped.T, self._factor).T.flip(1)[:, self.back]
 
 
-def round_with_feedback(weight: torch.Tensor, scales: torch.Tensor, known: Ordered) -> GroupedWeight:
+def round_with_feedback(weight: torch.Tensor, scales: torch.Tensor, known: Ordered, grid: Grid = INT4) -> GroupedWeight:
     """4-bit codes of ``weight`` ``[out, in]`` on given fp16 ``scales`` ``[out, groups]``, by GPTQ."""
-    codes = feedback_codes(weight.float(), _per_column(scales, weight.shape[1]), known, 4)
-    return GroupedWeight(codes.to(torch.int8).contiguous(), scales)
+    step = _per_column(scales, weight.shape[1])
+    codes = feedback_codes(weight.float(), step, known, grid.choices(weight.device))
+    return GroupedWeight(codes.to(torch.int8).contiguous(), scales, grid=grid)
 
 
 def improve_codes(weight: torch.Tensor, encoded: GroupedWeight, known: Ordered) -> GroupedWeight:
     """One sweep of coordinate descent over the codes; ``(ŵ − w) H (ŵ − w)ᵀ`` never grows."""
     step = _per_column(encoded.scales, weight.shape[1])
-    codes = descended_codes(weight.float(), encoded.codes.float(), step, known, encoded.bits)
-    return GroupedWeight(codes.to(torch.int8).contiguous(), encoded.scales, encoded.bits)
+    choices = encoded.bits if encoded.grid.even else encoded.grid.choices(weight.device)
+    codes = descended_codes(weight.float(), encoded.codes.float(), step, known, choices)
+    return replace(encoded, codes=codes.to(torch.int8).contiguous())
 
 
 def feedback_codes(weight: torch.Tensor, step: torch.Tensor, known: Ordered, codes: Codes) -> torch.Tensor:
@@ -163,7 +168,7 @@ def improve_scales(
     scales = rule.fitted(rule.rounded(scales), known=encoded.scales)
     legal = torch.isfinite(scales) & ((scales >= 0) | rule.signed)
     good = (info == 0).unsqueeze(-1) & legal.all(-1, keepdim=True)
-    return GroupedWeight(encoded.codes, torch.where(good, scales, encoded.scales), encoded.bits)
+    return replace(encoded, scales=torch.where(good, scales, encoded.scales))
 
 
 def output_error(weight: torch.Tensor, encoded: GroupedWeight, hessian: torch.Tensor) -> float:
@@ -185,14 +190,16 @@ def quantise(
             continue
         target = weight + CORRECTION * known.divide(moments.drift)
         scales = searched_scales(target, group_size, importance, rule=rule, where=where)
-        encoded = round_with_feedback(target, scales, known)
+        encoded = round_with_feedback(target, scales, known, rule.grid)
         for sweep in range(SWEEPS):
             if sweep:
                 encoded = improve_scales(target, encoded, known, rule)
             encoded = improve_codes(target, encoded, known)
         return encoded, "" if damping == DAMPING[0] else f"GPTQ with damping {damping:g}"
     scales = searched_scales(weight, group_size, importance, rule=rule, where=where)
-    return encode_with_scales(weight, scales), "rounded to nearest: the Hessian is not positive definite"
+    return encode_with_scales(
+        weight, scales, grid=rule.grid
+    ), "rounded to nearest: the Hessian is not positive definite"
 
 
 def _encode(

@@ -16,7 +16,8 @@ def round_to_nearest(
     Raises:
         HalfbyteError: NaN or Inf in ``weight``, named by ``where``.
     """
-    return encode_with_scales(weight, absmax_scales(weight, group_size, bits, rule=rule, where=where), bits)
+    scales = absmax_scales(weight, group_size, bits, rule=rule, where=where)
+    return encode_with_scales(weight, scales, bits, rule.grid)
 
 
 def _encode(

@@ -1,8 +1,8 @@
 """The compressed-tensors format, which vLLM and transformers read: what Hopper and Blackwell targets share.
 
-Per quantised layer: ``weight_packed`` (int32 ``[out, in / 8]``, eight offset codes to a word), ``weight_scale`` (bf16
-``[out, groups]``) and ``weight_shape``; a config group per activation width and group size. Source of the format: the
-``compressed-tensors`` package, ``compressors/pack_quantized`` and ``quantization/quant_config.py``.
+Per quantised layer of integers: ``weight_packed`` (int32 ``[out, in / 8]``, eight offset codes to a word),
+``weight_scale`` (bf16 ``[out, groups]``) and ``weight_shape``; a config group per activation width and group size.
+Source: the ``compressed-tensors`` package, ``compressors/pack_quantized`` and ``quantization/quant_config.py``.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ class Compressed(GPUTarget):
 
     Attributes:
         in_transformers: what transformers computes the layers as (:mod:`halfbyte.quant.arithmetics`).
+        format: of the codes.
     """
 
     packed_name = "weight_packed"
     tags = ("compressed-tensors",)
     in_transformers: ClassVar[str]
+    format: ClassVar = CompressionFormat.pack_quantized
 
     @property
     def how_to_run(self) -> str:
@@ -84,7 +86,7 @@ class Compressed(GPUTarget):
         }
         config = QuantizationConfig(
             config_groups=groups,
-            format=CompressionFormat.pack_quantized.value,
+            format=self.format.value,
             quantization_status=QuantizationStatus.COMPRESSED,
             ignore=[source.family.head],
         )
@@ -120,7 +122,9 @@ class Compressed(GPUTarget):
 def logits_in_transformers(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """fp32 logits ``[windows, length, vocabulary]`` of the folder in transformers."""
     with _quiet(), torch.no_grad():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+        model.hf_quantizer.compressor.decompress_model(model)
+        torch.nn.Module.float(model)  # some formats are decoded to bf16; transformers' own method refuses
         return model.eval()(input_ids=tokens, use_cache=False).logits
 
 

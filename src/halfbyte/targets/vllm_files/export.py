@@ -66,7 +66,7 @@ def export_vllm(options: VllmExportOptions, on: Callable[[str, int], Target]) ->
         plan, options.model_id, device="cpu", dtype="stored", trust_remote_code=options.trust_remote_code, packed=True
     )
     codes = load_codes(codes_path(options.config))
-    entries = plan_tensors(source, codes, target.weights)
+    entries = plan_tensors(source, codes, target.packing(source, plan, codes))
     nbytes = sum(entry.nbytes for entry in entries)
     check_space(path, nbytes + SMALL_FILES)
     groups: dict[str, int] = {}

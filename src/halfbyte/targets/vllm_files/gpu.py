@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from halfbyte.models.loading import SourceModel
     from halfbyte.plan import Codes, LayerPlan, Plan
     from halfbyte.quant.int4 import PackedWeight
-    from halfbyte.targets.vllm_files.tensors import Stored
+    from halfbyte.targets.vllm_files.tensors import Pack, Stored
 
 
 class GPUTarget(Target):
@@ -74,6 +74,14 @@ class GPUTarget(Target):
         self, source: SourceModel, layers: Sequence[Layer], options: SearchOptions, group_sizes: Mapping[str, int]
     ) -> None:
         check_groups(layers, options.group_size, group_sizes, who="vLLM's kernels need")
+        self.check_parallel(source)
+
+    def check_parallel(self, source: SourceModel) -> None:
+        """Refuse a number of GPUs that the model cannot be shared by.
+
+        Raises:
+            HalfbyteError: it does not divide the model.
+        """
         counts = {
             "attention heads": source.config.num_attention_heads,
             "MLP channels": source.config.intermediate_size,
@@ -99,6 +107,10 @@ class GPUTarget(Target):
     @abstractmethod
     def weights(self, layer: str, weight: PackedWeight) -> list[Stored]:
         """The tensors of one layer's codes."""
+
+    def packing(self, source: SourceModel, plan: Plan, codes: Codes) -> Pack:
+        """What makes the tensors of a layer's codes, where they depend on more than those."""
+        return self.weights
 
     @abstractmethod
     def quantization_config(self, source: SourceModel, plan: Plan) -> dict[str, Any]:

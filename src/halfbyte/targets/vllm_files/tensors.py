@@ -17,7 +17,7 @@ from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
 from halfbyte.plan import Codes
 from halfbyte.quant.ggml.encoded import save_tensors
-from halfbyte.quant.int4 import PackedWeight, unpack_int4
+from halfbyte.quant.int4 import PackedWeight
 
 OFFSET = 0x88  # turns both two's complement nibbles of a byte into offset ones: code + 8
 SCALE_DTYPE = torch.bfloat16
@@ -174,8 +174,9 @@ def check_tensors(
                     found, layer = handle.get_tensor(name), name.removesuffix(f".{kind}")
                     same = _same(found, expected[name])
                     if same and layer != name and layer in codes.weights:
-                        meant = unpack_int4(codes.weights[layer].packed[:UNPACKED_ROWS])
-                        same = torch.equal(unpack(found[:UNPACKED_ROWS]), meant)
+                        known = codes.weights[layer]
+                        some = PackedWeight(known.packed[:UNPACKED_ROWS], known.scales[:UNPACKED_ROWS], known.grid)
+                        same = torch.equal(unpack(found[:UNPACKED_ROWS]), some.unpack().codes)
                     if not same:
                         raise HalfbyteError(f"{where}, {name}: tensor data differs", fix="export again")
                     report("check tensors", len(seen), len(entries), name)
@@ -186,4 +187,9 @@ def check_tensors(
 
 
 def _same(found: torch.Tensor, entry: Stored) -> bool:
-    return (found.dtype, tuple(found.shape)) == (entry.dtype, entry.shape) and torch.equal(found, entry.make())
+    if (found.dtype, tuple(found.shape)) != (entry.dtype, entry.shape):
+        return False
+    meant = entry.make()
+    if found.dtype.itemsize == 1:  # torch compares no floats of 8 bits
+        found, meant = found.view(torch.uint8), meant.view(torch.uint8)
+    return torch.equal(found, meant)

@@ -7,7 +7,8 @@ its own, in fp32 on the CPU. Time is that of the quantisation alone, without loa
 process's until the quantisation ends. The scheme is W4 symmetric, groups of 128 (the largest power of two that divides,
 where 128 does not), activations symmetric per token. KL (nats per token), top-1 agreement and perplexity are taken as
 everywhere here: the second half of each window is scored. How a weight scale is chosen is each tool's own;
-llm-compressor's are the group's largest value / 7.5 in fp32, ours are fp16.
+llm-compressor's are the group's largest value / 7.5 in fp32, ours are fp16. In rows of the scheme NVFP4 weights and
+activations are in that format on both sides.
 """
 
 from __future__ import annotations
@@ -41,20 +42,29 @@ class Recipe:
     transform: str
     rounding: str
     a_bits: int
+    form: str = "int"
+
+    @property
+    def scheme(self) -> str:
+        """Of weights and activations, as the table says it."""
+        return "NVFP4" if self.form == "nvfp4" else f"W4A{self.a_bits}"
 
 
 RECIPES = {
     "smooth-gptq": Recipe("SmoothQuant, GPTQ", "smooth", "gptq", 8),
     "spin-rtn": Recipe("SpinQuant R1+R2+R4, plain rounding", "rotate", "rtn", 4),
     "spin-gptq": Recipe("SpinQuant R1+R2+R4, GPTQ", "rotate", "gptq", 4),
+    "nvfp4-rtn": Recipe("plain rounding", "none", "rtn", 4, "nvfp4"),
+    "nvfp4-gptq": Recipe("GPTQ", "none", "gptq", 4, "nvfp4"),
 }
 
-OURS = [  # label, name in peers_ours.py, activation bits
-    ("folded scales, GPTQ", "smooth", 8),
-    ("scales, rotations at run time, GPTQ", "online", 8),
-    ("R1+R2+R4, GPTQ", "r1r2r4", 4),
-    ("scales, rotations at run time, GPTQ", "online", 4),
-    ("the same + learned", "learned", 4),
+OURS = [  # label, name in peers_ours.py, activation bits, scheme
+    ("folded scales, GPTQ", "smooth", 8, "W4A8"),
+    ("scales, rotations at run time, GPTQ", "online", 8, "W4A8"),
+    ("R1+R2+R4, GPTQ", "r1r2r4", 4, "W4A4"),
+    ("scales, rotations at run time, GPTQ", "online", 4, "W4A4"),
+    ("the same + learned", "learned", 4, "W4A4"),
+    ("folded scales and R2, GPTQ", "nvfp4", 4, "NVFP4"),
 ]
 
 
@@ -112,27 +122,27 @@ def peer_row(name: str, request: Row, folder: Path, python: Path, env: Path) -> 
     """One recipe of llm-compressor, and what its worker saw."""
     recipe = RECIPES[name]
     log = env / f"{name}.log"
-    print(f"llm-compressor: {recipe.label}, W4A{recipe.a_bits} (log: {log}) …", flush=True)
-    asked = {"transform": recipe.transform, "rounding": recipe.rounding, "a_bits": recipe.a_bits}
+    print(f"llm-compressor: {recipe.label}, {recipe.scheme} (log: {log}) …", flush=True)
+    asked = {key: getattr(recipe, key) for key in ("transform", "rounding", "a_bits", "form")}
     result = ask(python, "peers_worker.py", {**request, **asked}, folder, log)
     seen = result["checks"]
     print(
-        f"  checked: {seen['layers']} layers multiply at most {seen['activation_levels']} activation levels per token "
+        f"  checked: {seen['layers']} layers multiply at most {seen['activation_levels']} activation levels per scale "
         f"and {seen['weight_levels']} weight levels per group; R4 online in {seen['r4_layers']}; "
         f"first window's KL {significant(seen['kl'])}, activations left alone {significant(seen['kl_activations_off'])}"
         f", R4 taken out {significant(seen['kl_r4_off'])}, nothing quantised {significant(seen['kl_unquantised'])}"
     )
     tool = f"llm-compressor {result['versions']['llmcompressor']}"
-    return {"tool": tool, "recipe": recipe.label, "scheme": f"W4A{recipe.a_bits}", **result}
+    return {"tool": tool, "recipe": recipe.label, "scheme": recipe.scheme, **result}
 
 
-def our_row(label: str, recipe: str, a_bits: int, request: Row, folder: Path) -> Row:
+def our_row(label: str, recipe: str, a_bits: int, scheme: str, request: Row, folder: Path) -> Row:
     """halfbyte, every layer at the same activation bits."""
-    print(f"halfbyte: {label}, W4A{a_bits} …", flush=True)
+    print(f"halfbyte: {label}, {scheme} …", flush=True)
     asked = {"recipe": recipe, "a_bits": a_bits}
     result = ask(Path(sys.executable), "peers_ours.py", {**request, **asked}, folder, folder / "log")
     tool = f"halfbyte {result['versions']['halfbyte']}"
-    return {"tool": tool, "recipe": label, "scheme": f"W4A{a_bits}", **result}
+    return {"tool": tool, "recipe": label, "scheme": scheme, **result}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -164,13 +174,13 @@ def main() -> int:
         rows = Rows(options, made_by)
         there = {(row["tool"].split()[0], row["recipe"], row["scheme"]) for row in rows}
         if options.only != "peer":
-            asked = {RECIPES[name].a_bits for name in options.recipes}
-            for label, recipe, a_bits in OURS:
-                if a_bits in asked and ("halfbyte", label, f"W4A{a_bits}") not in there:
-                    rows.add(our_row(label, recipe, a_bits, request, folder))
+            asked = {RECIPES[name].scheme for name in options.recipes}
+            for label, recipe, a_bits, scheme in OURS:
+                if scheme in asked and ("halfbyte", label, scheme) not in there:
+                    rows.add(our_row(label, recipe, a_bits, scheme, request, folder))
         if python:
             for name, recipe in RECIPES.items():
-                if name in options.recipes and ("llm-compressor", recipe.label, f"W4A{recipe.a_bits}") not in there:
+                if name in options.recipes and ("llm-compressor", recipe.label, recipe.scheme) not in there:
                     rows.add(peer_row(name, request, folder, python, options.env))
     references = [row["ppl_reference"] for row in rows]
     if max(references) > 1.001 * min(references):

@@ -23,14 +23,17 @@ from halfbyte.models.loading import find, load, made_with
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import prepare_
 from halfbyte.quant.quant_linear import set_activation_bits_
+from halfbyte.targets import TARGETS
 
 # Symmetric activations over a token's whole range, as serving engines compute them.
 SERVED = Recipe(weights="gptq", symmetric=True, clip=False)
+BLACKWELL = TARGETS["vllm"].on("blackwell")
 RECIPES = {
     "smooth": replace(SERVED, transforms=("smooth",)),
     "r1r2r4": replace(SERVED, transforms=("smooth", "r1", "r2", "r4")),
     "online": replace(SERVED, transforms=("smooth", "online")),
     "learned": replace(SERVED, transforms=("smooth", "online", "learned")),
+    "nvfp4": replace(BLACKWELL.recipe, transforms=("smooth", "r2"), weights="gptq", group_size=16),
 }
 
 

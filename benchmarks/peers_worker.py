@@ -2,8 +2,9 @@
 
     PYTHONPATH=src python benchmarks/peers_worker.py REQUEST.json
 
-The request names ``folder`` (the original, as transformers saves it), ``transform`` (smooth or rotate), ``rounding``
-(rtn or gptq), ``a_bits``, the token windows ``calib`` and ``evaluation``, and ``result``, the JSON file to write. All
+The request names ``folder`` (the original, as transformers saves it), ``transform`` (smooth, rotate or none),
+``rounding`` (rtn or gptq), ``a_bits``, ``form`` (int or nvfp4), the token windows ``calib`` and ``evaluation``, and
+``result``, the JSON file to write. All
 in fp32 on the CPU. What the scheme does not fix is llm-compressor's default.
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, preset_name_to_scheme
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -44,8 +45,14 @@ def load(folder: str) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def scheme(model: nn.Module, a_bits: int) -> dict[str, QuantizationScheme]:
-    """W4 symmetric in the groups that we would use, activations symmetric per token; the output head stays as it is."""
+def scheme(model: nn.Module, a_bits: int, form: str) -> dict[str, QuantizationScheme]:
+    """W4 symmetric in the groups that we would use and activations symmetric per token, or the library's NVFP4.
+
+    The output head stays as it is.
+    """
+    if form == "nvfp4":
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        return {"group": preset_name_to_scheme("NVFP4", [name for name in linears if name != "lm_head"])}
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name != "lm_head":
@@ -63,16 +70,19 @@ def scheme(model: nn.Module, a_bits: int) -> dict[str, QuantizationScheme]:
 
 def quantise_(model: nn.Module, request: dict[str, Any]) -> float:
     """Run llm-compressor on the model, in place; seconds that it took."""
-    groups = scheme(model, request["a_bits"])
+    groups = scheme(model, request["a_bits"], request["form"])
+    transforms: list[Any] = []
     if request["transform"] == "smooth":
-        transform = SmoothQuantModifier()
-    else:  # its plain "hadamard" would need widths that are powers of two
-        transform = SpinQuantModifier(rotations=["R1", "R2", "R4"], transform_type="random-hadamard")
+        transforms.append(SmoothQuantModifier())
+    elif request["transform"] == "rotate":  # its plain "hadamard" would need widths that are powers of two
+        transforms.append(SpinQuantModifier(rotations=["R1", "R2", "R4"], transform_type="random-hadamard"))
     rounding = {"rtn": QuantizationModifier, "gptq": GPTQModifier}[request["rounding"]]
     windows = [torch.tensor(window) for window in request["calib"]]
     samples = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows]
     started = time.perf_counter()
-    oneshot(model=model, recipe=[transform, rounding(config_groups=groups)], dataset=DataLoader(samples, batch_size=1))
+    oneshot(
+        model=model, recipe=[*transforms, rounding(config_groups=groups)], dataset=DataLoader(samples, batch_size=1)
+    )
     return time.perf_counter() - started
 
 
@@ -91,7 +101,7 @@ def most_levels(rows: torch.Tensor) -> int:
 
 
 def levels_seen(model: nn.Module, logits_of: Any, window: list[int]) -> dict[str, tuple[int, int]]:
-    """What each quantised layer really multiplies: most levels in a token's activations, and in a group of weights.
+    """What each quantised layer really multiplies: most levels in activations that share a scale, and in such weights.
 
     llm-compressor quantises just before it calls ``nn.Linear.forward``, so that is where to look.
     """
@@ -103,7 +113,9 @@ def levels_seen(model: nn.Module, logits_of: Any, window: list[int]) -> dict[str
         if self in names:
             size = self.quantization_scheme.weights.group_size
             weight = self.weight[:WEIGHT_ROWS_LOOKED_AT].unflatten(-1, (-1, size))  # [rows, groups, group]
-            seen[names[self]] = (most_levels(x), most_levels(weight))
+            inputs = self.quantization_scheme.input_activations
+            shared = x.unflatten(-1, (-1, inputs.group_size)) if inputs is not None and inputs.group_size else x
+            seen[names[self]] = (most_levels(shared), most_levels(weight))
         return multiply(self, x)
 
     nn.Linear.forward = look

@@ -192,7 +192,7 @@ def quantise(
         scales = searched_scales(target, group_size, importance, rule=rule, where=where)
         encoded = round_with_feedback(target, scales, known, rule.grid)
         for sweep in range(SWEEPS):
-            if sweep:
+            if sweep and rule.grid.even:  # scales of other grids are too coarse: solved for and rounded they lose
                 encoded = improve_scales(target, encoded, known, rule)
             encoded = improve_codes(target, encoded, known)
         return encoded, "" if damping == DAMPING[0] else f"GPTQ with damping {damping:g}"

@@ -19,7 +19,7 @@ from halfbyte.quant.int4 import (
     searched_scales,
 )
 from halfbyte.quant.quant_linear import SharedInput, replace_linear_
-from halfbyte.quant.quantisers.gptq import Ordered, improve_codes, output_error, round_with_feedback
+from halfbyte.quant.quantisers.gptq import Ordered, descend_scales, improve_codes, output_error, round_with_feedback
 from halfbyte.quant.quantisers.rtn import round_to_nearest
 from tests.quant.kernels.interpreter import interpret
 
@@ -145,3 +145,16 @@ scales = torch.rand(8, 4).half()
 out = torch.empty(8, 64)
 assert torch.equal(decode_packed(packed, scales, out, E2M1), PackedWeight(packed, scales, E2M1).decode())
 """)
+
+
+def test_scales_chosen_one_by_one_never_lose():
+    weight, hessian = correlated()
+    known = Ordered(hessian.clone())
+    known.factorise(0.01)
+    known_loss = []
+    encoded = round_with_feedback(weight, absmax_scales(weight, 16, rule=RULE), known, E2M1)
+    for improved in (encoded, descend_scales(weight, encoded, known, RULE)):
+        known_loss.append(output_error(weight, improved, hessian + known.added * torch.eye(len(hessian))))
+    assert known_loss[1] < 0.999 * known_loss[0]
+    assert torch.equal(RULE.fitted(improved.scales, known=encoded.scales), improved.scales)
+    assert torch.equal(improved.codes, encoded.codes)

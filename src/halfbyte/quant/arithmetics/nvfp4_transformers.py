@@ -2,7 +2,7 @@
 divided where vLLM multiplies with reciprocals: ``s = e4m3(G · (absmax / 6))``, codes ``e2m1(x / (s / G))``.
 
 Source: compressed-tensors 0.20, ``calculate_qparams`` and ``_quantize_dequantize``. A scale that would be 0 becomes 1/8
-there, with which all codes of the group are 0 too.
+there, with which all codes of the group are 0 too. Of bf16 inputs 2 in 10,000 differ from vLLM's: ties between codes.
 """
 
 from __future__ import annotations

@@ -171,6 +171,27 @@ def improve_scales(
     return replace(encoded, scales=torch.where(good, scales, encoded.scales))
 
 
+def descend_scales(
+    weight: torch.Tensor, encoded: GroupedWeight, known: Ordered, rule: ScaleRule = ANY_FP16
+) -> GroupedWeight:
+    """Each group's scale in turn becomes the best that the ``rule`` has, given codes and all other scales.
+
+    For scales so coarse that solving for all of them and rounding would lose; here the error never grows.
+    """
+    codes = encoded.codes.float().view(len(weight), -1, encoded.group_size)  # [out, groups, group]
+    scales = encoded.scales.float().clone()
+    error = weight.float() - encoded.decode()
+    for g, part in enumerate(torch.arange(weight.shape[1], device=weight.device).split(encoded.group_size)):
+        hessian, mine, here = known.rows(part), codes[:, g], scales[:, g]
+        curve = ((mine @ hessian[:, part]) * mine).sum(-1).clamp_min(1e-30)
+        best = here + ((error @ hessian.T) * mine).sum(-1) / curve
+        new = rule.fitted(rule.rounded(best.clamp_min(0).unsqueeze(-1)), known=encoded.scales).float().squeeze(-1)
+        new = torch.where((new - best).abs() < (here - best).abs(), new, here)
+        error[:, part] -= (new - here).unsqueeze(-1) * mine
+        scales[:, g] = new
+    return replace(encoded, scales=scales.to(encoded.scales.dtype))
+
+
 def output_error(weight: torch.Tensor, encoded: GroupedWeight, hessian: torch.Tensor) -> float:
     """Mean over outputs of ``(ŵ − w) H (ŵ − w)ᵀ``: the squared error per output and token."""
     error = encoded.decode() - weight.float()
@@ -192,8 +213,9 @@ def quantise(
         scales = searched_scales(target, group_size, importance, rule=rule, where=where)
         encoded = round_with_feedback(target, scales, known, rule.grid)
         for sweep in range(SWEEPS):
-            if sweep and rule.grid.even:  # scales of other grids are too coarse: solved for and rounded they lose
-                encoded = improve_scales(target, encoded, known, rule)
+            if sweep:
+                improve = improve_scales if rule.grid.even else descend_scales
+                encoded = improve(target, encoded, known, rule)
             encoded = improve_codes(target, encoded, known)
         return encoded, "" if damping == DAMPING[0] else f"GPTQ with damping {damping:g}"
     scales = searched_scales(weight, group_size, importance, rule=rule, where=where)

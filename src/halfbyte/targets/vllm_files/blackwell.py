@@ -53,6 +53,9 @@ class Blackwell(Compressed):
         clip=False, scale_rule=Nvfp4Scales(), arithmetic="nvfp4", a_bits=(4, 16), ends_as_stored=True
     )
 
+    def rotations(self, *, tied: bool) -> tuple[str, ...]:
+        return ("r2",)  # R1 spreads what groups of 16 keep apart
+
     @property
     def how_to_run(self) -> str:
         text = super().how_to_run.replace("vllm serve FOLDER", "vllm serve FOLDER --dtype bfloat16")

@@ -136,7 +136,7 @@ class Bench:
         units = units_of(layers_of(source.model, source.family), source.family, "fused")
         evaluator = KLEvaluator(source.model, source.family, units, self.search, answers)
         base = evaluator.score((1,) * len(units))
-        gains = [loss - base for loss in evaluator.one_at_a_time(1, 0)]
+        gains = [loss - base for loss in evaluator.one_at_a_time()]
         chosen = activation_problem([unit.macs for unit in units], self.options.budget, gains).knapsack()
         widths = [evaluator.a_bits[gene] for gene in chosen]
         return {layer.name: bits for unit, bits in zip(units, widths, strict=True) for layer in unit.layers}

@@ -7,8 +7,7 @@ Needs humming-kernels 0.1.19 and cuda-bindings. Layers are loaded and called as 
 format of our target; each kernel is compiled for the number of tokens at hand only.
 
 1. Humming's kernel for inputs (block Hadamard and rounding in one) against our rule: codes and scales, A8 and A4.
-2. Its product with int8 codes against the simulation, and whether group scales arrive as they are: with the folder as
-   the target writes it, and with ``weight_scale_group_size_n: 1``, with which the kernels make integers of them.
+2. Its product with int8 codes against the simulation, and whether the group scales of weights arrive as they are.
 3. The same with our int4 codes, which go through the int8 kernel as inputs that are rounded already.
 4. The int4 and int8 kernels compile for GPUs that are not here, as Humming would choose them there: cubin sizes.
 5. A folder that ``halfbyte export vllm`` wrote: KL to the original in these kernels and in the simulation. A4 units get
@@ -39,14 +38,12 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import Quality, live, measure, model_logits
 from halfbyte.models.modules import blocks
 from halfbyte.plan import LayerPlan
-from halfbyte.quant.arithmetics import in_steps
-from halfbyte.quant.arithmetics.humming import LEAST_SCALE, IntegerScales
+from halfbyte.quant.affine import divided
+from halfbyte.quant.arithmetics.humming import LEAST_SCALE
 from halfbyte.quant.hadamard import largest_block
 from halfbyte.quant.int4 import (
     GroupedWeight,
     PackedWeight,
-    ScaleRule,
-    absmax_scales,
     fitting_group_size,
     unpack_int4,
 )
@@ -82,7 +79,6 @@ FACTORS = (1.0, 2.0, 0.3)  # sizes of the weights of a unit's layers
 LOOSE = 3.0  # times the error of rounding results to bf16: long sums are added up from parts in bf16
 TIES = 2e-3  # share of codes that may differ by one: halves, and last bits of the scale's reciprocal
 COMPUTE = {"use_batch_invariant": False, "use_f16_accum": False, "gemm_type": "dense"}
-IN_INTEGERS = {"weight_scale_group_size_n": 1}
 TARGETS = {  # capability -> a GPU of it: multiprocessors, KiB of shared memory, threads of one, MiB of L2, GB/s, TFLOPS
     75: ("T4", 40, 64, 1024, 4, 320, 65),
     80: ("A100", 108, 163, 2048, 40, 1555, 312),
@@ -127,26 +123,30 @@ def inputs(width: int, tokens: int) -> torch.Tensor:
 def scheme_for(width: int, *, rotated: bool = True) -> InputScheme:
     """As our target has it."""
     block = min(largest_block(width), LARGEST_HADAMARD) if rotated else 0
-    return InputScheme(rotated=rotated, symmetric=True, block=block, arithmetic="humming")
+    group = fitting_group_size(width, GROUP)
+    return InputScheme(rotated=rotated, block=block, arithmetic="humming", group=group)
 
 
 def our_codes(x: torch.Tensor, scheme: InputScheme, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes and scales ``[tokens, 1]`` of the simulation."""
+    """int8 codes and scales ``[tokens, groups]`` of the simulation."""
     turned = scheme.transform(x.float())
-    _, scale = in_steps(turned, LEAST_SCALE, 2 ** (bits - 1) - 1)
-    return (scheme.rounded(turned, bits) / scale).round().to(torch.int8), scale
+    grouped = turned.unflatten(-1, (-1, scheme.group))
+    scale = divided(grouped.abs().amax(dim=-1, keepdim=True), 2 ** (bits - 1) - 1).clamp_min_(LEAST_SCALE)
+    codes = scheme.rounded(turned, bits).unflatten(-1, (-1, scheme.group)) / scale
+    return codes.round().to(torch.int8).flatten(-2), scale.squeeze(-1)
 
 
-def their_codes(x: torch.Tensor, block: int, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+def their_codes(x: torch.Tensor, scheme: InputScheme, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The same of Humming's kernel: int4 codes come two to a byte, the first in the low nibble."""
     settings = {
-        "quant_mode": "dynamic_token",
+        "quant_mode": "dynamic_group",
         "quant_dtype": f"int{bits}",
+        "quant_group_size": scheme.group,
         "group_scale_dtype": "float32",
-        "hadamard_block_size": block,
+        "hadamard_block_size": scheme.block,
     }
     _only_for(x, settings)
-    codes, _, scale = humming("ops").process_input(x, **settings)
+    codes, scale, _ = humming("ops").process_input(x, **settings)
     return (unpack_int4(codes) if bits == 4 else codes), scale
 
 
@@ -164,7 +164,15 @@ def _only_for(x: torch.Tensor, settings: Mapping[str, Any]) -> None:
 def folder_config(layers: Mapping[str, GroupedWeight], bits: int, block: int) -> dict[str, Any]:
     """``quantization_config`` of a folder with these layers, written by our target."""
     plan = {
-        name: LayerPlan(4, bits, weight.group_size, True, rotated=block > 0, rotation_block=block, arithmetic="humming")
+        name: LayerPlan(
+            4,
+            bits,
+            weight.group_size,
+            rotated=block > 0,
+            rotation_block=block,
+            arithmetic="humming",
+            a_group=weight.group_size,
+        )
         for name, weight in layers.items()
     }
     source = SimpleNamespace(family=SimpleNamespace(head="lm_head"))
@@ -228,7 +236,7 @@ class Kernel:
         """The product, ``[tokens, out]`` in bf16.
 
         Args:
-            x: bf16 ``[tokens, in]``, or int8 codes with their ``scale`` ``[tokens, 1]``.
+            x: bf16 ``[tokens, in]``, or int8 codes with their ``scale`` ``[tokens, groups]``.
             in_order: every sum in one go (vLLM's VLLM_BATCH_INVARIANT); else parts of long sums may be added in bf16.
         """
         return humming("forward").humming_forward(
@@ -251,7 +259,6 @@ class Case:
 
     Attributes:
         layers: name -> codes, with the target's rule for scales.
-        plain: bf16 scales of the same weights without that rule, ``[out, groups]``.
         bias: of the layers one after the other, or None.
     """
 
@@ -261,14 +268,11 @@ class Case:
         group = fitting_group_size(width, GROUP)
         generator = torch.Generator().manual_seed(sum(outputs))
         self.layers: dict[str, GroupedWeight] = {}
-        plain = []
         for kind, rows, factor in zip(KINDS[len(outputs)], outputs, FACTORS, strict=False):
             sizes = torch.randn(rows, 1, generator=generator).mul_(0.5).exp_() * factor / width**0.5
             weight = (torch.randn(rows, width, generator=generator) * sizes).cuda()
             weight = self.scheme.stored_weight(weight)
-            self.layers[f"{BLOCK}.{kind}"] = round_to_nearest(weight, group, rule=IntegerScales())
-            plain.append(absmax_scales(weight, group, rule=ScaleRule(bf16=True, signed=False)))
-        self.plain = torch.cat(plain).to(torch.bfloat16)
+            self.layers[f"{BLOCK}.{kind}"] = round_to_nearest(weight, group, rule=Integer.recipe.scale_rule)
         has_bias = len(outputs) == 3 and width != 576
         self.bias = torch.randn(sum(outputs), generator=generator).to(torch.bfloat16).cuda() if has_bias else None
 
@@ -284,13 +288,9 @@ class Case:
                 found.setdefault(stored.name.removeprefix(f"{name}."), []).append(stored.make())
         return {name: torch.cat(parts) for name, parts in found.items()}
 
-    def kernel(self, more: Mapping[str, Any]) -> Kernel:
-        """Loaded from the target's config and tensors, A8.
-
-        Args:
-            more: what the config is to say beside it.
-        """
-        config = {**folder_config(self.layers, 8, self.scheme.block), **more}
+    def kernel(self) -> Kernel:
+        """Loaded from the target's config and tensors, A8."""
+        config = folder_config(self.layers, 8, self.scheme.block)
         tensors = self._stacked()
         if self.bias is not None:
             tensors["bias"] = self.bias
@@ -309,8 +309,8 @@ class Case:
 
     def product(self, codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         """What given codes make, fp32."""
-        parts = [codes.float() @ weight.decode().T for weight in self.layers.values()]
-        result = torch.cat(parts, dim=-1) * scale
+        x = codes.float() * scale.repeat_interleave(self.scheme.group, dim=1)
+        result = torch.cat([x @ weight.decode().T for weight in self.layers.values()], dim=-1)
         return result if self.bias is None else result + self.bias.float()
 
 
@@ -327,7 +327,7 @@ def check_inputs(options: Any) -> Iterable[Row]:
         for rotated in (False, True):
             scheme = scheme_for(width, rotated=rotated)
             for bits in (8, 4):
-                codes, scale = their_codes(x, scheme.block, bits)
+                codes, scale = their_codes(x, scheme, bits)
                 ours, our_scale = our_codes(x, scheme, bits)
                 difference = (codes.int() - ours.int()).abs()
                 share, steps = float((difference > 0).float().mean()), int(difference.max())
@@ -358,30 +358,15 @@ def _product_row(part: int, name: str, found: torch.Tensor, at: Case, x: torch.T
     }
 
 
-def _as_integers(kernel: Kernel, scales: torch.Tensor) -> torch.Tensor:
-    """Scales after what the kernel with integer scales makes of a module's, fp32."""
-    whole, factor = humming("transform").process_int_weight_scale(kernel.config, weight_scale=scales)
-    return whole.view(torch.int16).float() * factor.float()
-
-
 def check_scales(at: Case, kernel: Kernel) -> Row:
-    """Whether scales arrive as they are in the folder; and what would become of others in integers."""
-    loaded = kernel.tensors["weight_scale"]
-    arrived = loaded.float()
-    if kernel.config.use_int_weight_scale:
-        arrived = loaded.view(torch.int16).float() * kernel.tensors["weight_scale_2"].float()
-    meant = at.scales.float()
+    """Whether scales arrive as they are in the folder."""
+    arrived, meant = kernel.tensors["weight_scale"].float(), at.scales.float()
     arrived, _ = arrived.flatten().sort(descending=True)  # the kernel has them in another order, and pads with zeros
-    expected, _ = nn.functional.pad(meant.flatten(), (0, arrived.numel() - meant.numel())).sort(descending=True)
-    alone = [weight.scales.to(torch.bfloat16) for weight in at.layers.values()]
-    each = torch.cat([_as_integers(kernel, scales) for scales in alone])
+    padded = nn.functional.pad(meant.flatten(), (0, arrived.numel() - meant.numel()))
+    expected, _ = padded.sort(descending=True)
     return {
         "integer_scales": bool(kernel.config.use_int_weight_scale),
         "scales_that_arrive_changed": float((arrived != expected).float().sum() / meant.numel()),
-        "scales_rms": relative(arrived, expected)[0],
-        "in_integers_each_layer_alone_rms": relative(each, meant)[0],
-        "in_integers_stacked_rms": relative(_as_integers(kernel, at.scales), meant)[0],
-        "in_integers_plain_bf16_rms": relative(_as_integers(kernel, at.plain), at.plain)[0],
     }
 
 
@@ -389,23 +374,21 @@ def check_products(options: Any) -> Iterable[Row]:
     """Part 2."""
     for index, (width, _) in enumerate(UNITS):
         at, x = case(index), inputs(width, options.tokens)
-        for more in ({}, IN_INTEGERS):
-            kernel = at.kernel(more)
-            found, own = kernel(x), at.product(*their_codes(x, at.scheme.block, 8))
-            row = _product_row(2, f"{at.name}, A8{', integer scales' if more else ''}", found, at, x, 8)
-            row["rms_to_own_codes"], row["largest_to_own_codes"] = relative(found, own)
-            row["in_parts"] = kernel.tuning(x.shape[0]).get("use_stream_k", True)
-            row["rms_to_own_codes_in_order"], _ = relative(kernel(x, in_order=True), own)
-            yield {**row, **check_scales(at, kernel)}
+        kernel = at.kernel()
+        found, own = kernel(x), at.product(*their_codes(x, at.scheme, 8))
+        row = _product_row(2, f"{at.name}, A8", found, at, x, 8)
+        row["rms_to_own_codes"], row["largest_to_own_codes"] = relative(found, own)
+        row["in_parts"] = kernel.tuning(x.shape[0]).get("use_stream_k", True)
+        row["rms_to_own_codes_in_order"], _ = relative(kernel(x, in_order=True), own)
+        yield {**row, **check_scales(at, kernel)}
 
 
 def check_int4_codes(options: Any) -> Iterable[Row]:
     """Part 3."""
     for index, (width, _) in enumerate(UNITS):
         at, x = case(index), inputs(width, options.tokens)
-        for more in ({}, IN_INTEGERS):
-            found = at.kernel(more)(*our_codes(x, at.scheme, 4))
-            yield _product_row(3, f"{at.name}, A4{', integer scales' if more else ''}", found, at, x, 4)
+        found = at.kernel()(*our_codes(x, at.scheme, 4))
+        yield _product_row(3, f"{at.name}, A4", found, at, x, 4)
 
 
 def stand_in(capability: int) -> Any:
@@ -457,29 +440,30 @@ def _kernels_for(capability: int) -> Iterable[tuple[str, Callable[[], Any]]]:
             """Nothing: it will not run here."""
 
     for (width, rows), bits, tokens in product(COMPILED, (4, 8), COMPILED_TOKENS):
-        for more in ({}, IN_INTEGERS):
-            layer = config.LayerConfig(
-                sm_version=capability,
-                shape_n=rows + -rows % 256,
-                shape_k=width + -width % 128,
-                pad_shape_n=-rows % 256,
-                pad_shape_k=-width % 128,
-                a_dtype=dtypes.DataType.from_str(f"int{bits}"),
-                b_dtype=dtypes.DataType.from_str("uint4"),
-                c_dtype=output,
-                weight_scale_group_size=fitting_group_size(width, GROUP),
-                **more,
-            )
-            tuning = dict(tune._get_heuristics_config(layer, tokens, device_index=capability))
-            tuning.pop("num_sms", None)
-            scales = ", integer scales" if more else ""
-            name = f"sm{capability} product A{bits}, {rows} x {width}, {tokens} tokens{scales}"
-            yield name, partial(Product, **{**layer.to_dict(), "gemm_type": "dense", **tuning})
+        group = fitting_group_size(width, GROUP)
+        layer = config.LayerConfig(
+            sm_version=capability,
+            shape_n=rows + -rows % 256,
+            shape_k=width + -width % 128,
+            pad_shape_n=-rows % 256,
+            pad_shape_k=-width % 128,
+            a_dtype=dtypes.DataType.from_str(f"int{bits}"),
+            b_dtype=dtypes.DataType.from_str("uint4"),
+            c_dtype=output,
+            weight_scale_group_size=group,
+            input_scale_group_size=group,
+            input_quant_mode="dynamic_group",
+        )
+        tuning = dict(tune._get_heuristics_config(layer, tokens, device_index=capability))
+        tuning.pop("num_sms", None)
+        name = f"sm{capability} product A{bits}, {rows} x {width}, {tokens} tokens"
+        yield name, partial(Product, **{**layer.to_dict(), "gemm_type": "dense", **tuning})
         problem = config.ProcessInputProblemConfig(
             input_dtype=output,
             hidden_size=width,
-            quant_mode="dynamic_token",
+            quant_mode="dynamic_group",
             quant_dtype=f"int{bits}",
+            quant_group_size=group,
             group_scale_dtype="float32",
             hadamard_block_size=min(largest_block(width), LARGEST_HADAMARD),
         )
@@ -516,8 +500,8 @@ def check_compiles(options: Any) -> Iterable[Row]:
 class Fused:
     """A unit of a folder in Humming's kernels; the layers ask one after the other for their part of one product."""
 
-    def __init__(self, kernel: Kernel, bits: int) -> None:
-        self.kernel, self.bits = kernel, bits
+    def __init__(self, kernel: Kernel, bits: int, scheme: InputScheme) -> None:
+        self.kernel, self.bits, self.scheme = kernel, bits, scheme
         self._source: torch.Tensor | None = None
         self._result: torch.Tensor | None = None
 
@@ -525,7 +509,7 @@ class Fused:
         """All outputs for ``x`` ``[..., in]``."""
         if self._source is not x or self._result is None:
             flat = x.reshape(-1, x.shape[-1])
-            codes = their_codes(flat, self.kernel.schema.hadamard_block_size, 4) if self.bits == 4 else (flat,)
+            codes = their_codes(flat, self.scheme, 4) if self.bits == 4 else (flat,)
             self._source, self._result = x, self.kernel(*codes).view(*x.shape[:-1], -1)
         return self._result
 
@@ -549,7 +533,8 @@ def _put_kernels_(model: nn.Module, units: Sequence[Sequence[str]], tensors: Map
         stacked = {kind: torch.cat([tensors[f"{name}.{kind}"] for name in names]).cuda() for kind in kinds}
         if "bias" in stacked:
             stacked["bias"] = stacked["bias"].to(torch.bfloat16)
-        fused, start = Fused(Kernel({**own, "a_dtype": "int8"}, stacked), int(own["a_dtype"].removeprefix("int"))), 0
+        kernel, bits = Kernel({**own, "a_dtype": "int8"}, stacked), int(own["a_dtype"].removeprefix("int"))
+        fused, start = Fused(kernel, bits, scheme_of(own)), 0
         for name in names:
             rows = tensors[f"{name}.weight"].shape[0]
             parent, _, leaf = name.rpartition(".")
@@ -557,12 +542,17 @@ def _put_kernels_(model: nn.Module, units: Sequence[Sequence[str]], tensors: Map
             start += rows
 
 
+def scheme_of(config: Mapping[str, Any]) -> InputScheme:
+    """What a folder's config says of a unit's input."""
+    block, group = config["hadamard_block_size"], config["input_scale_group_size"]
+    return InputScheme(rotated=block > 0, block=block, arithmetic="humming", group=group)
+
+
 def _simulate_(model: nn.Module, units: Sequence[Sequence[str]], tensors: Mapping[str, Any], config: Row) -> None:
     shared, bits = SharedInput(), {}
     for names in units:
         own = config_of(config, fused_name(names[0]))
-        block = own["hadamard_block_size"]
-        scheme = InputScheme(rotated=block > 0, symmetric=True, block=block, arithmetic="humming")
+        scheme = scheme_of(own)
         for name in names:
             packed = tensors[f"{name}.weight"].contiguous().view(torch.uint8) ^ OFFSET
             weight = PackedWeight(packed, tensors[f"{name}.weight_scale"].to(torch.float16))

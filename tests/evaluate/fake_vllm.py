@@ -48,7 +48,7 @@ class LLM:
 
     def __init__(self, model, *, worker_extension_cls, skip_tokenizer_init, max_model_len, **settings):
         config = (Path(model) / "config.json").read_text(encoding="utf-8")
-        if "quantization_config" in config:
+        if '"magic"' in config:
             raise ValueError(
                 "1 validation error for ModelConfig\n  Value error, Unknown quantization method: magic. "
                 "[type=value_error, input_value=...]\n    For further information visit https://errors.pydantic.dev/2"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +17,8 @@ import halfbyte
 from halfbyte import cli
 from halfbyte.engines.served.serve_worker import own_words, prompt_rows
 from halfbyte.evaluate.measure_served import KERNEL, RECORD
-from tests.command_line import fails
+from tests.command_line import ROOT, fails
+from tests.targets.plans import PLAN, plan_for
 
 TEXT = ["--text", "pydoc", "--ctx", "128", "--chunks", "2"]
 SAID = "Using FakeLinearKernel for CompressedTensorsW4A8Fp8"
@@ -162,6 +165,51 @@ def test_a_folder_of_another_model(vllm, folders, tiny_folder, here, capsys):
 def test_one_thing_at_a_time(here, capsys):
     fails(capsys, cli.run("eval", ["--served", "a", "--gguf", "b"]), match="one at a time")
     fails(capsys, cli.run("eval", ["--served", "a"]), match="a: no such model")
+
+
+def test_an_exported_plan_answers_as_simulated(vllm, tiny_folder, here):
+    """transformers, behind the stand-in, rounds inputs as the folder says; its products are not CUTLASS's."""
+    model = tiny_folder("qwen2")
+    plan_for(model, a_bits=(8, 16), hardware="hopper")
+    assert cli.run("export vllm", ["--config", PLAN, "--output", "folder"]) == 0
+    score = {"device": "cpu", "text": "pydoc", "ctx": 128, "chunks": 2}
+    simulated = halfbyte.evaluate(model, plan=PLAN, **score).quality
+    served = halfbyte.evaluate(model, served="folder", serve_python=vllm[1], **score).quality
+    assert served.kld_mean == pytest.approx(simulated.kld_mean, rel=0.1)
+    assert served.ppl_reference == pytest.approx(simulated.ppl_reference, rel=1e-6)
+
+
+def test_the_benchmark_of_serving(vllm, folders, here):
+    original, changed = folders
+    few = [
+        "--prompts",
+        "2",
+        "--prompt_tokens",
+        "32",
+        "--sequences",
+        "1",
+        "2",
+        "--new_tokens",
+        "4",
+        "--runs",
+        "1",
+        "--json",
+        "out.json",
+    ]
+    command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), *few, *vllm]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT / "src")])}
+    done = subprocess.run(
+        [*command, "--folders", f"bf16={original}", f"other={changed}", f"none={here}"],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(Path("out.json").read_text())["rows"]
+    assert list(rows[1]["generation_tokens_per_second"]) == ["1", "2"]
+    assert "no such model" in rows[2]["missing"]
+    assert "| other" in done.stdout
+    assert "1.00×" in done.stdout
 
 
 @pytest.mark.parametrize("shapes", [[1, 7], [1, 8], [1, 4, 4], [1, 6, 1], [1, 7, 1]])

@@ -36,6 +36,7 @@ class Worker:
 
     def __init__(self, folder):
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model(input_ids=torch.tensor([[0]]))  # a compressed model decodes its weights now
         self.model.compute_logits = lambda hidden: self.model.lm_head(hidden)
 
     def get_model(self):

@@ -181,21 +181,8 @@ def test_an_exported_plan_answers_as_simulated(vllm, tiny_folder, here):
 
 def test_the_benchmark_of_serving(vllm, folders, here):
     original, changed = folders
-    few = [
-        "--prompts",
-        "2",
-        "--prompt_tokens",
-        "32",
-        "--sequences",
-        "1",
-        "2",
-        "--new_tokens",
-        "4",
-        "--runs",
-        "1",
-        "--json",
-        "out.json",
-    ]
+    sizes = ["--prompts", "2", "--prompt_tokens", "32", "--sequences", "1", "2", "--new_tokens", "4"]
+    few = [*sizes, "--runs", "1", "--json", "out.json"]
     command = [sys.executable, str(ROOT / "benchmarks" / "serving.py"), *few, *vllm]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.environ["PYTHONPATH"], str(ROOT / "src")])}
     done = subprocess.run(

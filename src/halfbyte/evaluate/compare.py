@@ -213,7 +213,7 @@ class _Runs:
 
     def _served(self, folder: str) -> CompareRow:
         """A folder in vLLM, on the reference's tokens where there is one."""
-        name = f"vLLM: {Path(folder).name}"
+        name = f"vLLM: {Path(folder).resolve().name}"
         options = self.options
         try:
             check_folder(folder)

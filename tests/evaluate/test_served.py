@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import halfbyte
 from halfbyte import cli
 from halfbyte.engines.served.serve_worker import own_words, prompt_rows
-from halfbyte.evaluate.measure_served import KERNEL, RECORD
+from halfbyte.evaluate.measure_served import KERNEL, RECORD, cause
+from halfbyte.evaluate.worker import WorkerError
 from tests.command_line import ROOT, fails
 from tests.targets.plans import PLAN, plan_for
 
@@ -209,6 +210,14 @@ def test_the_rows_of_a_prompt(shapes):
 def test_an_engine_that_computes_other_rows_is_an_error():
     with pytest.raises(RuntimeError, match=r"got rows \[1, 5\]"):
         prompt_rows([torch.zeros(1, 3), torch.zeros(5, 3)], 8)
+
+
+def test_an_error_of_another_process_is_told_in_its_own_words():
+    """With several GPUs the process that we wait for knows only that one of its own has failed."""
+    said = "(Worker_TP1 pid=7) ERROR 11-26 ValueError: no kernel for sm75\nRuntimeError: failed, see root cause above"
+    error = WorkerError("Engine core initialization failed. See root cause above.", said)
+    assert cause(error) == "ValueError: no kernel for sm75"
+    assert cause(WorkerError("out of memory", said)) == "out of memory"
 
 
 def test_what_an_engine_says():

@@ -206,11 +206,11 @@ def run_job(job: Job, python: str) -> tuple[dict[str, Any], tuple[str, ...]]:
         try:
             result, said = run_command([python, str(Path(serve_worker.__file__)), str(path)], where=job.folder)
         except WorkerError as error:
-            raise HalfbyteError(f"{job.folder}: vLLM does not run it, got {_cause(error)}") from error
+            raise HalfbyteError(f"{job.folder}: vLLM does not run it, got {cause(error)}") from error
     return result, tuple(dict.fromkeys(KERNEL.findall(said)))
 
 
-def _cause(error: WorkerError) -> str:
+def cause(error: WorkerError) -> str:
     """The engine's own words; where it only says that another process failed, those of that process."""
     if ELSEWHERE not in error.text:
         return error.text[:300]

@@ -42,7 +42,7 @@ SMOOTH = replace(PLAIN, transforms=("smooth",))
 ONLINE = replace(PLAIN, transforms=("smooth", "online"))
 LEARNED = replace(ONLINE, transforms=("smooth", "online", "learned"), weights="gptq", clip=True)
 FOLDED = replace(LEARNED, transforms=("smooth", "r1", "r2"))
-SERVED = replace(TARGETS["vllm"].recipe, weights="gptq")
+ADA, HOPPER = (TARGETS["vllm"].on(name) for name in ("ada", "hopper"))
 RECIPES: dict[str, tuple[str, Recipe]] = {
     "plain": ("plain rounding", PLAIN),
     "smoothquant": ("SmoothQuant 0.5", replace(SMOOTH, alpha=0.5)),
@@ -57,9 +57,8 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "r1r2": ("R1 + R2 folded + GPTQ", FOLDED),
     "r1r2r4": ("R1 + R2 folded, R4 + GPTQ", replace(FOLDED, transforms=("smooth", "r1", "r2", "r4"))),
     "gguf": ("default of gguf", replace(FOLDED, scale_bits=8)),  # from here on transforms are the targets' defaults
-    "vllm": ("default of vllm, symmetric", SERVED),
-    "vllm-asymmetric": ("the same, asymmetric, with A4 ranges", replace(SERVED, symmetric=False, clip=True)),
-    "vllm-r4": ("default of vllm, symmetric, R4", SERVED),
+    "ada": ("vllm on Turing to Ada: integers in groups", replace(ADA.recipe, weights="gptq")),
+    "hopper": ("vllm on Hopper: A8 is fp8", replace(HOPPER.recipe, weights="gptq")),
 }
 COLUMNS = ("W4A16", "W4A8", "mixed", "W4A4")
 
@@ -68,7 +67,9 @@ def options_of() -> argparse.Namespace:
     """The command line."""
     parser = arguments(__doc__)
     parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=list(RECIPES), metavar="NAME")
-    parser.add_argument("--budget", type=float, default=0.75, help="of the mixed column")
+    parser.add_argument(
+        "--budget", type=float, default=0.75, help="of the mixed column, where the recipe is of no target"
+    )
     parser.add_argument("--calib_tokens", type=int, default=32768)
     parser.add_argument("--search_tokens", type=int, default=2048)
     parser.add_argument("--ctx", type=int, default=512)
@@ -106,10 +107,9 @@ class Bench:
     def row(self, name: str) -> Row:
         """Prepare with one recipe and score the four columns."""
         label, recipe = RECIPES[name]
-        target = name.partition("-")[0]
-        if target in ("gguf", "vllm"):
-            asked = SearchOptions(target=target, online_transforms=name.endswith("-r4"))
-            recipe = replace(recipe, transforms=TARGETS[target].transforms(asked, tied=self.tied))
+        target = {"gguf": TARGETS["gguf"], "ada": ADA, "hopper": HOPPER}.get(name)
+        if target is not None:
+            recipe = replace(recipe, transforms=target.transforms(SearchOptions(), tied=self.tied))
             label += f" ({', '.join(recipe.transforms)})"
         source = load_model(self.options.model, self.options.text).source
         norm = source.model.get_parameter(f"{source.family.final_norm}.weight").to(self.device).clone()
@@ -121,12 +121,17 @@ class Bench:
         source.model.to(self.device)
         layers = list(made.layers)
         widths = {"W4A16": None, "W4A8": 8, "W4A4": 4}
-        qualities = {column: self._score(source, dict.fromkeys(layers, bits)) for column, bits in widths.items()}
-        qualities["mixed"] = self._score(source, self._mixed(source, norm if "r1" in recipe.transforms else None))
-        columns = {column: asdict(qualities[column]) for column in COLUMNS}
+        there = {column: bits for column, bits in widths.items() if bits is None or bits in recipe.a_bits}
+        qualities = {column: self._score(source, dict.fromkeys(layers, bits)) for column, bits in there.items()}
+        budget = self.options.budget if target is None else target.default_budget
+        mixed = self._mixed(source, norm if "r1" in recipe.transforms else None, budget, recipe.a_bits)
+        qualities["mixed"] = self._score(source, mixed)
+        columns = {column: asdict(quality) for column, quality in qualities.items()}
         return {"name": name, "recipe": label, "seconds": seconds, "settings": asdict(recipe), **columns}
 
-    def _mixed(self, source: SourceModel, rotated_norm: torch.Tensor | None) -> dict[str, int | None]:
+    def _mixed(
+        self, source: SourceModel, rotated_norm: torch.Tensor | None, budget: float, a_bits: tuple[int, ...]
+    ) -> dict[str, int | None]:
         """The knapsack over the KL of single units: layer -> activation bits.
 
         Args:
@@ -134,11 +139,12 @@ class Bench:
         """
         answers = self.reference if rotated_norm is None else self.reference.for_rotated(rotated_norm)
         units = units_of(layers_of(source.model, source.family), source.family, "fused")
-        evaluator = KLEvaluator(source.model, source.family, units, self.search, answers)
-        base = evaluator.score((1,) * len(units))
-        gains = [loss - base for loss in evaluator.one_at_a_time(1, 0)]
-        chosen = activation_problem([unit.macs for unit in units], self.options.budget, gains).knapsack()
-        widths = [evaluator.a_bits[gene] for gene in chosen]
+        menus = [a_bits] * len(units)
+        evaluator = KLEvaluator(source.model, source.family, units, self.search, answers, menus)
+        base = evaluator.score(evaluator.last_formats)
+        gains = [loss - base for loss in evaluator.one_at_a_time()]
+        chosen = activation_problem([unit.macs for unit in units], budget, gains, menus).knapsack()
+        widths = [a_bits[gene] for gene in chosen]
         return {layer.name: bits for unit, bits in zip(units, widths, strict=True) for layer in unit.layers}
 
     def _score(self, source: SourceModel, bits: dict[str, int | None]) -> Quality:
@@ -153,15 +159,18 @@ def table(rows: Sequence[Row]) -> str:
         [
             row["recipe"],
             f"{row['seconds']:.0f} s",
-            *(
-                f"{significant(row[column]['kld_mean'])}, {100 * row[column]['top1_agreement']:.1f}%, "
-                f"{significant(row[column]['ppl'], 4)}"
-                for column in COLUMNS
-            ),
+            *(_cell(row.get(column)) for column in COLUMNS),
         ]
         for row in rows
     ]
     return markdown_table(headers, cells)
+
+
+def _cell(quality: dict[str, float] | None) -> str:
+    if quality is None:
+        return "—"
+    shares = f"{significant(quality['kld_mean'])}, {100 * quality['top1_agreement']:.1f}%"
+    return f"{shares}, {significant(quality['ppl'], 4)}"
 
 
 def main() -> int:
@@ -175,7 +184,9 @@ def main() -> int:
         for name in (name for name in options.recipes if name not in there):
             row = bench.row(name)
             rows.add(row)
-            scores = "  ".join(f"{column} {significant(row[column]['kld_mean'])}" for column in COLUMNS)
+            scores = "  ".join(
+                f"{column} {significant(row[column]['kld_mean'])}" for column in COLUMNS if column in row
+            )
             print(f"{row['recipe']}: {row['seconds']:.0f} s  {scores}", flush=True)
     text = bench.made_by["text"]["name"]
     print(f"\n{options.model}, {bench.made_by['device']}, {text}, original ppl {bench.original.ppl:.3f}\n")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 from pathlib import Path
-
-from serve_env import virtual_environment
 
 PINS = {"torch": "2.13.0", "llmcompressor": "0.14.0.1", "compressed-tensors": "0.19.0", "transformers": "5.17.0"}
 ASK = "import sys; from importlib.metadata import version; print(*(version(name) for name in sys.argv[1:]))"
@@ -26,6 +26,16 @@ def peer_python(folder: Path) -> Path:
         pins = [f"{name}=={version}" for name, version in PINS.items()]
         if subprocess.call([str(python), "-m", "pip", "install", "--quiet", *pins]):
             raise SystemExit(f"pip could not install {' '.join(pins)} into {folder}")
+    return python
+
+
+def virtual_environment(folder: Path) -> Path:
+    """The Python of a virtual environment in ``folder``, which is made if it is not there."""
+    folder = folder.absolute()
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        (folder / ".gitignore").write_text("*\n", encoding="utf-8")
     return python
 
 

@@ -42,7 +42,7 @@ DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/results.md", "docs/hardware.m
 Rows = list[dict[str, Any]]
 MadeBy = dict[str, Any]
 
-SHORT_RECIPES = ("plain", "smooth", "online", "gptq", "clip", "sim", "gguf", "vllm")
+SHORT_RECIPES = ("plain", "smooth", "online", "gptq", "clip", "sim", "gguf", "ada", "hopper")
 SHORT_METHODS = ("rule", "Fisher knapsack", "KL knapsack", "KL + Fisher knapsack", "best start", "genetic", "search")
 HEADLINE_TYPE = "Q4_K_M"
 HEADLINE = {
@@ -107,11 +107,15 @@ def simulation(rows: Rows) -> str:
     return markdown_table(["simulation", "mean A bits", "ppl", "KL", "KL 99%", "top-1"], table)
 
 
+def _kl(quality: dict[str, Any] | None) -> str:
+    return "—" if quality is None else significant(quality["kld_mean"])
+
+
 def accuracy_short(rows: Rows) -> str:
     """KL alone, of the recipes that the README shows."""
     headers = ["recipe", *(f"{column}: KL" for column in accuracy.COLUMNS)]
     table = [
-        [row["recipe"], *(significant(row[column]["kld_mean"]) for column in accuracy.COLUMNS)]
+        [row["recipe"], *(_kl(row.get(column)) for column in accuracy.COLUMNS)]
         for row in rows
         if row["name"] in SHORT_RECIPES
     ]

@@ -33,7 +33,7 @@ from common import Row, Rows, arguments, load_model, parse, run
 
 from halfbyte.core.environment import device_name, resolve_device, resolve_dtype
 from halfbyte.menus import Model, Setting
-from halfbyte.menus.activations import A_BITS, ActivationMenu
+from halfbyte.menus.activations import ActivationMenu
 from halfbyte.models.estimate import with_tokens
 from halfbyte.options import SearchOptions
 from halfbyte.report.tables import Cell, markdown_table
@@ -130,7 +130,7 @@ class Bench:
         there = rows.to(known.projected.device)
         answers = Reference(known.projected[there], known.negentropy[there])
         model = self.source.model
-        return KLEvaluator(model, self.source.family, self.menu.units, self.windows[part][rows], answers, A_BITS)
+        return KLEvaluator(model, self.source.family, self.menu.units, self.windows[part][rows], answers)
 
     def draw(self, seed: int) -> None:
         """Give the menu windows and losses of single units of its own for one repeat."""
@@ -142,7 +142,7 @@ class Bench:
         """Method -> its genome, and its share of tokens, for one repeat at one budget."""
         menu, options = self.menu, self.options
         macs = [unit.macs for unit in menu.units]
-        menu.problem = activation_problem(macs, budget, self.gains, A_BITS)
+        menu.problem = activation_problem(macs, budget, self.gains)
         starts = menu.starts(menu.problem)
         errors = menu._table_gains("mse")
         of_units = len(menu.units) / 2 / options.evaluations

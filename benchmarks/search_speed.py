@@ -33,7 +33,6 @@ from transformers import AutoModelForCausalLM
 
 from halfbyte.core.distributed import joined, processes
 from halfbyte.core.environment import device_name, peak_memory
-from halfbyte.menus.activations import A_BITS
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.layers import layers_of, units_of
 from halfbyte.quant.int4 import PackedWeight
@@ -127,14 +126,14 @@ class Menu(Searchable):
 
     def set_gains(self, gains: list[float]) -> None:
         """What each unit gains by A8 alone."""
-        self.problem = activation_problem([unit.macs for unit in self.on_search_text.units], 0.75, gains, A_BITS)
+        self.problem = activation_problem([unit.macs for unit in self.on_search_text.units], 0.75, gains)
 
     def starts(self, problem: Problem) -> dict[str, Genome]:
         return {"KL knapsack": problem.knapsack()}
 
     def choice(self, genome: Genome) -> dict[str, int | str]:
         units = self.on_search_text.units
-        return {unit.name: A_BITS[gene] for unit, gene in zip(units, genome, strict=True)}
+        return {unit.name: (4, 8)[gene] for unit, gene in zip(units, genome, strict=True)}
 
 
 def measure(
@@ -152,7 +151,7 @@ def measure(
     answers = known or reference(model, family, tokens, device=device)
 
     def evaluator() -> KLEvaluator:
-        return KLEvaluator(model, family, units, tokens, answers, A_BITS)
+        return KLEvaluator(model, family, units, tokens, answers)
 
     menu, size = Menu(evaluator()), processes().size
     rng = np.random.default_rng(0)
@@ -181,7 +180,7 @@ def search(options: argparse.Namespace, menu: Menu, device: torch.device) -> Row
 
     def alone() -> None:
         base = evaluator.score((1,) * len(evaluator.units))
-        gains.extend(loss - base for loss in evaluator.one_at_a_time(1, 0))
+        gains.extend(loss - base for loss in evaluator.one_at_a_time())
 
     sensitivity = timed(device, alone)
     menu.set_gains(gains)

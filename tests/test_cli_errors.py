@@ -56,7 +56,7 @@ def test_ctrl_c_is_one_line(tiny_folder, here):
 def test_bad_values(tiny_folder, here, capsys):
     folder = str(tiny_folder("qwen2"))
     for arguments, match in [
-        (["--target_compression", "0.4"], "budget is out of range, expected 0.5 (all A4) to 1.0 (all A8), got 0.4"),
+        (["--target_compression", "0.4"], "budget is out of range, expected 0.5 (all A4) to 1 (all A8), got 0.4"),
         (["--target_compression", "1.01"], "budget is out of range"),
         (["--output", "plan.yaml"], "unknown plan format"),
         (["--transforms", "rotated"], "unknown transform"),

@@ -37,8 +37,6 @@ TIER = {name: index for index, names in enumerate(TIERS) for name in names}
 UPWARD = {
     ("options", "transforms"): "names of the transforms, for --help",
     ("evaluate.measure_original", "targets"): "the original is written as a GGUF file before its speed is measured",
-    ("report.model_card", "targets"): "which GPUs run a folder is a rule of its target",
-    ("report.served", "targets"): "the table of such rules",
 }
 ROOT = {"__init__", "__main__", "api", "arguments", "cli", "options", "pipeline", "plan", "workdir"}
 NUMBERS = ("problem", "genetic", "validate", "run")  # the search itself

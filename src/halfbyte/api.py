@@ -135,14 +135,16 @@ def evaluate(
     *,
     plan: Quantized | str | Path | None = None,
     gguf: str | Path | None = None,
+    served: str | Path | None = None,
     **options: Any,
 ) -> Evaluation:
-    """Perplexity of a plan, a GGUF file or the model itself, and its KL (nats per token) and top-1 against the model.
+    """Perplexity of a plan, file, folder or the model itself, and its KL (nats per token) and top-1 against the model.
 
     Args:
         model_id: the reference.
         plan: evaluate this plan, simulated in PyTorch.
         gguf: or this file, in llama.cpp.
+        served: or this folder, in vLLM.
         options: further fields of :class:`halfbyte.options.EvalOptions`, such as ``text``, ``ctx``, ``chunks``.
 
     Raises:
@@ -151,7 +153,7 @@ def evaluate(
     from halfbyte.evaluate.evaluate import evaluate as run
 
     given = {"model_id": model_id, "config": None if plan is None else _path(plan)}
-    return run(options_of(EvalOptions, {**given, "gguf": gguf, **options}, where="evaluate"))
+    return run(options_of(EvalOptions, {**given, "gguf": gguf, "served": served, **options}, where="evaluate"))
 
 
 def compare(plan: Quantized | str | Path | None = None, **options: Any) -> Comparison:

@@ -128,7 +128,7 @@ def simulate(options: SimulateOptions, draw: Drawing) -> Answer:
 
 
 def evaluate(options: EvalOptions, draw: Drawing) -> Answer:
-    """Perplexity, KL and top-1 of a model, plan or GGUF file on any text."""
+    """Perplexity, KL and top-1 of a model, plan, GGUF file or served folder on any text."""
     from halfbyte.evaluate.evaluate import evaluate as run
     from halfbyte.report.summary import evaluation_summary
 

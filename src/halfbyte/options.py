@@ -13,6 +13,7 @@ from halfbyte.core.registry import known_names
 DEFAULT_MODEL = "Qwen/Qwen2.5-7B-Instruct"
 DEFAULT_PLAN = "mixed_precision_config.pt"
 DEFAULT_PROMPT = "Explain in a few sentences what a binary search does."
+SERVE_PYTHON = "the Python that has vLLM; default: this one, else $HALFBYTE_SERVE_PYTHON"
 TOP_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 
@@ -230,12 +231,19 @@ class CompareOptions(ScoreOptions):
     skip_original: bool = option(False, "leave the original out: no download, no KL, no speed-up")
     q4km_path: str | None = option(None, "Q4_K_M file; default models/<Model>-Q4_K_M.gguf", metavar="P")
     mixed_path: str | None = option(None, "our file; default models/<model>-mixed.gguf", metavar="P")
+    served: str | None = option(
+        None,
+        "folders to measure in vLLM, comma separated: ours, and beside it for instance the original and a W4A16 folder",
+        metavar="DIR",
+    )
     model_id: str | None = option(
         None, f"the original; default: the plan's model, else {DEFAULT_MODEL}", MODEL, metavar="M"
     )
     prompt: str = option(DEFAULT_PROMPT, "prompt of the sample text", TEXT, metavar="TEXT")
     engine: str = option("xllamacpp", "llama.cpp binding", ENGINE, choices=_engines)
     threads: int = option(0, "CPU threads; 0 is one per core", ENGINE, metavar="N")
+    serve_python: str | None = option(None, SERVE_PYTHON, ENGINE, metavar="PYTHON")
+    tensor_parallel: int = option(1, "GPUs that share every layer in vLLM", ENGINE, metavar="N")
 
 
 @dataclass(frozen=True)
@@ -260,8 +268,11 @@ class EvalOptions(ScoreOptions):
     )
     config: str | None = option(None, "evaluate this plan (simulation)", metavar="C")
     gguf: str | None = option(None, "evaluate this file in llama.cpp", metavar="G")
+    served: str | None = option(None, "evaluate this folder in vLLM", metavar="DIR")
     engine: str = option("xllamacpp", "llama.cpp binding", ENGINE, choices=_engines)
     threads: int = option(0, "CPU threads for llama.cpp; 0 is one per core", ENGINE, metavar="N")
+    serve_python: str | None = option(None, SERVE_PYTHON, ENGINE, metavar="PYTHON")
+    tensor_parallel: int = option(1, "GPUs that share every layer in vLLM", ENGINE, metavar="N")
 
 
 @dataclass(frozen=True)

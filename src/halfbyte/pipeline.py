@@ -15,7 +15,7 @@ import torch
 
 from halfbyte.calibration.text import Text, cut, load_text, write_with
 from halfbyte.core.distributed import processes
-from halfbyte.core.environment import peak_memory, resolve_device, resolve_dtype
+from halfbyte.core.environment import device_name, peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, remove_leftovers
 from halfbyte.core.progress import report
@@ -107,7 +107,7 @@ def search(options: SearchOptions) -> SearchResult:
             weights=weights_of(options),
             text=text.record(),
             seed=options.seed,
-            versions=made_with(source),
+            versions={**made_with(source), "device": device_name(device)},  # the model itself is not there yet
         )
         del source  # each menu changes the model that it gets; only one is in memory at a time
         found: dict[str, Found] = {}

@@ -167,3 +167,10 @@ def test_a_mapped_model_is_rotated_and_its_file_is_not(tiny_folder, family, pack
         prepare_(source, IDS, recipe, device=CPU, packed=packed)
     assert torch.equal(logits(mapped.model), logits(copied.model))
     assert sha256(folder / "model.safetensors") == before
+
+
+def test_the_demo_is_the_same_model_in_every_dtype():
+    """Its channels are rescaled in fp32 whatever it is loaded in."""
+    found = [load(find("demo"), device=torch.device("cpu"), dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    assert found[0].fingerprint == found[1].fingerprint
+    assert found[0].dtype == torch.bfloat16

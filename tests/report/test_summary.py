@@ -52,7 +52,7 @@ def said(**menus: Found) -> str:
 
 def test_both_menus_of_a_search():
     text = said(activations=found(), types=found())
-    assert "1 of 2 layers A8, mean activation bits 6.00 (budget 6.40)" in text
+    assert "1 layers A4, 1 layers A8, mean activation bits 6.00 (budget 6.40)" in text
     assert "1.5 MB of 2.0 MB for 3 matrices: 2 Q4_K, 1 Q6_K" in text
     assert text.count("genetic search; 2 of 5 finalists are ties on the validation text (noise floor 0.001)") == 2
     assert "2 layers: group 64: 128 does not divide 576" in text

@@ -12,7 +12,7 @@ from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.models.layers import layers_of, units_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import prepare_
-from halfbyte.quant import quant_linear
+from halfbyte.quant.arithmetics import per_token
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_
 from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.search.evaluator import KLEvaluator
@@ -20,7 +20,6 @@ from halfbyte.search.reference import reference
 from tests.tiny_models import FAMILIES
 
 ALL = ("smooth", "r1", "r2", "online", "learned")
-A_BITS = (4, 8)
 A4, A8 = range(2)  # a gene is the index of a format
 
 
@@ -35,7 +34,7 @@ def quantised(tiny, family, granularity="fused", rows=None):
     for layer in layers:
         weight = round_to_nearest(source.model.get_submodule(layer.name).weight, 32)
         replace_linear_(source.model, layer.name, weight, shared, scheme)
-    evaluator = KLEvaluator(source.model, source.family, units, tokens, known, A_BITS, rows=rows)
+    evaluator = KLEvaluator(source.model, source.family, units, tokens, known, rows=rows)
     return source, tokens, expected, units, evaluator
 
 
@@ -121,7 +120,7 @@ def test_a_model_has_no_distance_to_itself(tiny, dtype):
 
 def test_one_at_a_time_equals_whole_evaluations(tiny):
     _, _, _, units, evaluator = quantised(tiny, "llama")
-    quick = list(evaluator.one_at_a_time(A8, A4))
+    quick = list(evaluator.one_at_a_time())
     assert evaluator.tokens_run == 3 * 24 * len(units) * 3 / 4  # two blocks: half of the genomes start at the second
     _, _, _, _, fresh = quantised(tiny, "llama")
     for index, score in enumerate(quick):
@@ -132,12 +131,12 @@ def test_one_at_a_time_equals_whole_evaluations(tiny):
 
 def test_shared_input_is_quantised_once(tiny, monkeypatch):
     _, _, _, units, evaluator = quantised(tiny, "llama")
-    calls, real = [], quant_linear.fake_quantise_rows
+    calls, real = [], per_token.fake_quantise_rows
 
     def counted(x, bits, **more):
         calls.append(bits)
         return real(x, bits, **more)
 
-    monkeypatch.setattr(quant_linear, "fake_quantise_rows", counted)
+    monkeypatch.setattr(per_token, "fake_quantise_rows", counted)
     evaluator.score((A8,) * len(units))
     assert len(calls) == 3 * len(units)  # three windows, one quantisation per unit

@@ -32,9 +32,9 @@ def test_units_take_the_largest_ratio_and_the_sum_of_errors(tiny):
     assert unit_ratios(units, rows)[0] == 3.0
     q, k, v = layers[:3]
     table = unit_errors(units, rows, "fisher")[0]
-    assert table[4] == 2.0 * (q.out_features * 1 + k.out_features * 2 + v.out_features * 3)
+    assert table[0] == 2.0 * (q.out_features * 1 + k.out_features * 2 + v.out_features * 3)
     table = unit_errors(units, rows, "mse")[0]
-    assert table[8] == pytest.approx((q.macs + k.macs + v.macs) / sum(layer.macs for layer in layers))
+    assert table[1] == pytest.approx((q.macs + k.macs + v.macs) / sum(layer.macs for layer in layers))
 
 
 def test_gradient_power_predicts_the_loss(tiny):
@@ -69,10 +69,15 @@ def test_an_activation_budget_that_is_no_binary_fraction_is_met_exactly():
 
 
 def test_activation_costs_are_bits_and_negative_gains_count_as_nothing():
-    problem = activation_problem([3, 5], 1.5, [-1.0, 2.0], bits=(8, 16))
+    problem = activation_problem([3, 5], 1.5, [-1.0, 2.0], [(8, 16)] * 2)
     assert problem.costs == ((24, 48), (40, 80))
     assert problem.losses == ((0.0, 0.0), (2.0, 0.0))
     assert problem.budget == 96
+    single = activation_problem([3, 5], 1.7, [1.0, 2.0], [(8, 16), (16,)])
+    assert (single.costs, single.losses) == (((24, 48), (80,)), ((1.0, 0.0), (0.0,)))
+    said = r"expected 1.625 \(as far as the shapes allow\) to 2 \(all A16\), got 1.5"
+    with pytest.raises(HalfbyteError, match=said):
+        activation_problem([3, 5], 1.5, [1.0, 2.0], [(8, 16), (16,)])
 
 
 @pytest.mark.parametrize("budget", [0.49, 1.01, math.nan])

@@ -10,13 +10,17 @@ from halfbyte.targets import TARGETS
 from halfbyte.transforms import TRANSFORMS
 
 
-def expand(names, target, *, tied, online=False):
-    options = SearchOptions(target=target, transforms=names, online_transforms=online)
-    return TARGETS[target].transforms(options, tied=tied)
+def target_of(name):
+    """A target, or one for vLLM by its GPU."""
+    return TARGETS[name] if name in TARGETS else TARGETS["vllm"].on(name)
+
+
+def expand(names, target, *, tied):
+    return target_of(target).transforms(SearchOptions(transforms=names), tied=tied)
 
 
 def recipe_for(target, **options):
-    return TARGETS[target].recipe_for(SearchOptions(target=target, **options))
+    return target_of(target).recipe_for(SearchOptions(**options))
 
 
 @pytest.mark.parametrize(
@@ -31,8 +35,9 @@ def recipe_for(target, **options):
         ("r1", "gguf", True, ("r1",)),  # by its own name also where it costs a second vocabulary matrix
         ("r2, smooth ,r2", "gguf", False, ("smooth", "r2")),  # in the order in which they are done, once
         ("r4,r2", "sim", False, ("r2", "r4")),
-        ("auto", "vllm", False, ("smooth", "r1", "r2")),
-        ("auto", "vllm", True, ("smooth", "r2")),
+        ("auto", "hopper", False, ("smooth", "r1", "r2")),
+        ("auto", "hopper", True, ("smooth", "r2")),
+        ("auto", "ada", True, ("smooth", "online")),
     ],
 )
 def test_expand(names, target, tied, expected):
@@ -46,14 +51,13 @@ def test_what_llamacpp_cannot_run_is_refused_with_what_it_can(name):
     assert expand(name, "sim", tied=False) == (name,)
 
 
-def test_vllm_rotates_at_run_time_on_request():
-    for names, expected in [("auto", ("smooth", "r2", "r4")), ("none", ("r4",)), ("r4,smooth", ("smooth", "r4"))]:
-        assert expand(names, "vllm", tied=True, online=True) == expected
-    with pytest.raises(HalfbyteError, match=r"on request only.*got r4; ask for it with --online_transforms"):
-        expand("smooth,r4", "vllm", tied=True)
-    for name in ("online", "learned"):
+def test_what_vllm_rotates_at_run_time_depends_on_the_gpu():
+    assert expand("online", "turing", tied=True) == ("online",)
+    for name in ("r4", "learned"):
         with pytest.raises(HalfbyteError, match=f"vllm cannot run this transform.*got {name}"):
-            expand(name, "vllm", tied=True, online=True)
+            expand(name, "ada", tied=True)
+    with pytest.raises(HalfbyteError, match=r"vllm cannot run this transform.*got online"):
+        expand("online", "hopper", tied=True)
 
 
 def test_unknown_names_are_refused_with_the_known_ones():
@@ -75,8 +79,9 @@ def test_the_target_decides_which_activations_count():
     assert recipe_for("sim", symmetric=True).symmetric
 
 
-def test_vllm_gets_what_compressed_tensors_can_say():
-    made = recipe_for("vllm")
-    assert (made.symmetric, made.clip, made.scale_bits) == (True, False, 4)
-    assert (made.scale_rule.bf16, made.scale_rule.signed) == (True, False)
-    assert made.block_rotations
+def test_vllm_gets_what_its_kernels_compute():
+    ada, hopper = recipe_for("sm89"), recipe_for("sm90")
+    assert (ada.a_bits, ada.arithmetic, ada.rotation_block, ada.input_groups) == ((4, 8), "humming", 512, True)
+    assert (hopper.a_bits, hopper.arithmetic, hopper.scale_bits, hopper.stream_bits) == ((8, 16), "cutlass", 8, 8)
+    assert ada.scale_rule.bf16
+    assert hopper.scale_rule.bf16

@@ -1,4 +1,4 @@
-"""Original, Q4_K_M and mixed, measured one after the other, each in a process of its own."""
+"""Original, Q4_K_M, mixed and folders in vLLM, measured one after the other, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import download_command, f16_gguf, mixed_gguf, q4km_gguf
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
-from halfbyte.evaluate.quality import LogitsFile, Quality, evaluation_text, measure, scratch_folder
+from halfbyte.evaluate.measure_served import ServedRequest, check_folder, measure_served, serve_python
+from halfbyte.evaluate.quality import LogitsFile, Quality, evaluation_text, measure, scratch_folder, windows_of
 from halfbyte.evaluate.worker import Measured, OriginalRequest, Request, measure_apart
 from halfbyte.models.gguf_file import halfbyte_keys
+from halfbyte.models.loading import load_tokenizer
 from halfbyte.options import DEFAULT_MODEL, CompareOptions
 from halfbyte.plan import Plan, load_plan
 
@@ -104,7 +106,7 @@ def compare(options: CompareOptions) -> Comparison:
     Raises:
         HalfbyteError: nothing could be measured.
     """
-    for flag in ("ctx", "chunks", "max_tokens"):
+    for flag in ("ctx", "chunks", "max_tokens", "tensor_parallel"):
         if getattr(options, flag) < 1:
             raise HalfbyteError(f"--{flag}: must be positive, got {getattr(options, flag)}")
     plan = _plan_at_hand(options)
@@ -173,6 +175,9 @@ class _Runs:
         how_to_make = f"make it with: python export_gguf_official.py --output {mixed}"
         row = self._compared(self._gguf(MIXED, mixed, how_to_make))
         yield replace(row, note=self._other_plan(mixed) if row.measured else "")
+        for folder in (self.options.served or "").split(","):
+            if folder:
+                yield self._served(folder)
 
     def _original(self, f16: Path) -> CompareRow:
         request = OriginalRequest(
@@ -205,6 +210,36 @@ class _Runs:
         if not path.exists():
             return CompareRow(name, str(path), missing=f"no file {path}; {how_to_get}")
         return _measured_row(name, Request(**self._shared(name, str(path))))
+
+    def _served(self, folder: str) -> CompareRow:
+        """A folder in vLLM, on the reference's tokens where there is one."""
+        name = f"vLLM: {Path(folder).resolve().name}"
+        options = self.options
+        try:
+            check_folder(folder)
+            python = serve_python(options.serve_python)
+            request = ServedRequest(
+                folder=folder,
+                stage=name,
+                python=python,
+                windows=self.reference.windows if self.reference else self._windows(folder),
+                ctx=options.ctx,
+                logits_file=str(self.folder / "served.logits"),
+                tensor_parallel=options.tensor_parallel,
+                trust_remote_code=options.trust_remote_code,
+                prompt=options.prompt,
+                max_tokens=options.max_tokens,
+            )
+            measured = measure_served(request)
+        except HalfbyteError as error:
+            return CompareRow(name, folder, missing=str(error))
+        row = CompareRow(name, folder, measured.engine, measured, note="; ".join(measured.kernels))
+        return self._with_quality(row, measured)  # no speed-up: over llama.cpp, often on another device
+
+    def _windows(self, folder: str) -> list[list[int]]:
+        text = self.text_file.read_text(encoding="utf-8")
+        tokenizer = load_tokenizer(folder, where=folder)
+        return windows_of(tokenizer, text, self.options.ctx, self.options.chunks, where=self.text_name)
 
     def _shared(self, name: str, path: str) -> dict[str, Any]:
         """What all requests have."""

@@ -1,4 +1,4 @@
-"""``halfbyte eval``: one ruler for any model, plan, GGUF file and text."""
+"""``halfbyte eval``: one ruler for any model, plan, GGUF file, served folder and text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ from halfbyte.core.environment import cores, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import sha256
 from halfbyte.core.progress import report
+from halfbyte.evaluate.measure_served import (
+    ServedRequest,
+    check_folder,
+    check_same_shape,
+    measure_served,
+    record_of,
+    serve_python,
+)
 from halfbyte.evaluate.quality import (
     LogitsFile,
     Quality,
@@ -20,11 +28,12 @@ from halfbyte.evaluate.quality import (
     model_logits,
     scratch_folder,
     windows_for,
+    windows_of,
 )
 from halfbyte.evaluate.worker import Measured, Request, measure_apart
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.gguf_file import halfbyte_keys
-from halfbyte.models.loading import SourceModel, find, load, made_with
+from halfbyte.models.loading import SourceModel, find, load, load_tokenizer, made_with
 from halfbyte.models.modules import vocabulary
 from halfbyte.options import DEFAULT_MODEL, EvalOptions
 from halfbyte.plan import Plan, codes_path, load_codes, load_plan
@@ -39,7 +48,7 @@ class Evaluation:
     Attributes:
         quality: perplexity, and KL and top-1 against the model (None where that is what was measured).
         model, fingerprint: the reference.
-        evaluated: the plan, the GGUF file, or the model itself.
+        evaluated: the plan, the GGUF file, the folder, or the model itself.
         engine: what ran it.
         plan: hash of the plan; None without one.
         gguf_sha256: digest of the file; None without one.
@@ -47,6 +56,7 @@ class Evaluation:
         versions: packages, device and number format.
         cores: CPU cores of this machine that could be used.
         tokenizers_agree: llama.cpp splits the text as the tokenizer does; None where it was not asked.
+        kernels: what vLLM said about the kernels that it chose.
     """
 
     quality: Quality
@@ -62,6 +72,7 @@ class Evaluation:
     versions: dict[str, str]
     cores: int
     tokenizers_agree: bool | None
+    kernels: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, the numbers on the same level as the rest."""
@@ -77,40 +88,41 @@ class _Scored:
     windows: int
     engine: str
     tokenizers_agree: bool | None = None
+    kernels: tuple[str, ...] = ()
 
 
 def evaluate(options: EvalOptions) -> Evaluation:
-    """Perplexity of a plan, a GGUF file or the model itself, and its KL and top-1 against the model.
+    """Perplexity of a plan, a GGUF file, a served folder or the model itself, and its KL and top-1 against the model.
 
     Raises:
         HalfbyteError: anything the user can put right.
     """
-    if options.config and options.gguf:
-        raise HalfbyteError("--config, --gguf: one at a time, expected a plan or a GGUF file, not both")
-    if options.gguf and not Path(options.gguf).is_file():
-        raise HalfbyteError(f"{options.gguf}: no such file, expected a GGUF file")
+    _check(options)
     plan = load_plan(options.config) if options.config else None
-    keys = halfbyte_keys(options.gguf) if options.gguf else {}
-    searched = plan.text.get("search") if plan else keys.get("plan.text_search")
-    text_name, text = evaluation_text(options.text, searched)
+    known = _known(options, plan)
+    text_name, text = evaluation_text(options.text, known.text_search)
     model_id = options.model_id or (plan.model_id if plan else DEFAULT_MODEL)
     with scratch_folder() as name:
         folder = Path(name)
-        file = _in_llamacpp(options, folder, text_name, text) if options.gguf else None  # before torch takes memory
+        elsewhere: Measured | None = None  # another engine comes before torch takes memory
+        if options.gguf:
+            elsewhere = _in_llamacpp(options, folder, text_name, text)
+        elif options.served:
+            elsewhere = _in_vllm(options, options.served, model_id, folder, text_name, text)
         report("load model", 0, 1, model_id)
         source = _load(model_id, options)
         report("load model", 1, 1, model_id)
-        if file is not None:
-            scored = _score_file(options, source, file, text_name, text)
+        if elsewhere is not None:
+            scored = _score_elsewhere(options, source, elsewhere, text_name, text)
         else:
             scored = _score_model_(options, source, plan, folder, text_name, text)
     return Evaluation(
         quality=scored.quality,
         model=model_id,
         fingerprint=source.fingerprint,
-        evaluated=options.config or options.gguf or model_id,
+        evaluated=options.config or options.gguf or options.served or model_id,
         engine=scored.engine,
-        plan=plan.hash if plan else None,
+        plan=known.plan,
         gguf_sha256=sha256(options.gguf) if options.gguf else None,
         text=text_name,
         ctx=options.ctx,
@@ -118,7 +130,37 @@ def evaluate(options: EvalOptions) -> Evaluation:
         versions=made_with(source),
         cores=cores(),
         tokenizers_agree=scored.tokenizers_agree,
+        kernels=scored.kernels,
     )
+
+
+def _check(options: EvalOptions) -> None:
+    """Refuse, before any work, what cannot be evaluated."""
+    if sum(bool(what) for what in (options.config, options.gguf, options.served)) > 1:
+        raise HalfbyteError("--config, --gguf, --served: one at a time, expected a plan, a GGUF file or a folder")
+    if options.gguf and not Path(options.gguf).is_file():
+        raise HalfbyteError(f"{options.gguf}: no such file, expected a GGUF file")
+    if options.served:
+        check_folder(options.served)
+    if options.tensor_parallel < 1:
+        raise HalfbyteError(f"--tensor_parallel: must be positive, got {options.tensor_parallel}")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the plan behind what is evaluated: its hash, and the digest of its search text."""
+
+    plan: str | None
+    text_search: str | None
+
+
+def _known(options: EvalOptions, plan: Plan | None) -> _Known:
+    if plan is not None:
+        return _Known(plan.hash, plan.text.get("search"))
+    if options.gguf:
+        return _Known(None, halfbyte_keys(options.gguf).get("plan.text_search"))
+    record = record_of(options.served) if options.served else {}
+    return _Known(record.get("plan"), record.get("text_search"))
 
 
 def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, text: str) -> Measured:
@@ -138,19 +180,45 @@ def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, text: str) 
     return measure_apart(request)
 
 
-def _score_file(options: EvalOptions, source: SourceModel, file: Measured, text_name: str, text: str) -> _Scored:
-    """llama.cpp's answers against the model's, on llama.cpp's tokens."""
+def _in_vllm(options: EvalOptions, served: str, model_id: str, folder: Path, text_name: str, text: str) -> Measured:
+    """vLLM's answers on the tokens of the reference's tokenizer."""
+    python = serve_python(options.serve_python)
+    origin = find(model_id, trust_remote_code=options.trust_remote_code)
+    check_same_shape(served, origin.config, model_id)
+    tokenizer = load_tokenizer(origin.folder, trust_remote_code=options.trust_remote_code, where=model_id)
+    request = ServedRequest(
+        folder=served,
+        stage="vLLM",
+        python=python,
+        windows=windows_of(tokenizer, text, options.ctx, options.chunks, where=text_name),
+        ctx=options.ctx,
+        logits_file=str(folder / "served.logits"),
+        tensor_parallel=options.tensor_parallel,
+        trust_remote_code=options.trust_remote_code,
+    )
+    return measure_served(request)
+
+
+def _score_elsewhere(options: EvalOptions, source: SourceModel, other: Measured, text_name: str, text: str) -> _Scored:
+    """Another engine's answers against the model's, on that engine's tokens."""
     vocab = vocabulary(source.model, source.family)
-    if file.vocab != vocab:
+    what = options.gguf or options.served
+    if other.vocab != vocab:
         raise HalfbyteError(
-            f"{options.gguf}: the file is of another model, expected {vocab}, got {file.vocab} tokens in its "
-            "vocabulary",
+            f"{what}: it is of another model, expected {vocab}, got {other.vocab} tokens in its vocabulary",
             fix="pass its original with --model_id",
         )
-    ours = LogitsFile(Path(file.logits_file), vocab, scored_tokens(options.ctx))
-    quality = measure(file.windows, iter(ours), live(file.windows, model_logits(source.model), "reference"))
-    agree = file.windows == windows_for(source, text, options.ctx, options.chunks, where=text_name)
-    return _Scored(quality, len(file.windows), file.engine, agree)
+    if options.served and other.fingerprint not in (None, source.fingerprint):
+        raise HalfbyteError(
+            f"{what}: it was made from another model, expected {source.fingerprint}, got {other.fingerprint}",
+            fix="pass its original with --model_id",
+        )
+    ours = LogitsFile(Path(other.logits_file), vocab, scored_tokens(options.ctx))
+    quality = measure(other.windows, iter(ours), live(other.windows, model_logits(source.model), "reference"))
+    agree = None
+    if options.gguf:
+        agree = other.windows == windows_for(source, text, options.ctx, options.chunks, where=text_name)
+    return _Scored(quality, len(other.windows), other.engine, agree, other.kernels)
 
 
 def _score_model_(

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from halfbyte.calibration.text import SOURCES, first_scored, load_text, scored
 from halfbyte.core.errors import HalfbyteError
@@ -199,25 +200,31 @@ def evaluation_text(name: str, searched: str | None) -> tuple[str, str]:
 
 def windows_for(source: SourceModel, text: str, ctx: int, chunks: int, *, where: str) -> list[list[int]]:
     """Scored windows with the model's own tokenizer; BOS in front if the tokenizer adds one."""
-    with_special = source.tokenizer("a").input_ids
-    bos = source.tokenizer.bos_token_id
+    return windows_of(source.tokenizer, text, ctx, chunks, where=where)
+
+
+def windows_of(tokenizer: PreTrainedTokenizerBase, text: str, ctx: int, chunks: int, *, where: str) -> list[list[int]]:
+    """The same for a tokenizer alone."""
+    with_special = tokenizer("a").input_ids
+    bos = tokenizer.bos_token_id
     if not isinstance(bos, int) or with_special[:1] != [bos]:
         bos = None
-    ids = source.tokenizer(text, add_special_tokens=False).input_ids
+    ids = tokenizer(text, add_special_tokens=False).input_ids
     return scored(ids, ctx, chunks, bos=bos, where=where)
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Tokens of a prompt, in the model's chat format where it has one."""
+    if not tokenizer.chat_template:
+        return tokenizer(prompt).input_ids
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def sample_text(source: SourceModel, prompt: str, max_tokens: int) -> str:
     """A greedy answer to ``prompt``, in the model's chat format where it has one."""
     tokenizer: Any = source.tokenizer
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    ids = encoded["input_ids"].to(source.device)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=source.device)
     padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     with torch.no_grad():
         answer = source.model.generate(  # pyright: ignore[reportCallIssue]

@@ -11,14 +11,28 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import IO, Any
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.progress import listening, report
 
 CLEAN_UP_SECONDS = 10
+
+
+class WorkerError(HalfbyteError):
+    """A worker failed.
+
+    Attributes:
+        said: what it wrote on standard error.
+    """
+
+    def __init__(self, text: str, said: str) -> None:
+        super().__init__(text)
+        self.said = said
+
+
 Work = Callable[[dict[str, Any]], dict[str, Any]]
 
 
@@ -28,14 +42,32 @@ def run_worker(module: str, request: dict[str, Any]) -> dict[str, Any]:
     Raises:
         HalfbyteError: the worker's own error, or that it crashed.
     """
+    command = [sys.executable, "-m", module, json.dumps(request)]
+    return run_command(command, where=str(request.get("path")))[0]
+
+
+def run_command(command: Sequence[str], *, where: str) -> tuple[dict[str, Any], str]:
+    """Start a worker and wait for its result.
+
+    Args:
+        command: a process that answers with JSON lines.
+        where: what is measured, for messages.
+
+    Returns:
+        The result, and what the process said on standard error.
+
+    Raises:
+        WorkerError: the worker's own error, or that it crashed.
+    """
     result: dict[str, Any] | None = None
     with tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace") as noise:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(request)],
+            command,
             stdout=subprocess.PIPE,
             stderr=noise,
             text=True,
             encoding="utf-8",
+            errors="replace",
             env={**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUTF8": "1"},
         )
         assert process.stdout is not None
@@ -46,7 +78,7 @@ def run_worker(module: str, request: dict[str, Any]) -> dict[str, Any]:
                     report(**message["progress"])
                 elif "error" in message:
                     process.wait()
-                    raise HalfbyteError(message["error"])
+                    raise WorkerError(message["error"], _all_of(noise))
                 elif "result" in message:
                     result = message["result"]
             code = process.wait()
@@ -56,11 +88,16 @@ def run_worker(module: str, request: dict[str, Any]) -> dict[str, Any]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        said = _all_of(noise)
         if result is None:
-            noise.seek(0)
-            last = ([line for line in noise.read().splitlines() if line.strip()] or ["no message"])[-1]
-            raise HalfbyteError(f"{request.get('path')}: measurement crashed, got exit code {code}: {last[:200]}")
-    return result
+            last = ([line for line in said.splitlines() if line.strip()] or ["no message"])[-1]
+            raise WorkerError(f"{where}: measurement crashed, got exit code {code}: {last[:200]}", said)
+    return result, said
+
+
+def _all_of(noise: IO[str]) -> str:
+    noise.seek(0)
+    return noise.read()
 
 
 def _message(line: str) -> dict[str, Any]:
@@ -148,6 +185,7 @@ class Measured:
         prompt_tokens_per_second, generation_tokens_per_second: None if nothing was to be generated.
         sample: the answer to the prompt, likewise.
         fingerprint: identity of the weights; None if the file does not say.
+        kernels: what the engine said about the kernels that it chose.
     """
 
     engine: str
@@ -161,6 +199,7 @@ class Measured:
     generation_tokens_per_second: float | None = None
     sample: str | None = None
     fingerprint: str | None = None
+    kernels: tuple[str, ...] = ()
 
 
 def measure_apart(request: Request) -> Measured:

@@ -145,14 +145,14 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype, unused: Co
     Raises:
         HalfbyteError: files are truncated or corrupt, parameters are missing, or values are NaN or Inf.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(origin.folder, trust_remote_code=origin.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HalfbyteError(f"{origin.model_id}: no readable tokenizer, got {first_line(error)}") from error
-    model = _from_gguf(origin, dtype) if origin.gguf_file else _from_hub_or_folder(origin, dtype)
+    tokenizer = load_tokenizer(origin.folder, trust_remote_code=origin.trust_remote_code, where=origin.model_id)
+    read_in = torch.float32 if origin.rescaled else dtype
+    model = _from_gguf(origin, read_in) if origin.gguf_file else _from_hub_or_folder(origin, read_in)
     model.eval().requires_grad_(False)
-    if origin.rescaled:
+    if origin.rescaled:  # in fp32, so that the model is the same one in every dtype
         rescale_(model, origin.family, torch.Generator().manual_seed(0))
+        for parameter in model.parameters():  # buffers, such as the frequencies of rotary embeddings, stay fp32
+            parameter.data = parameter.data.to(dtype)
     model.to(device)
     for name, parameter in model.named_parameters():
         if name in unused:
@@ -164,6 +164,18 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype, unused: Co
                 fix="check the checkpoint; fp16 overflow is the usual cause",
             )
     return SourceModel(origin, model, tokenizer, fingerprint(model))
+
+
+def load_tokenizer(folder: str, *, trust_remote_code: bool = False, where: object) -> PreTrainedTokenizerBase:
+    """The tokenizer of a hub id or a local folder.
+
+    Raises:
+        HalfbyteError: it cannot be read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise HalfbyteError(f"{where}: no readable tokenizer, got {first_line(error)}") from error
 
 
 def _from_hub_or_folder(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:

@@ -119,7 +119,7 @@ class QuantLinear(nn.Module):
         if weight is not None:  # a subclass may have it in another form
             self.weight = nn.Parameter(weight, requires_grad=False)
         for bits, value in (own or {}).items():
-            self.register_parameter(_own_name(bits), nn.Parameter(value, requires_grad=False))
+            self.register_buffer(_own_name(bits), value)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.scheme, self.shared = scheme, shared
         self.a_bits: Bits = None
@@ -154,7 +154,7 @@ class QuantLinear(nn.Module):
 
     def _multiply_own(self, x: torch.Tensor, bits: int) -> torch.Tensor:
         """The product with the weights that inputs of so many bits are multiplied with."""
-        return nn.functional.linear(x, self.get_parameter(_own_name(bits)), self.bias)
+        return nn.functional.linear(x, self.get_buffer(_own_name(bits)), self.bias)
 
 
 class PackedLinear(QuantLinear):

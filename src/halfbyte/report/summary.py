@@ -202,6 +202,7 @@ def evaluation_summary(result: Evaluation) -> str:
         text_table(headers, [[*cells, _percent(quality.top1_agreement), quality.tokens]]),
         f"{result.evaluated} in {result.engine}, text {result.text}",
     ]
+    lines += [f"vLLM: {kernel}" for kernel in result.kernels]
     if result.tokenizers_agree is False:
         lines.append("note: llama.cpp and the tokenizer split this text differently; llama.cpp's tokens were scored")
     return "\n".join(lines)

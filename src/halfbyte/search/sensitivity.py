@@ -92,15 +92,18 @@ def activation_problem(
     per_eighth = 8 * sum(int(count) for count in macs)
     low, high = (sum(menu[end] for menu in costs) / per_eighth for end in (0, -1))
     if not low * (1 - BUDGET_EPSILON) <= budget_fraction <= high * (1 + BUDGET_EPSILON):
-        ends = (min(map(min, menus)), max(map(max, menus)))
+        ends = [
+            f"all A{menus[0][end]}" if len({menu[end] for menu in menus}) == 1 else "as far as the shapes allow"
+            for end in (0, -1)
+        ]
         raise HalfbyteError(
-            f"target_compression: budget is out of range, expected {low:g} (A{ends[0]} wherever it runs) to {high:g} "
-            f"(A{ends[1]} wherever it runs), got {budget_fraction}"
+            f"target_compression: budget is out of range, expected {low:g} ({ends[0]}) to {high:g} ({ends[1]}), "
+            f"got {budget_fraction:g}"
         )
     if not all(math.isfinite(gain) for gain in gains):
         raise HalfbyteError("gains: a gain is not finite", fix="look at the sensitivities")
     budget = math.floor(budget_fraction * per_eighth * (1 + BUDGET_EPSILON))
-    losses = [(max(gain, 0.0), 0.0)[-len(menu) :] for gain, menu in zip(gains, menus, strict=True)]
+    losses = [(max(gain, 0.0), 0.0)[-len(menu) :] for gain, menu in zip(gains, menus, strict=False)]
     return Problem(costs, tuple(losses), budget)
 
 

@@ -65,14 +65,3 @@ class Arithmetic(ABC):
 
 
 ARITHMETICS: Registry[Arithmetic] = Registry("arithmetic", "halfbyte.quant.arithmetics", "ARITHMETIC")
-
-
-def in_steps(x: torch.Tensor, largest: float, steps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` divided by the scale that takes its largest size to ``steps``, row by row, and that scale ``[..., 1]``.
-
-    Args:
-        x: fp32.
-        largest: the least scale; a row of zeros gets it.
-    """
-    scale = (x.abs().amax(dim=-1, keepdim=True) / torch.full_like(x[..., :1], steps)).clamp_min_(largest)
-    return x / scale, scale

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from halfbyte.quant.affine import divided
 from halfbyte.quant.arithmetics.fp8 import E4M3_MAX, LEAST_SCALE, Fp8, e4m3
 from halfbyte.quant.int4 import GroupedWeight, ScaleRule
 
@@ -38,30 +39,30 @@ ARITHMETIC = Cutlass()
 
 def row_scale(scales: torch.Tensor) -> torch.Tensor:
     """What the kernel divides a row's group scales by, fp32 ``[out, 1]``."""
-    return (scales.amax(dim=-1, keepdim=True) / torch.full_like(scales[:, :1], E4M3_MAX)).clamp_min(LEAST_SCALE)
+    return divided(scales.abs().amax(dim=-1, keepdim=True), E4M3_MAX).clamp_min(LEAST_SCALE)
 
 
 @dataclass(frozen=True)
 class Fp8Scales(ScaleRule):
     """Group scales that the kernel takes over without loss: e4m3 numbers times a factor of the row.
 
-    The factor has four significant bits and the row's largest scale is 448 times it, so that every product is a bf16
+    The factor has four significant bits and the row's largest scale is ± 448 times it, so that every product is a bf16
     number and the kernel finds the same factor. In a row whose scales are all below 448 ``LEAST_SCALE`` (weights below
     0.014) the kernel's factor is no such number; what is stored there is the nearest bf16 number, at most 0.2 % away.
     """
 
     bf16: bool = True
-    signed: bool = False
 
     def fitted(self, scales: torch.Tensor, known: torch.Tensor | None = None) -> torch.Tensor:
         """``scales`` ``[out, groups]`` on its grid; see :meth:`halfbyte.quant.int4.ScaleRule.fitted`."""
         first = (scales if known is None else known).float()
-        largest, at = first.max(dim=-1, keepdim=True)
-        factor = _four_bits(largest / E4M3_MAX)
+        at = first.abs().argmax(dim=-1, keepdim=True)
+        largest = first.gather(-1, at)
+        factor = _four_bits(largest.abs() / E4M3_MAX)
         small = factor < LEAST_SCALE
         factor = torch.where(small, torch.full_like(factor, LEAST_SCALE), factor)
         fitted = e4m3(scales.float() / factor) * factor
-        fitted = torch.where(small, fitted, fitted.scatter(-1, at, E4M3_MAX * factor))
+        fitted = torch.where(small, fitted, fitted.scatter(-1, at, E4M3_MAX * factor * largest.sign()))
         return self.rounded(fitted).to(scales.dtype)
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from halfbyte.quant.arithmetics import NOT_ROUNDED, Arithmetic, in_steps
+from halfbyte.quant.affine import divided
+from halfbyte.quant.arithmetics import NOT_ROUNDED, Arithmetic
 
 if TYPE_CHECKING:
     from halfbyte.quant.quant_linear import InputScheme
@@ -24,8 +25,9 @@ class Fp8(Arithmetic):
     a_bits = (8, NOT_ROUNDED)
 
     def rounded_to(self, x: torch.Tensor, bits: int, scheme: InputScheme) -> torch.Tensor:
-        steps, scale = in_steps(x.float(), LEAST_SCALE, E4M3_MAX)
-        return e4m3(steps).mul_(scale).to(x.dtype)
+        rows = x.float()
+        scale = divided(rows.abs().amax(dim=-1, keepdim=True), E4M3_MAX).clamp_min_(LEAST_SCALE)
+        return e4m3(rows / scale).mul_(scale).to(x.dtype)
 
 
 ARITHMETIC = Fp8()

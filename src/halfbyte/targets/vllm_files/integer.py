@@ -16,7 +16,7 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.layers import Unit
 from halfbyte.options import SearchOptions
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.quant.arithmetics.humming import IntegerScales
+from halfbyte.quant.int4 import ScaleRule
 from halfbyte.targets.vllm_files.gpu import GPUTarget
 from halfbyte.targets.vllm_files.tensors import Stored, exact_scales, packed_words
 
@@ -32,7 +32,7 @@ FUSED |= {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj"}
 
 
 class Integer(GPUTarget):
-    """Integer activations, one scale per token."""
+    """Integer activations, in groups as large as those of the weights."""
 
     capabilities = (75, 80, 86, 87, 89)
     engine = "0.33"
@@ -40,8 +40,9 @@ class Integer(GPUTarget):
     tags = ("humming",)
     recipe: ClassVar = Recipe(
         clip=False,
-        scale_rule=IntegerScales(),
+        scale_rule=ScaleRule(bf16=True),
         arithmetic="humming",
+        input_groups=True,
         rotation_block=LARGEST_HADAMARD,
         ends_as_stored=True,
     )
@@ -86,13 +87,13 @@ class Integer(GPUTarget):
             modules[f"+:^{re.escape(fused)}$"] = {
                 "a_dtype": f"int{entry.a_bits}",
                 "weight_scale_group_size": entry.group_size,
+                "input_scale_group_size": entry.a_group,
                 "hadamard_block_size": entry.rotation_block if entry.rotated else 0,
             }
         return {
             "quant_method": "humming",
             "b_dtype": "int4",
-            "input_quant_mode": "dynamic_token",
-            "input_scale_group_size": 0,
+            "input_quant_mode": "dynamic_group",
             "allow_fallback": False,
             "ignore": [source.family.head],
             "dynamic": modules,

@@ -88,12 +88,12 @@ def exact_scales(weight: PackedWeight, where: str) -> torch.Tensor:
     """The scales in bf16.
 
     Raises:
-        HalfbyteError: one is negative or not a bf16 number.
+        HalfbyteError: one is not a bf16 number.
     """
     scales = weight.scales.to(SCALE_DTYPE)
-    if not torch.equal(scales.float(), weight.scales.float()) or bool((scales < 0).any()):
+    if not torch.equal(scales.float(), weight.scales.float()):
         raise HalfbyteError(
-            f"{where}: scales are not what vLLM computes with, expected bf16 numbers, none negative",
+            f"{where}: scales are not what vLLM computes with, expected bf16 numbers",
             fix="search again with --target vllm",
         )
     return scales

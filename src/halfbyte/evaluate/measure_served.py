@@ -1,0 +1,218 @@
+"""Measure a model folder in vLLM: logits of windows, and on request speed and a sample text.
+
+vLLM has an environment of its own, because it asks for other versions than we do; its Python runs
+``engines/served/serve_worker.py``, and what vLLM said about its kernels is read from its messages.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from halfbyte.calibration.text import first_scored, scored_tokens
+from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import check_space
+from halfbyte.engines.served import serve_worker
+from halfbyte.engines.served.serve_worker import Job, Speed
+from halfbyte.evaluate.quality import prompt_ids
+from halfbyte.evaluate.worker import Measured, WorkerError, run_command
+from halfbyte.models.loading import load_tokenizer
+
+TESTED = "0.26.0"  # vLLM
+VARIABLE = "HALFBYTE_SERVE_PYTHON"
+INSTALL = (
+    f"python -m venv serve, serve/bin/python -m pip install vllm=={TESTED}, and pass --serve_python serve/bin/python "
+    f"or set {VARIABLE}"
+)
+KERNEL = re.compile(
+    r"(?:Using|Selected) (?:\w+Kernel for \w[\w -]*|\w+ for (?:CompressedTensors\w+|[\w -]*(?:GEMM|LinearMethod)))"
+)
+ROOT_CAUSE = re.compile(r"(?:^|\s)(\w*(?:Error|Exception)): (.+)")
+ELSEWHERE = "root cause"  # vLLM's word for an error of another of its processes
+CACHE_BYTES = 2 << 30  # of keys and values, on each GPU: 32,768 tokens of a 7B model with four key heads
+SPEED_TOKENS = 64  # generated tokens that are timed
+# CUDA graphs of steps that only generate, nothing compiled: starts in seconds and generates at full speed.
+GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
+SAME = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")  # of a model and its quantised folder
+RECORD = "halfbyte.json"
+
+
+@dataclass(frozen=True)
+class ServedRequest:
+    """One folder to measure.
+
+    Attributes:
+        folder, stage: the model, and what progress calls it.
+        python: that has vLLM, from :func:`serve_python`.
+        windows, ctx: tokens to score, and how many there are in each window.
+        logits_file: where the logits go.
+        tensor_parallel: GPUs that share every layer.
+        trust_remote_code: run code that the folder brings along.
+        prompt, max_tokens: of the sample text; 0 tokens: neither sample nor speed.
+    """
+
+    folder: str
+    stage: str
+    python: str
+    windows: list[list[int]]
+    ctx: int
+    logits_file: str
+    tensor_parallel: int = 1
+    trust_remote_code: bool = False
+    prompt: str = ""
+    max_tokens: int = 0
+
+
+def serve_python(given: str | None) -> str:
+    """The Python that has vLLM: the one that was named, this one, or the one of ``HALFBYTE_SERVE_PYTHON``.
+
+    Raises:
+        HalfbyteError: none of them has it.
+    """
+    if given is None and importlib.util.find_spec("vllm"):
+        return sys.executable
+    named = given or os.environ.get(VARIABLE)
+    if not named:
+        raise HalfbyteError("--served: vLLM is not installed in this Python", fix=INSTALL)
+    where = "--serve_python" if given else VARIABLE
+    python = shutil.which(os.path.expanduser(named))
+    if python is None:
+        raise HalfbyteError(f"{where}: no such Python, got {named}", fix=INSTALL)
+    ask = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    if subprocess.run([python, "-c", ask], capture_output=True).returncode:
+        raise HalfbyteError(f"{where}: vLLM is not installed there, got {named}", fix=INSTALL)
+    return python
+
+
+def check_folder(folder: str) -> None:
+    """Refuse what is no model folder.
+
+    Raises:
+        HalfbyteError: saying what was expected.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise HalfbyteError(
+            f"{folder}: no such model, expected a folder with a config.json", fix="halfbyte export vllm"
+        )
+
+
+def check_same_shape(folder: str, reference: PretrainedConfig, model_id: str) -> None:
+    """Refuse, before anything is loaded, a folder whose shape is not the reference's.
+
+    Raises:
+        HalfbyteError: naming the first difference.
+    """
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    for key in SAME:
+        expected = getattr(reference, key, None)
+        if key in config and expected is not None and config[key] != expected:
+            raise HalfbyteError(
+                f"{folder}: the folder is of another model than {model_id}, expected {key} {expected}, "
+                f"got {config[key]}",
+                fix="pass its original with --model_id",
+            )
+
+
+def record_of(folder: str) -> dict[str, Any]:
+    """What the export noted of the folder: ``fingerprint``, ``plan``, ``text_search``; empty for other folders."""
+    path = Path(folder) / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def measure_served(request: ServedRequest) -> Measured:
+    """Measure in vLLM's own process.
+
+    Raises:
+        HalfbyteError: vLLM's own words if it refuses the folder, or the disk is full.
+    """
+    tokenizer: Any = load_tokenizer(request.folder, where=request.folder)
+    prompt = prompt_ids(tokenizer, request.prompt) if request.max_tokens else []
+    vocabulary = json.loads((Path(request.folder) / "config.json").read_text(encoding="utf-8")).get("vocab_size", 0)
+    check_space(request.logits_file, 4 * len(request.windows) * scored_tokens(request.ctx) * vocabulary)
+    job = Job(
+        folder=request.folder,
+        stage=request.stage,
+        settings=_settings(request, len(prompt)),
+        windows=request.windows,
+        first=first_scored(request.ctx),
+        logits_file=request.logits_file,
+        speed=Speed(1, request.ctx, [1], SPEED_TOKENS) if request.max_tokens else None,
+        prompt=prompt,
+        max_tokens=request.max_tokens,
+        stop=[tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else [],
+    )
+    result, kernels = run_job(job, request.python)
+    speeds = {}
+    if job.speed is not None:
+        speeds = {
+            "prompt_tokens_per_second": result["prompt_tokens_per_second"],
+            "generation_tokens_per_second": result["generation_tokens_per_second"]["1"],
+            "sample": tokenizer.decode(result["continuation"], skip_special_tokens=True).strip(),
+        }
+    gpus = f", {request.tensor_parallel} GPUs" if request.tensor_parallel > 1 else ""
+    return Measured(
+        engine=f"vLLM {result['version']} ({result['device']}{gpus})",
+        bytes=sum(file.stat().st_size for file in Path(request.folder).glob("*.safetensors")),
+        load_seconds=result["load_seconds"],
+        peak_memory=result["peak_memory"],
+        windows=request.windows,
+        vocab=result["vocabulary"],
+        logits_file=request.logits_file,
+        fingerprint=record_of(request.folder).get("fingerprint"),
+        kernels=kernels,
+        **speeds,
+    )
+
+
+def _settings(request: ServedRequest, prompt_tokens: int) -> dict[str, Any]:
+    """Keyword arguments of ``vllm.LLM``; a window is one prompt and one step."""
+    longest = max(request.ctx + SPEED_TOKENS, prompt_tokens + request.max_tokens) if request.max_tokens else request.ctx
+    speed = {"compilation_config": {**GRAPHS, "cudagraph_capture_sizes": [1]}}
+    return {
+        "max_model_len": longest + 1,
+        "max_num_batched_tokens": max(2048, longest + 1),
+        "max_num_seqs": 1,
+        "kv_cache_memory_bytes": CACHE_BYTES,
+        "tensor_parallel_size": request.tensor_parallel,
+        "trust_remote_code": request.trust_remote_code,
+        **(speed if request.max_tokens else {"enforce_eager": True}),
+    }
+
+
+def run_job(job: Job, python: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Run one job in a process of its own.
+
+    Returns:
+        Its result, and what vLLM said about the kernels that it chose.
+
+    Raises:
+        HalfbyteError: vLLM's own words.
+    """
+    with tempfile.TemporaryDirectory(prefix="halfbyte-") as scratch:
+        path = Path(scratch) / "job.json"
+        absolute = replace(job, folder=os.path.abspath(job.folder))  # vLLM takes a short path for a hub id
+        path.write_text(json.dumps(asdict(absolute)), encoding="utf-8")
+        try:
+            result, said = run_command([python, str(Path(serve_worker.__file__)), str(path)], where=job.folder)
+        except WorkerError as error:
+            raise HalfbyteError(f"{job.folder}: vLLM does not run it, got {cause(error)}") from error
+    return result, tuple(dict.fromkeys(KERNEL.findall(said)))
+
+
+def cause(error: WorkerError) -> str:
+    """The engine's own words; where it only says that another process failed, those of that process."""
+    if ELSEWHERE not in error.text:
+        return error.text[:300]
+    causes = [found for found in ROOT_CAUSE.findall(error.said) if ELSEWHERE not in found[1]]
+    return ": ".join(causes[-1])[:300] if causes else error.text[:300]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 
-from halfbyte import cli
+from halfbyte import cli, menus
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.menus import activations
@@ -109,7 +109,7 @@ def test_for_the_simulation_and_resumed(tiny_folder, here, capsys, monkeypatch):
         raise HalfbyteError("stopped")
 
     with monkeypatch.context() as patched:
-        patched.setattr(activations, "activation_problem", stopped)
+        patched.setattr(menus, "search_menu", stopped)
         fails(capsys, search(folder, "m", *arguments), match="stopped")
     known = shards.read_bytes()
     edited(here / "m", lambda tensors: tensors["model.norm.weight"].mul_(2))

@@ -196,7 +196,7 @@ def keep_logits(llm: Any, job: Job) -> int:
     for done, window in enumerate(job.windows, start=1):
         answer = llm.generate([{"prompt_token_ids": window}], asked, use_tqdm=False)[0]
         kept = llm.collective_rpc("halfbyte_keep", args=(window, job.first, job.logits_file))
-        (ours,) = [values for values in kept if values is not None]
+        ours = next(values for values in kept if values is not None)  # with several GPUs each of them has all
         vocabulary = int(ours.pop())
         scored = range(job.first + 1, len(window))
         theirs = [answer.prompt_logprobs[at][window[at]].logprob for at in scored]

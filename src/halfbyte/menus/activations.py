@@ -54,8 +54,9 @@ class ActivationMenu(Menu):
         self.recipe = replace(self.setting.recipe, transforms=transforms)
         self.units = units_of(layers_of(source.model, source.family), source.family, self.options.granularity)
         self.widths = [self.setting.target.widths(unit) for unit in self.units]
-        self.budget = self.options.target_compression or self.setting.target.default_budget
         macs = [unit.macs for unit in self.units]
+        least = mean_bits_fraction(self.units, [menu[0] for menu in self.widths])
+        self.budget = self.options.target_compression or max(self.setting.target.default_budget, least)
         activation_problem(macs, self.budget, [0.0] * len(macs), self.widths)  # refuses a budget that cannot be met
 
     def effort(self) -> dict[str, float]:

@@ -389,3 +389,15 @@ def test_weights_that_have_codes_are_not_read(plain, monkeypatch):
     again = load_for_plan(plan, None, device="cpu", dtype="stored", packed=True)
     assert again.fingerprint == source.fingerprint
     assert sum(seen) == sum(value.numel() for name, value in again.model.named_parameters() if "_proj" not in name)
+
+
+def test_a_model_that_cutlass_cannot_run_is_all_a16(tiny_folder, here, capsys):
+    """Without being asked the budget is one that can be met; one that is asked for is refused with the range."""
+    folder = tiny_folder("llama", hidden_size=192, intermediate_size=320)
+    arguments = ["--target", "vllm", "--hardware", "hopper"]
+    code = search(folder, *arguments, "--target_compression", "1.25")
+    fails(capsys, code, match="expected 2 (all A16) to 2 (all A16), got 1.25")
+    assert search(folder, *arguments) == 0
+    plan = load_plan("mixed_precision_config.pt")
+    assert {entry.a_bits for entry in plan.layers.values()} == {16}
+    assert plan.budget_reached == plan.budget_asked == 2

@@ -30,6 +30,7 @@ from halfbyte.models.modules import is_tied, vocabulary
 from halfbyte.options import SearchOptions
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import prepare_
+from halfbyte.quant.arithmetics.nvfp4 import GROUP
 from halfbyte.quant.quant_linear import set_activation_bits_
 from halfbyte.report.tables import Cell, markdown_table, significant
 from halfbyte.search.evaluator import KLEvaluator
@@ -42,7 +43,7 @@ SMOOTH = replace(PLAIN, transforms=("smooth",))
 ONLINE = replace(PLAIN, transforms=("smooth", "online"))
 LEARNED = replace(ONLINE, transforms=("smooth", "online", "learned"), weights="gptq", clip=True)
 FOLDED = replace(LEARNED, transforms=("smooth", "r1", "r2"))
-ADA, HOPPER = (TARGETS["vllm"].on(name) for name in ("ada", "hopper"))
+ADA, HOPPER, BLACKWELL = (TARGETS["vllm"].on(name) for name in ("ada", "hopper", "blackwell"))
 RECIPES: dict[str, tuple[str, Recipe]] = {
     "plain": ("plain rounding", PLAIN),
     "smoothquant": ("SmoothQuant 0.5", replace(SMOOTH, alpha=0.5)),
@@ -59,6 +60,7 @@ RECIPES: dict[str, tuple[str, Recipe]] = {
     "gguf": ("default of gguf", replace(FOLDED, scale_bits=8)),  # from here on transforms are the targets' defaults
     "ada": ("vllm on Turing to Ada: integers in groups", replace(ADA.recipe, weights="gptq")),
     "hopper": ("vllm on Hopper: A8 is fp8", replace(HOPPER.recipe, weights="gptq")),
+    "blackwell": ("vllm on Blackwell: NVFP4", replace(BLACKWELL.recipe, weights="gptq", group_size=GROUP)),
 }
 COLUMNS = ("W4A16", "W4A8", "mixed", "W4A4")
 
@@ -107,7 +109,7 @@ class Bench:
     def row(self, name: str) -> Row:
         """Prepare with one recipe and score the four columns."""
         label, recipe = RECIPES[name]
-        target = {"gguf": TARGETS["gguf"], "ada": ADA, "hopper": HOPPER}.get(name)
+        target = {"gguf": TARGETS["gguf"], "ada": ADA, "hopper": HOPPER, "blackwell": BLACKWELL}.get(name)
         if target is not None:
             recipe = replace(recipe, transforms=target.transforms(SearchOptions(), tied=self.tied))
             label += f" ({', '.join(recipe.transforms)})"

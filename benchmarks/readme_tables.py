@@ -42,7 +42,7 @@ DOCUMENTS = ("README.md", "README.zh-CN.md", "docs/results.md", "docs/hardware.m
 Rows = list[dict[str, Any]]
 MadeBy = dict[str, Any]
 
-SHORT_RECIPES = ("plain", "smooth", "online", "gptq", "clip", "sim", "gguf", "ada", "hopper")
+SHORT_RECIPES = ("plain", "smooth", "online", "gptq", "clip", "sim", "gguf", "ada", "hopper", "blackwell")
 SHORT_METHODS = ("rule", "Fisher knapsack", "KL knapsack", "KL + Fisher knapsack", "best start", "genetic", "search")
 HEADLINE_TYPE = "Q4_K_M"
 HEADLINE = {

@@ -172,7 +172,8 @@ class ActivationMenu(Menu):
     ) -> Written:
         own = [outcome for outcome in outcomes if outcome.layer in plan.layers]
         rows = self.prepared.sensitivity
-        for path in write_activation_reports(output, plan, own, rows, self.units, found):
+        widths = (self.recipe.a_bits[0], self.recipe.a_bits[-1])
+        for path in write_activation_reports(output, plan, own, rows, self.units, found, widths):
             reports.append(path)
         return Written([(workdir.codes, codes_path(output))], {})
 

@@ -45,8 +45,9 @@ def sensitivity_heatmap(
     title: str,
     chosen_bits: Sequence[Sequence[int | None]] | None = None,
     thresholds: Mapping[str, float] = THRESHOLDS,
+    widths: tuple[int, int] = (4, 8),
 ) -> None:
-    """Write a PNG of how much more error 4-bit activations make than 8-bit ones, layer by layer.
+    """Write a PNG of how much more error the fewest activation bits make than the most, layer by layer.
 
     Blocks run from top to bottom, kinds of layers from left to right; the colour scale is logarithmic. Values are
     written into the cells when there is room.
@@ -55,10 +56,12 @@ def sensitivity_heatmap(
         path: the PNG file, written whole or not at all; an existing one is replaced.
         kinds: names of the kinds, e.g. ``q_proj``.
         blocks: indices of the transformer blocks.
-        ratios: ``[blocks][kinds]`` MSE(A4) / MSE(A8); None, NaN, infinite and non-positive values are drawn as gaps.
+        ratios: ``[blocks][kinds]`` MSE with the fewest bits / MSE with the most; None, NaN, infinite and non-positive
+            values are drawn as gaps.
         title: printed above.
-        chosen_bits: ``[blocks][kinds]`` activation bits of a plan; layers at 8 get an outline.
+        chosen_bits: ``[blocks][kinds]`` activation bits of a plan; layers with the most get an outline.
         thresholds: name -> ratio, marked on the colour bar, or named below when they are off the scale.
+        widths: the fewest and the most activation bits.
 
     Raises:
         HalfbyteError: the shapes do not fit, no ratio is usable, or the file cannot be written.
@@ -86,13 +89,15 @@ def sensitivity_heatmap(
         width = 5.6 * row_height  # points
         stroke = withStroke(linewidth=2.3 * width, foreground="black")
         outline: dict[str, Any] = {"edgecolor": "white", "linewidth": width, "path_effects": [stroke]}
-        for block, kind in np.argwhere(_grid(chosen_bits, len(blocks), len(kinds), "chosen_bits") == 8):
+        for block, kind in np.argwhere(_grid(chosen_bits, len(blocks), len(kinds), "chosen_bits") == widths[1]):
             axes.add_patch(Rectangle((kind - 0.45, block - 0.39), 0.9, 0.78, fill=False, **outline))
         middle = colormaps[COLOUR_MAP](0.5)
-        handles += [Patch(facecolor=middle, label="A8 chosen", **outline), Patch(facecolor=middle, label="A4 chosen")]
+        handles.append(Patch(facecolor=middle, label=f"A{widths[1]} chosen", **outline))
+        handles.append(Patch(facecolor=middle, label=f"A{widths[0]} chosen"))
     if np.isnan(grid).any():
         handles.append(Patch(facecolor=MISSING_COLOUR, label="no value"))
-    handles += _add_colour_bar(figure, axes, norm, thresholds, low, high)
+    label = f"MSE of A{widths[0]} / MSE of A{widths[1]} (log scale)"
+    handles += _add_colour_bar(figure, axes, norm, thresholds, (low, high), label)
     if handles:
         figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=8)
     save_figure(figure, path)
@@ -197,11 +202,12 @@ def _write_values(axes: Axes, grid: np.ndarray, norm: LogNorm) -> None:
 
 
 def _add_colour_bar(
-    figure: Figure, axes: Axes, norm: LogNorm, thresholds: Mapping[str, float], low: float, high: float
+    figure: Figure, axes: Axes, norm: LogNorm, thresholds: Mapping[str, float], ends: tuple[float, float], label: str
 ) -> list[Line2D]:
     """A colour bar with the thresholds on it; returns their legend entries, also of those that are off the scale."""
     bar = figure.colorbar(ScalarMappable(norm, COLOUR_MAP), ax=axes, pad=0.02, aspect=30)
-    bar.set_label("MSE of A4 / MSE of A8 (log scale)", fontsize=9)
+    bar.set_label(label, fontsize=9)
+    low, high = ends
     bar.ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}×"))
     bar.ax.yaxis.set_minor_formatter(NullFormatter())

@@ -51,6 +51,7 @@ def write_activation_reports(
     sensitivity: Mapping[str, LayerSensitivity],
     units: Sequence[Unit],
     found: Found,
+    widths: tuple[int, int],
 ) -> Iterator[Path]:
     """Layer sensitivity, outcomes, history, and the front of budgets if there is one; each path when it is written."""
     rows = [
@@ -61,7 +62,7 @@ def write_activation_reports(
     yield write_text(beside(output, "sensitivity.csv"), _table(rows))
     yield write_text(beside(output, "outcome.csv"), _table([asdict(row) for row in outcomes]))
     yield write_text(beside(output, "history.json"), json.dumps(_history(plan, found), indent=1))
-    yield _draw_sensitivity(beside(output, "sensitivity.png"), plan, rows)
+    yield _draw_sensitivity(beside(output, "sensitivity.png"), plan, rows, widths)
     yield _draw_convergence(beside(output, "convergence.png"), plan, found)
     if found.front:
         points = [
@@ -125,13 +126,13 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return csv_text(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _draw_sensitivity(path: Path, plan: Plan, rows: Sequence[Mapping[str, Any]]) -> Path:
+def _draw_sensitivity(path: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], widths: tuple[int, int]) -> Path:
     kinds = list(dict.fromkeys(row["layer"].rpartition(".")[2] for row in rows))
     blocks = [rows[at : at + len(kinds)] for at in range(0, len(rows), len(kinds))]
     ratios = [[row["ratio"] for row in block] for block in blocks]
     bits = [[row["a_bits"] for row in block] for block in blocks]
-    title = f"{short_name(plan.model_id)}: what 4-bit activations cost"
-    sensitivity_heatmap(path, kinds, list(range(len(ratios))), ratios, title=title, chosen_bits=bits)
+    title = f"{short_name(plan.model_id)}: what {widths[0]}-bit activations cost"
+    sensitivity_heatmap(path, kinds, list(range(len(ratios))), ratios, title=title, chosen_bits=bits, widths=widths)
     return path
 
 

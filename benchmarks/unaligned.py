@@ -21,6 +21,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,29 +61,50 @@ def save(source: SourceModel, output: Path, dtype: torch.dtype) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def main() -> int:
-    """Make the copy, check that it says the same, save it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo", help="Hugging Face id, local folder, .gguf file, or demo")
-    parser.add_argument("--output", required=True, type=Path, help="folder to make")
-    parser.add_argument("--spread", type=float, default=SPREAD, help="standard deviation of the factors' logarithm")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="what weights are stored in")
-    parser.add_argument("--seed", type=int, default=0)
+def write_copy(
+    parser: argparse.ArgumentParser, change_: Callable[[SourceModel, argparse.Namespace], str], *, dtype: str
+) -> int:
+    """Load a model, change it, check that it says the same, save it.
+
+    Args:
+        parser: with ``--model``, ``--output`` and further flags; ``--dtype`` is added.
+        change_: changes the model; what was done, for people.
+        dtype: what weights are stored in, where nothing is asked.
+
+    Raises:
+        HalfbyteError: the output exists, or the copy says something else.
+    """
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default=dtype, help="what weights are stored in")
     options = parser.parse_args()
     if options.output.exists():
         raise HalfbyteError(f"{options.output}: output already exists", fix="choose another name")
     disable_progress_bar()
     source = load(find(options.model), device=torch.device("cpu"), dtype=torch.float32)
     before = logits_on_text(source)
-    rescale_(source.model, source.family, torch.Generator().manual_seed(options.seed), options.spread)
-    after = logits_on_text(source)
-    difference = float((after - before).norm() / before.norm())
+    done = change_(source, options)
+    difference = float((logits_on_text(source) - before).norm() / before.norm())
     print(f"logits differ by {significant(difference, 2)} (relative, fp32)")
     if difference > TOLERANCE:
         raise HalfbyteError(f"logits: the copy says something else, expected < {TOLERANCE}, got {difference}")
     save(source, options.output, resolve_dtype(options.dtype, torch.device("cpu")))
-    print(f"{options.output}: {options.model}, spread {options.spread}, seed {options.seed}, {options.dtype}")
+    print(f"{options.output}: {options.model}, {done}, {options.dtype}")
     return 0
+
+
+def rescaled_(source: SourceModel, options: argparse.Namespace) -> str:
+    """Give the input channels random factors."""
+    rescale_(source.model, source.family, torch.Generator().manual_seed(options.seed), options.spread)
+    return f"spread {options.spread}, seed {options.seed}"
+
+
+def main() -> int:
+    """Make the copy, check that it says the same, save it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo", help="Hugging Face id, local folder, .gguf file, or demo")
+    parser.add_argument("--output", required=True, type=Path, help="folder to make")
+    parser.add_argument("--spread", type=float, default=SPREAD, help="standard deviation of the factors' logarithm")
+    parser.add_argument("--seed", type=int, default=0)
+    return write_copy(parser, rescaled_, dtype="fp32")
 
 
 if __name__ == "__main__":

@@ -19,14 +19,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
-from transformers.utils.logging import disable_progress_bar
-from unaligned import TOLERANCE, logits_on_text, save
+from unaligned import write_copy
 
-from halfbyte.core.environment import resolve_dtype
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.models.loading import SourceModel, find, load
+from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import head_dim
-from halfbyte.report.tables import significant
 
 MULTIPLE = 128
 
@@ -66,26 +63,18 @@ def widened(source: SourceModel) -> nn.Module:
     return new.eval()
 
 
+def widen_(source: SourceModel, _: argparse.Namespace) -> str:
+    """Put the wider model in the place of the model."""
+    source.model = widened(source)
+    return f"{source.model.config.hidden_size} channels"
+
+
 def main() -> int:
     """Make the copy, check that it says the same, save it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="demo", help="Hugging Face id, local folder, .gguf file, or demo")
     parser.add_argument("--output", required=True, type=Path, help="folder to make")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="bf16", help="what weights are stored in")
-    options = parser.parse_args()
-    if options.output.exists():
-        raise HalfbyteError(f"{options.output}: output already exists", fix="choose another name")
-    disable_progress_bar()
-    source = load(find(options.model), device=torch.device("cpu"), dtype=torch.float32)
-    before = logits_on_text(source)
-    source.model = widened(source)
-    difference = float((logits_on_text(source) - before).norm() / before.norm())
-    print(f"logits differ by {significant(difference, 2)} (relative, fp32)")
-    if difference > TOLERANCE:
-        raise HalfbyteError(f"logits: the copy says something else, expected < {TOLERANCE}, got {difference}")
-    save(source, options.output, resolve_dtype(options.dtype, torch.device("cpu")))
-    print(f"{options.output}: {options.model}, {source.model.config.hidden_size} channels, {options.dtype}")
-    return 0
+    return write_copy(parser, widen_, dtype="bf16")
 
 
 if __name__ == "__main__":

@@ -178,3 +178,16 @@ def test_options_say_what_they_are(tmp_path):
     """A value that is none is refused whoever makes the options."""
     with pytest.raises(HalfbyteError, match="--target: unknown"):
         options(tmp_path, tmp_path / "plan.json", "onnx")
+
+
+def test_a_kl_that_is_asked_for_is_that_of_the_file(tiny_folder, tmp_path):
+    """Of two menus the last one is what is exported; activation bits keep their own budget."""
+    found = {}
+    for limit in (0.004, 0.02):
+        plan = run(tiny_folder("qwen2"), tmp_path / f"{limit}.json", "gguf", weights="rtn", max_kl=limit).plan
+        assert plan.budget_asked == 0.75
+        assert plan.file["validation"]["plan"] <= limit
+        found[limit] = plan.file["nbytes"]
+    assert found[0.004] > found[0.02]
+    with pytest.raises(HalfbyteError, match="--max_kl: it stands for a budget"):
+        run(tiny_folder("qwen2"), tmp_path / "p.json", "gguf", max_kl=0.1, ftype="Q4_K_M")

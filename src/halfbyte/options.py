@@ -97,7 +97,8 @@ class SearchOptions(ModelOptions):
     )
     max_kl: float = option(
         0.0,
-        "instead of a budget: the cheapest plan whose KL on the validation text is at most this, in nats per token",
+        "instead of a budget: the cheapest plan whose KL on the validation text is at most this, in nats per token; "
+        "for gguf the smallest file",
         metavar="X",
     )
     size: str = option("", "size of the GGUF file, such as 4.36GiB or 700MB", metavar="SIZE")

@@ -141,6 +141,12 @@ class Menu(Searchable):
             "validation": ROUNDED * VALIDATED * options.search_tokens,
         }
 
+    @property
+    def max_kl(self) -> float:
+        """``--max_kl`` for the last menu of the search, which is what is exported; 0 for others: a budget holds."""
+        last = list(menus_of(self.options, self.setting.target))[-1]
+        return self.options.max_kl if self.name == last else 0.0
+
     @abstractmethod
     def front_budgets(self) -> Sequence[tuple[str, int]]:
         """(name, budget) of the points of a front."""
@@ -149,8 +155,8 @@ class Menu(Searchable):
         """The best choice under the budget, and if asked for those of a front of budgets."""
         options = self.options
         settings = GeneticSettings(population=max(2, options.ga_pop), generations=options.ga_gen)
-        if options.max_kl:
-            self.problem = self.problem.with_budget(self._cheapest_budget(options.max_kl))
+        if self.max_kl:
+            self.problem = self.problem.with_budget(self._cheapest_budget(self.max_kl))
 
         def run(settings: GeneticSettings, name: str, budget: int | None = None) -> Found:
             return search_menu(
@@ -160,7 +166,7 @@ class Menu(Searchable):
                 state_file=workdir.folder / f"genetic-{self.name}{name}.json",
                 resume=workdir.resumed,
                 budget=budget,
-                at_most=options.max_kl,
+                at_most=self.max_kl,
             )
 
         best = run(settings, "")
@@ -288,7 +294,8 @@ def check_options(options: SearchOptions, target: Target) -> None:
         )
     if options.max_kl < 0:
         raise HalfbyteError(f"--max_kl: must be positive, got {options.max_kl:g}")
-    if options.max_kl and (options.target_compression or options.fitness != "kl" or options.pareto):
+    budgets = (options.target_compression, options.size, options.bpw, options.ftype, options.pareto)
+    if options.max_kl and (any(budgets) or options.fitness != "kl"):
         raise HalfbyteError(
             "--max_kl: it stands for a budget, of the whole model's KL", fix="leave the other flags out"
         )

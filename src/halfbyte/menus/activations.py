@@ -137,12 +137,12 @@ class ActivationMenu(Menu):
         return budget / (8 * sum(unit.macs for unit in self.units))
 
     def into_plan(self, plan: Plan, found: Found, workdir: Workdir) -> Plan:
-        options, chosen = self.options, self._bits(found.genome)
+        chosen = self._bits(found.genome)
         bits = {layer.name: width for unit, width in zip(self.units, chosen, strict=True) for layer in unit.layers}
         return replace(
             plan,
             layers={name: replace(entry, a_bits=bits[name]) for name, entry in self.prepared.layers.items()},
-            budget_asked=self._fraction(found.budget) if options.max_kl else self.budget,
+            budget_asked=self._fraction(found.budget) if self.max_kl else self.budget,
             budget_reached=mean_bits_fraction(self.units, chosen),
             transforms=self.recipe.transforms,
             search={**self._record, **found.record(), "generations": len(found.history)},

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from halfbyte.options import SearchOptions, VllmExportOptions
+from halfbyte.options import VllmExportOptions
 from halfbyte.targets import Target
 from halfbyte.targets.vllm_files.blackwell import Blackwell
 from halfbyte.targets.vllm_files.export import VllmExportResult, export_vllm
@@ -21,15 +19,11 @@ class VLLM(Target):
 
     name = "vllm"
     export_options = VllmExportOptions
-    recipe: ClassVar = Integer.recipe
 
     def on(self, hardware: str, tensor_parallel: int = 1) -> Target:
         capability = capability_of(hardware)
         kind = next(kind for kind in GENERATIONS if capability in kind.capabilities)
         return kind(capability, tensor_parallel)
-
-    def check_options(self, options: SearchOptions) -> None:
-        self.on(options.hardware, options.tensor_parallel).check_options(options)
 
     def export(self, options: VllmExportOptions) -> VllmExportResult:
         return export_vllm(options, self.on)

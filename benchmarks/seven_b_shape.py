@@ -150,7 +150,8 @@ def run_search(arguments: list[str], device_memory: float) -> int:
     command = [sys.executable, str(ROOT / "mixed_precision_ptq.py")]
     if device_memory:
         share = device_memory * 1e9 / torch.cuda.get_device_properties(0).total_memory
-        start = "import sys, runpy; from halfbyte.cli import use_growing_segments; use_growing_segments(); import torch"
+        growing = "from halfbyte.core.environment import use_growing_segments; use_growing_segments()"
+        start = f"import sys, runpy; {growing}; import torch"
         limit = f"{start}; torch.cuda.set_per_process_memory_fraction({share})"
         command = [sys.executable, "-c", f"{limit}; runpy.run_path(sys.argv.pop(1), run_name='__main__')", command[1]]
     return subprocess.call([*command, *arguments])

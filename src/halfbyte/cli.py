@@ -255,15 +255,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run(command, rest, prog=f"halfbyte {command}")
 
 
-def use_growing_segments() -> None:
-    """Let PyTorch leave fewer gaps in GPU memory, which 7B needs on 8 GB; only before it is imported.
-
-    What the user has set stays.
-    """
-    if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-
-
 def _quiet_libraries() -> None:
     """Libraries report through us; their own progress bars and warnings would break the drawing."""
     for stream in (sys.stdout, sys.stderr):  # a redirected stream on Windows lacks some letters of the tables
@@ -271,6 +262,8 @@ def _quiet_libraries() -> None:
             stream.reconfigure(errors="replace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    from halfbyte.core.environment import use_growing_segments
+
     use_growing_segments()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import halfbyte
 from halfbyte import cli
+from halfbyte.core.environment import ALLOCATOR, use_growing_segments, variables_of_others
 from halfbyte.engines.served.serve_worker import own_words, prompt_rows
 from halfbyte.evaluate.measure_served import KERNEL, RECORD, cause
 from halfbyte.evaluate.worker import WorkerError
@@ -163,6 +164,29 @@ def test_a_folder_of_another_model(vllm, folders, tiny_folder, here, capsys):
     fails(capsys, code, match="made from another model")
 
 
+def test_an_engine_that_is_too_old(vllm, folders, here, capsys):
+    original, _ = folders
+    newer = shutil.copytree(original, here / "newer")
+    (newer / RECORD).write_text(json.dumps({"vllm": "0.33"}))
+    score = ["--model_id", str(original), "--served", str(newer), "--device", "cpu", *TEXT, *vllm]
+    about = here / "packages" / "vllm-0.26.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.26.0\n")
+    fails(capsys, cli.run("eval", score), match="expected 0.33 or newer, got 0.26.0")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.1\n")
+    assert cli.run("eval", score) == 0
+
+
+def test_an_allocator_of_our_own_is_not_passed_on(monkeypatch):
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.delenv(ALLOCATOR, raising=False)
+    use_growing_segments()
+    assert os.environ.get(ALLOCATOR, "").startswith("expandable") is (sys.platform == "linux")
+    assert ALLOCATOR not in variables_of_others()
+    monkeypatch.setenv(ALLOCATOR, "max_split_size_mb:64")
+    assert variables_of_others()[ALLOCATOR] == "max_split_size_mb:64"
+
+
 def test_one_thing_at_a_time(here, capsys):
     fails(capsys, cli.run("eval", ["--served", "a", "--gguf", "b"]), match="one at a time")
     fails(capsys, cli.run("eval", ["--served", "a"]), match="a: no such model")
@@ -217,6 +241,8 @@ def test_an_error_of_another_process_is_told_in_its_own_words():
     said = "(Worker_TP1 pid=7) ERROR 11-26 ValueError: no kernel for sm75\nRuntimeError: failed, see root cause above"
     error = WorkerError("Engine core initialization failed. See root cause above.", said)
     assert cause(error) == "ValueError: no kernel for sm75"
+    assert cause(WorkerError("cancelled", said)) == "ValueError: no kernel for sm75"
+    assert cause(WorkerError("cancelled", "")) == "one of its processes ended, cancelled"
     assert cause(WorkerError("out of memory", said)) == "out of memory"
 
 

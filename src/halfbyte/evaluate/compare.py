@@ -217,7 +217,7 @@ class _Runs:
         options = self.options
         try:
             check_folder(folder)
-            python = serve_python(options.serve_python)
+            python = serve_python(options.serve_python, folder)
             request = ServedRequest(
                 folder=folder,
                 stage=name,

@@ -182,7 +182,7 @@ def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, text: str) 
 
 def _in_vllm(options: EvalOptions, served: str, model_id: str, folder: Path, text_name: str, text: str) -> Measured:
     """vLLM's answers on the tokens of the reference's tokenizer."""
-    python = serve_python(options.serve_python)
+    python = serve_python(options.serve_python, served)
     origin = find(model_id, trust_remote_code=options.trust_remote_code)
     check_same_shape(served, origin.config, model_id)
     tokenizer = load_tokenizer(origin.folder, trust_remote_code=options.trust_remote_code, where=model_id)

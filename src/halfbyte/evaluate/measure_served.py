@@ -6,6 +6,7 @@ vLLM has an environment of its own, because it asks for other versions than we d
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -18,9 +19,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
 from transformers import PretrainedConfig
 
 from halfbyte.calibration.text import first_scored, scored_tokens
+from halfbyte.core.environment import variables_of_others
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_space
 from halfbyte.engines.served import serve_worker
@@ -39,8 +42,13 @@ KERNEL = re.compile(
     r"(?:Using|Selected) (?:\w+Kernel for \w[\w -]*|\w+ for (?:CompressedTensors\w+|[\w -]*(?:GEMM|LinearMethod)))"
 )
 ROOT_CAUSE = re.compile(r"(?:^|\s)(\w*(?:Error|Exception)): (.+)")
-ELSEWHERE = "root cause"  # vLLM's word for an error of another of its processes
+ELSEWHERE = ("root cause", "cancelled")  # vLLM's words for an error of another of its processes
 CACHE_BYTES = 2 << 30  # of keys and values, on each GPU: 32,768 tokens of a 7B model with four key heads
+ASK = (  # prints the version if there is one, and fails without vLLM
+    "import importlib.metadata as m, importlib.util, sys\n"
+    "print(next((d.version for d in m.distributions(name='vllm')), ''))\n"
+    "sys.exit(importlib.util.find_spec('vllm') is None)"
+)
 SPEED_TOKENS = 64  # generated tokens that are timed
 # CUDA graphs of steps that only generate, nothing compiled: starts in seconds and generates at full speed.
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
@@ -74,24 +82,37 @@ class ServedRequest:
     max_tokens: int = 0
 
 
-def serve_python(given: str | None) -> str:
+def serve_python(given: str | None, folder: str | None = None) -> str:
     """The Python that has vLLM: the one that was named, this one, or the one of ``HALFBYTE_SERVE_PYTHON``.
 
+    Args:
+        folder: that it is to run, if it says which vLLM it needs.
+
     Raises:
-        HalfbyteError: none of them has it.
+        HalfbyteError: none of them has it, or an older one than the folder needs.
     """
-    if given is None and importlib.util.find_spec("vllm"):
-        return sys.executable
     named = given or os.environ.get(VARIABLE)
-    if not named:
+    where = "--served"
+    if given is None and importlib.util.find_spec("vllm"):
+        python = sys.executable
+        version = next((found.version for found in importlib.metadata.distributions(name="vllm")), "")
+    elif not named:
         raise HalfbyteError("--served: vLLM is not installed in this Python", fix=INSTALL)
-    where = "--serve_python" if given else VARIABLE
-    python = shutil.which(os.path.expanduser(named))
-    if python is None:
-        raise HalfbyteError(f"{where}: no such Python, got {named}", fix=INSTALL)
-    ask = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    if subprocess.run([python, "-c", ask], capture_output=True).returncode:
-        raise HalfbyteError(f"{where}: vLLM is not installed there, got {named}", fix=INSTALL)
+    else:
+        where = "--serve_python" if given else VARIABLE
+        python = shutil.which(os.path.expanduser(named))
+        if python is None:
+            raise HalfbyteError(f"{where}: no such Python, got {named}", fix=INSTALL)
+        asked = subprocess.run([python, "-c", ASK], capture_output=True, text=True)
+        if asked.returncode:
+            raise HalfbyteError(f"{where}: vLLM is not installed there, got {named}", fix=INSTALL)
+        version = asked.stdout.strip()
+    needed = record_of(folder).get("vllm") if folder else None
+    if needed and version and Version(version) < Version(needed):
+        raise HalfbyteError(
+            f"{where}: vLLM is too old for {folder}, expected {needed} or newer, got {version}",
+            fix=f"install it in an environment of its own: pip install 'vllm>={needed}'",
+        )
     return python
 
 
@@ -125,7 +146,8 @@ def check_same_shape(folder: str, reference: PretrainedConfig, model_id: str) ->
 
 
 def record_of(folder: str) -> dict[str, Any]:
-    """What the export noted of the folder: ``fingerprint``, ``plan``, ``text_search``; empty for other folders."""
+    """What the export noted of the folder: ``fingerprint``, ``plan``, ``text_search``; ``vllm``, the first version that
+    runs it; ``emulated_below``, see :class:`Job`. Empty for other folders."""
     path = Path(folder) / RECORD
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -151,6 +173,7 @@ def measure_served(request: ServedRequest) -> Measured:
         prompt=prompt,
         max_tokens=request.max_tokens,
         stop=[tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else [],
+        emulated_below=record_of(request.folder).get("emulated_below", 0),
     )
     result, kernels = run_job(job, request.python)
     speeds = {}
@@ -204,7 +227,8 @@ def run_job(job: Job, python: str) -> tuple[dict[str, Any], tuple[str, ...]]:
         absolute = replace(job, folder=os.path.abspath(job.folder))  # vLLM takes a short path for a hub id
         path.write_text(json.dumps(asdict(absolute)), encoding="utf-8")
         try:
-            result, said = run_command([python, str(Path(serve_worker.__file__)), str(path)], where=job.folder)
+            command = [python, str(Path(serve_worker.__file__)), str(path)]
+            result, said = run_command(command, where=job.folder, environment=variables_of_others())
         except WorkerError as error:
             raise HalfbyteError(f"{job.folder}: vLLM does not run it, got {cause(error)}") from error
     return result, tuple(dict.fromkeys(KERNEL.findall(said)))
@@ -212,7 +236,11 @@ def run_job(job: Job, python: str) -> tuple[dict[str, Any], tuple[str, ...]]:
 
 def cause(error: WorkerError) -> str:
     """The engine's own words; where it only says that another process failed, those of that process."""
-    if ELSEWHERE not in error.text:
+
+    def elsewhere(text: str) -> bool:
+        return any(word in text for word in ELSEWHERE)
+
+    if not elsewhere(error.text):
         return error.text[:300]
-    causes = [found for found in ROOT_CAUSE.findall(error.said) if ELSEWHERE not in found[1]]
-    return ": ".join(causes[-1])[:300] if causes else error.text[:300]
+    causes = [found for found in ROOT_CAUSE.findall(error.said) if not elsewhere(found[1])]
+    return ": ".join(causes[-1])[:300] if causes else f"one of its processes ended, {error.text[:300]}"

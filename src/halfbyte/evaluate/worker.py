@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -46,12 +46,15 @@ def run_worker(module: str, request: dict[str, Any]) -> dict[str, Any]:
     return run_command(command, where=str(request.get("path")))[0]
 
 
-def run_command(command: Sequence[str], *, where: str) -> tuple[dict[str, Any], str]:
+def run_command(
+    command: Sequence[str], *, where: str, environment: Mapping[str, str] | None = None
+) -> tuple[dict[str, Any], str]:
     """Start a worker and wait for its result.
 
     Args:
         command: a process that answers with JSON lines.
         where: what is measured, for messages.
+        environment: its variables, by default ours.
 
     Returns:
         The result, and what the process said on standard error.
@@ -68,7 +71,7 @@ def run_command(command: Sequence[str], *, where: str) -> tuple[dict[str, Any], 
             text=True,
             encoding="utf-8",
             errors="replace",
-            env={**os.environ, "PYTHONIOENCODING": "utf-8", "PYTHONUTF8": "1"},
+            env={**(environment or os.environ), "PYTHONIOENCODING": "utf-8", "PYTHONUTF8": "1"},
         )
         assert process.stdout is not None
         try:

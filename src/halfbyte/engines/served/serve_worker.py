@@ -60,6 +60,8 @@ class Job:
         speed: what is timed; None for nothing.
         prompt: token ids that are continued greedily by ``max_tokens`` tokens; empty for none.
         stop: token ids that end it.
+        emulated_below: compute capability, such as 100, under which vLLM is to emulate the folder's kernels: those that
+            it would choose there leave inputs as they are.
     """
 
     folder: str
@@ -72,6 +74,7 @@ class Job:
     prompt: list[int] = field(default_factory=list)
     max_tokens: int = 0
     stop: list[int] = field(default_factory=list)
+    emulated_below: int = 0
 
 
 class LogitsTap:
@@ -177,6 +180,9 @@ def load(job: Job) -> tuple[Any, float]:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         settings.setdefault("gpu_memory_utilization", round(MEMORY_SHARE * free / total, 3))
+        major, minor = torch.cuda.get_device_capability()
+        if 10 * major + minor < job.emulated_below:
+            settings["linear_backend"] = "emulation"
     elif hasattr(torch.cpu, "_init_amx"):
         torch.cpu._init_amx()  # in one process vLLM does not ask Linux for AMX itself; its bf16 kernel needs it
     started = time.perf_counter()

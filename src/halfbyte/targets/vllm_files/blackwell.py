@@ -54,6 +54,7 @@ class Blackwell(Compressed):
 
     capabilities = (100, 103, 110, 120, 121)
     engine = "0.26"
+    emulated_below = 100  # older GPUs get Marlin, which rounds no inputs
     in_transformers = "nvfp4_transformers"
     format = CompressionFormat.nvfp4_pack_quantized
     recipe: ClassVar = Recipe(

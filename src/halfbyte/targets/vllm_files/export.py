@@ -106,7 +106,13 @@ def target_of(plan: Plan, where: object, on: Callable[[str, int], Target]) -> GP
 
 def _write_config(folder: Path, source: SourceModel, plan: Plan, codes: Codes, target: GPUTarget) -> None:
     """Write what halfbyte wants to know again, then ``config.json``: without it nothing loads the folder."""
-    about = {"fingerprint": plan.fingerprint, "plan": plan.hash, "text_search": plan.text.get("search")}
+    about = {
+        "fingerprint": plan.fingerprint,
+        "plan": plan.hash,
+        "text_search": plan.text.get("search"),
+        "vllm": target.engine,
+        "emulated_below": target.emulated_below,
+    }
     write_text(folder / "halfbyte.json", json.dumps(about))
     config = json.loads(source.config.to_json_string())
     config["architectures"] = config.get("architectures") or [type(source.model).__name__]

@@ -33,6 +33,7 @@ class GPUTarget(Target):
     Attributes:
         capabilities: those that the target is for.
         engine: the first version of vLLM that runs its folders.
+        emulated_below: compute capability under which vLLM would leave inputs unrounded, unless told to emulate.
         tags: of the format, for the model card.
         packed_name: the last part of the name of a tensor of codes.
     """
@@ -41,6 +42,7 @@ class GPUTarget(Target):
     export_options = VllmExportOptions
     capabilities: ClassVar[tuple[int, ...]]
     engine: ClassVar[str]
+    emulated_below: ClassVar[int] = 0
     packed_name: ClassVar[str]
     tags: ClassVar[tuple[str, ...]]
 

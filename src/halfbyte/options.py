@@ -161,6 +161,13 @@ class SearchOptions(ModelOptions):
         names=_menus,
         metavar="LIST",
     )
+    refine: int = option(
+        1,
+        "1: encode the chosen types once more, for the inputs that the others make, and keep that if it loses less; "
+        "0: do not",
+        SEARCH,
+        metavar="N",
+    )
     bpw: float = option(0.0, "mean bits per weight of the GGUF file, instead of --size", SEARCH, metavar="X")
     fitness: str = option("kl", "what the search minimises", SEARCH, choices=("kl", "fisher", "mse"))
     granularity: str = option("fused", "one choice per input tensor, or per layer", SEARCH, choices=("fused", "layer"))

@@ -1,6 +1,6 @@
 """A search, from the options to the plan on disk.
 
-load → reference → for each menu of the target: prepare → losses of single units → search → validate → plan
+load → reference → for each menu of the target: prepare → losses of single units → search → validate → refine → plan
 """
 
 from __future__ import annotations
@@ -116,7 +116,11 @@ def search(options: SearchOptions) -> SearchResult:
                 model = model.loaded_anew(setting)
             menu.prepare(model)
             found[name] = menu.search(workdir)
+            losses = menu.to_refine(found[name])
             menu.release()
+            if losses is not None:
+                model = model.loaded_anew(setting)
+                found[name] = menu.refine(model, found[name], losses)
         written = None
         if processes().first:
             written = _write(output, plan, menus, found, workdir)

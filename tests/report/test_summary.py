@@ -9,7 +9,7 @@ from halfbyte.evaluate.quality import Quality
 from halfbyte.evaluate.worker import Measured
 from halfbyte.plan import LayerPlan, Plan
 from halfbyte.report.summary import comparison_summary, search_summary
-from halfbyte.search.run import Found
+from halfbyte.search.run import Found, Refinement
 
 PLAN = Plan(
     model_id="m",
@@ -59,6 +59,11 @@ def test_both_menus_of_a_search():
     assert text.endswith("took 3 s, peak memory 3.0 MB")
     row = next(line for line in text.splitlines() if line.startswith("all A8"))
     assert row.split() == ["all", "A8", "0.100", "—"]
+
+
+def test_weights_that_were_made_once_more():
+    refinement = Refinement(before=0.3, after=0.2, noise=0.01)
+    assert "once more for it: validation text 0.3 -> 0.2 (noise 0.01): kept" in said(types=found(refinement=refinement))
 
 
 def test_a_search_without_validation():

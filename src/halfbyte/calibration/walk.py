@@ -156,6 +156,7 @@ def walk_blocks(
     batch: int = 1,
     leave: Callable[[BlockStep], None] | None = None,
     keep_on: torch.device | None = None,
+    copies: Sequence[torch.Tensor] | None = None,
 ) -> Iterator[BlockStep]:
     """Yield a :class:`BlockStep` per block; afterwards the model holds the quantised copy where the block was.
 
@@ -167,10 +168,12 @@ def walk_blocks(
             was.
         keep_on: where hidden states and what is seen of inputs are kept, by default the device: main memory beside a
             device that is too small for them, for walks without copies.
+        copies: what the first block's copy is called with, one ``[windows, length, hidden]`` per batch; by default what
+            the block itself is.
     """
     inputs = capture(model, family, tokens, device=device, batch=batch)
     kept = [part.to(keep_on or device).float() for part in inputs.hidden]
-    hidden = list(zip(kept, kept, strict=True))
+    hidden = list(zip(kept, kept if copies is None else [part.float() for part in copies], strict=True))
     kwargs = {key: _as_fp32(value) for key, value in inputs.kwargs.items()}
     del inputs, kept
     holder = model.get_submodule(family.blocks)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from halfbyte.core.errors import HalfbyteError
@@ -96,8 +97,8 @@ class Model:
 class Menu(Searchable):
     """One problem of a search: its units, the formats that each may have, and what a choice of them costs and loses.
 
-    Used in this order: made from the options, :meth:`check`, :meth:`prepare`, :meth:`search`, :meth:`release`, then the
-    plan and files.
+    Used in this order: made from the options, :meth:`check`, :meth:`prepare`, :meth:`search`, :meth:`refine`,
+    :meth:`release`, then the plan and files.
 
     Args:
         setting: options, target, model that is not read yet.
@@ -204,6 +205,22 @@ class Menu(Searchable):
                 low = middle
         return least + (most - least) * high // BUDGET_STEPS
 
+    def to_refine(self, found: Found) -> np.ndarray | None:
+        """The winner's losses on the validation text, ``[windows, segments]``, if its weights are to be made again.
+
+        By default they are not: they do not depend on what is chosen.
+        """
+        return None
+
+    def refine(self, model: Model, found: Found, before: np.ndarray) -> Found:
+        """Make the weights once more, for the formats that were chosen; kept if that loses less, by more than noise.
+
+        Args:
+            model: as it is in its files, in main memory; it is changed.
+            before: from :meth:`to_refine`; the model that was searched has been released since.
+        """
+        raise NotImplementedError
+
     def release(self) -> None:
         """Let go of the model once :meth:`search` is over, so that another menu has room for its own."""
         self.on_search_text = self.on_validation_text = None
@@ -302,6 +319,8 @@ def check_options(options: SearchOptions, target: Target) -> None:
     for flag in ("ga_pop", "group_size", "ctx"):
         if getattr(options, flag) < 1:
             raise HalfbyteError(f"--{flag}: must be positive, got {getattr(options, flag)}")
+    if options.refine not in (0, 1):
+        raise HalfbyteError(f"--refine: expected 0 or 1, got {options.refine}")
     for flag in ("calib_tokens", "search_tokens", "ga_gen"):
         if getattr(options, flag) < 0:
             raise HalfbyteError(f"--{flag}: must be positive, or 0 for what the machine can do", fix="leave it out")

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
 
 from halfbyte.calibration.imatrix import importance_for
@@ -23,12 +24,17 @@ from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, types_path
 from halfbyte.prepare.candidates import Candidates, TensorMenu, encode_candidates_, menus_of, part_files
 from halfbyte.prepare.recipe import Recipe
+from halfbyte.prepare.refine import STAGE as REFINE_STAGE
+from halfbyte.prepare.refine import refine_types_
 from halfbyte.prepare.screen import screened
-from halfbyte.quant.ggml.encoded import save_encoded
+from halfbyte.quant.ggml.encoded import Encoded, save_encoded
+from halfbyte.quant.ggml.types import decode_tensor
+from halfbyte.quant.quant_linear import set_parameters_
 from halfbyte.report.search_reports import TYPE_FRONT_REPORTS, TYPE_REPORTS, beside, write_type_reports
 from halfbyte.search.problem import Genome, Problem, pruned
-from halfbyte.search.run import Found
+from halfbyte.search.run import Found, Refinement
 from halfbyte.search.type_evaluator import MixedTypes, TypeEvaluator
+from halfbyte.search.validate import TIE_Z, paired_difference
 from halfbyte.targets.gguf_files.size import budget_bytes_of, ftype_types, ftype_within
 from halfbyte.transforms import TRANSFORMS
 from halfbyte.workdir import Workdir
@@ -37,6 +43,7 @@ DEFAULT_FTYPE = "Q4_K_M"
 FRONT_FTYPES = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")  # llama.cpp's, whose sizes make a front
 ENCODED_AS = 9.5  # forward passes that encoding takes as long as, per calibration token, ...
 CANDIDATES_AS = 49_000.0  # ... and tokens of forward passes for what does not depend on the text
+REFINED_AS = 2.5  # the same for encoding the chosen types once more
 TRIED_AS = 1.5  # the same for trying transforms, per token of calibration and search text
 DECODED_AS = 1.7  # time of a genome whose matrices are decoded first, over that of the others
 GROUP_SIZE = 32  # weights that share a scale in most types; for the choice of channel scales
@@ -84,6 +91,8 @@ class TypeMenu(Menu):
     def effort(self) -> dict[str, float]:
         calib = 1.0 * self.options.calib_tokens
         work = {"encode candidates": ENCODED_AS * calib + CANDIDATES_AS}
+        if self._refines:
+            work[REFINE_STAGE] = REFINED_AS * calib + CANDIDATES_AS / 4
         if self.transforms is None:
             work["transforms that help"] = TRIED_AS * (calib + self.options.search_tokens) + CANDIDATES_AS / 7
         search = self.search_effort(len(self.menus))
@@ -96,7 +105,7 @@ class TypeMenu(Menu):
         if self.transforms is None:
             self.transforms = self._transforms_that_help(model)
         head = linear(source.model, source.family.head).weight  # that the reference was made with
-        made = self._encoded(model, self.transforms)
+        made = self._encoded(model)
         self.encoded = made.encoded
         self.menus = [_pruned(menu, made.errors[menu.name]) for menu in self.menus]
         self.mixed = MixedTypes(source.model, source.family, self.menus, made.encoded, device, packed=self.packed)
@@ -111,6 +120,70 @@ class TypeMenu(Menu):
         ]
         self.problem = Problem(_costs(self.menus), tuple(losses), self.budget)
         self._source, self._tokens = source, model.tokens
+
+    def release(self) -> None:
+        super().release()
+        del self.mixed, self._source  # they hold the model
+
+    def to_refine(self, found: Found) -> np.ndarray | None:
+        assert self.on_validation_text is not None
+        return self.on_validation_text.losses([found.genome])[0] if self._refines else None
+
+    @property
+    def _refines(self) -> bool:
+        """Whether matrices are encoded once more: by GPTQ, which looks at what the others do to their inputs."""
+        return bool(self.options.refine) and self._recipe.quantiser.looks_at_inputs
+
+    def refine(self, model: Model, found: Found, before: np.ndarray) -> Found:
+        types = {name: str(kind) for name, kind in found.choice.items()}
+
+        def measure() -> dict[str, float] | None:
+            scorer = self._encoded_once_more(model, types)
+            if scorer is None:
+                return None
+            difference, error = paired_difference(scorer.losses([(0,) * len(types)])[0], before)
+            return {"before": float(before.mean()), "after": float(before.mean()) + difference, "noise": TIE_Z * error}
+
+        measured = model.workdir.value("refined", measure)
+        if measured is None:
+            report(REFINE_STAGE, 1, 1, "too little memory on the device: the search's weights stay")
+            return found
+        refinement = Refinement(**measured)
+        report(REFINE_STAGE, 1, 1, refinement.said)
+        return replace(found, refinement=refinement)
+
+    def _encoded_once_more(self, model: Model, types: Mapping[str, str]) -> TypeEvaluator | None:
+        """Encode the mixture into the work folder; what measures it on the validation text, if memory was enough."""
+        source, path, enough = model.source, model.workdir.types("refined"), True
+        head = linear(source.model, source.family.head).weight  # that the reference was made with
+        if processes().first and not path.exists():
+            outside = {menu.name: self.encoded.rows(menu.name, types[menu.name]) for menu in self.menus if menu.outside}
+            embedding = source.family.embedding
+            try:
+                made = refine_types_(
+                    source,
+                    model.windows["calib"],
+                    self._recipe,
+                    types,
+                    decode_tensor(outside[embedding], types[embedding]),
+                    device=self.setting.exact_device,
+                    imatrix=self.imatrix,
+                )
+                rows = {(name, types[name]): rows for name, rows in outside.items()} | made.rows
+                save_encoded(path, rows, self.encoded.extra | made.parameters)
+            except torch.OutOfMemoryError:
+                enough = False
+        if not processes().from_first(enough):
+            return None
+        processes().send_file(path)
+        encoded = Encoded()
+        encoded.add(path)
+        source = model.loaded_anew(self.setting).source
+        set_parameters_(source.model, encoded.extra)
+        menus = [replace(menu, types=(types[menu.name],)) for menu in self.menus]
+        mixed = MixedTypes(source.model, source.family, menus, encoded, self.setting.device, packed=self.packed)
+        answers = model.reference.split(len(model.windows["search"]))[1]
+        return TypeEvaluator(mixed, model.windows["valid"], answers, head=head)
 
     def starts(self, problem: Problem) -> dict[str, Genome]:
         """The exact knapsack over the losses, and llama.cpp's own types of about that size."""
@@ -131,7 +204,7 @@ class TypeMenu(Menu):
         return [(ftype, size) for ftype, size in sizes if size == self.budget or smallest < size < largest]
 
     def into_plan(self, plan: Plan, found: Found, workdir: Workdir) -> Plan:
-        return self._plan_of(plan, found, self._save(found, workdir, ""))
+        return self._plan_of(plan, found, workdir.types("refined") if found.refined else self._save(found, workdir, ""))
 
     def outcomes(self, plan: Plan, found: Found) -> list[Outcome]:
         return [Outcome(name, "a ggml type", str(kind)) for name, kind in found.choice.items()]
@@ -153,7 +226,7 @@ class TypeMenu(Menu):
         workdir: Workdir,
         reports: list[Path],
     ) -> Written:
-        moved, plans = [(workdir.types(), types_path(output))], {}
+        moved, plans = [(workdir.types("refined" if found.refined else ""), types_path(output))], {}
         for ftype, point in found.front.items():
             path = _point_path(output, ftype)
             encoded = self._save(point, workdir, ftype)
@@ -237,13 +310,18 @@ class TypeMenu(Menu):
         """Where calibration activations are kept."""
         return torch.device("cpu") if self.packed else self.setting.exact_device
 
-    def _encoded(self, model: Model, transforms: tuple[str, ...]) -> Candidates:
+    @property
+    def _recipe(self) -> Recipe:
+        """What is folded, and how matrices are encoded."""
+        return Recipe(self.transforms or (), self.options.weights, group_size=GROUP_SIZE, scale_bits=8)
+
+    def _encoded(self, model: Model) -> Candidates:
         """Every matrix in every type of its menu, encoded by the first process into the work folder."""
         folder, files = model.workdir.candidates, part_files(model.workdir.candidates, self.menus)
         there = sum(path.stat().st_size for path in files if path.exists())
         check_space(folder, sum(menu.nbytes(kind) for menu in self.menus for kind in menu.types) - there)
         folder.mkdir(parents=True, exist_ok=True)
-        recipe = Recipe(transforms, self.options.weights, group_size=GROUP_SIZE, scale_bits=8)
+        recipe = self._recipe
 
         def encode() -> Candidates:
             return encode_candidates_(

@@ -28,7 +28,7 @@ from halfbyte.quant.ggml.encoded import Encoded, save_encoded
 from halfbyte.quant.ggml.gptq import Job, encode_
 from halfbyte.quant.ggml.types import bits_per_weight, fits, row_bytes
 from halfbyte.quant.int4 import check_finite
-from halfbyte.quant.quantisers.gptq import DAMPING, NotPositive, Ordered
+from halfbyte.quant.quantisers.gptq import Ordered, factorised
 
 TOP_ROWS = 8192  # of embedding and head, encoded at once
 STAGE = "encode candidates"
@@ -60,6 +60,11 @@ class TensorMenu:
     rows: int
     columns: int
     types: tuple[str, ...]
+
+    @property
+    def outside(self) -> bool:
+        """Whether it is the embedding or the head."""
+        return self.block == OUTSIDE
 
     def nbytes(self, type_name: str) -> int:
         """Encoded size."""
@@ -167,15 +172,11 @@ def encode_candidates_(
         stem = part_name(step.index)
         if not (folder / f"{stem}.json").exists():
             own = {menu.name: menu for menu in menus if menu.block == step.index}
-            importance = {}
-            for part, power in input_power.items():
-                measured = imatrix.get(f"{family.blocks}.{step.index}.{part}")
-                if measured is not None:
-                    importance[part] = (power * measured.to(power.device)).to(device)
+            importance = importance_of(f"{family.blocks}.{step.index}.", input_power, imatrix)
             _encode_block(step, family, own, recipe, importance, folder, stem)
         made.add(folder, stem)
         report(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem)
-    outside = [menu for menu in menus if menu.block == OUTSIDE]
+    outside = [menu for menu in menus if menu.outside]
     if not all((folder / f"{menu.name}.json").exists() for menu in outside):
         importance = {name: value for name, value in imatrix.items() if name not in mixed}
         _encode_top(source, outside, last, importance, folder, device, plain=not recipe.quantiser.looks_at_inputs)
@@ -185,6 +186,20 @@ def encode_candidates_(
     return made
 
 
+def importance_of(
+    prefix: str, input_power: Mapping[str, torch.Tensor], imatrix: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Linear -> importance of its input channels ``[in]`` after folding, for those that the imatrix knows.
+
+    Args:
+        prefix: of the block.
+        input_power: see :class:`halfbyte.prepare.folding.Folded`.
+        imatrix: matrix -> importance in the model as it is.
+    """
+    known = {part: imatrix[prefix + part] for part in input_power if prefix + part in imatrix}
+    return {part: input_power[part] * measured.to(input_power[part].device) for part, measured in known.items()}
+
+
 def part_name(block: int) -> str:
     """Of the files of a block."""
     return f"block-{block:03d}"
@@ -192,7 +207,7 @@ def part_name(block: int) -> str:
 
 def part_files(folder: Path, menus: Sequence[TensorMenu]) -> list[Path]:
     """Everything that is written for these matrices; the JSON of a part comes last."""
-    stems = dict.fromkeys(menu.name if menu.block == OUTSIDE else part_name(menu.block) for menu in menus)
+    stems = dict.fromkeys(menu.name if menu.outside else part_name(menu.block) for menu in menus)
     return [folder / f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".json")]
 
 
@@ -281,12 +296,4 @@ def hessian_of(
     check_finite(importance, where, "activations are")
     ordered = Ordered(hessian)
     del hessian  # 1.4 GB for 18,944 channels
-    for damping in DAMPING:
-        try:
-            ordered.factorise(damping)
-        except NotPositive:
-            continue
-        return ordered, importance
-    ordered = Ordered(torch.eye(width, device=importance.device))
-    ordered.factorise(0.0)
-    return ordered, importance
+    return factorised(ordered), importance

@@ -72,12 +72,13 @@ def _found(found: Found) -> list[str]:
         return [found.score_label, text_table(headers, rows)]
     labels = dict.fromkeys([*found.search_scores, *found.validation_scores])
     rows = [[label, found.search_scores.get(label), found.validation_scores.get(label)] for label in labels]
-    return [
+    lines = [
         found.score_label,
         text_table([*headers, "validation text"], rows),
         f"the plan is from: {found.winner}; {found.ties} of {found.finalists} finalists are ties on the validation "
         f"text (noise floor {found.noise_floor:.2g})",
     ]
+    return lines if found.refinement is None else [*lines, f"weights made once more for it: {found.refinement.said}"]
 
 
 def _activation_bits(plan: Plan) -> str:

@@ -6,7 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -80,6 +80,31 @@ class Searchable(ABC):
 
 
 @dataclass(frozen=True)
+class Refinement:
+    """What making the weights once more did to the winner, measured on the validation text.
+
+    Attributes:
+        before, after: its loss.
+        noise: standard error of the difference.
+    """
+
+    before: float
+    after: float
+    noise: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether it lost less, by more than noise."""
+        return self.after < self.before - self.noise
+
+    @property
+    def said(self) -> str:
+        """For people."""
+        verdict = "kept" if self.kept else "dropped, the search's weights stay"
+        return f"validation text {self.before:.4g} -> {self.after:.4g} (noise {self.noise:.2g}): {verdict}"
+
+
+@dataclass(frozen=True)
 class Found:
     """The winner of a search, and what it had to beat.
 
@@ -97,6 +122,7 @@ class Found:
         evaluations: genomes that were scored.
         history: one row per generation.
         front: budget -> the winner of that budget, where a front was asked for.
+        refinement: of the winner's weights, if that was tried.
     """
 
     genome: Genome
@@ -113,6 +139,12 @@ class Found:
     evaluations: int
     history: Sequence[Generation]
     front: Mapping[str, Found] = field(default_factory=dict)
+    refinement: Refinement | None = None
+
+    @property
+    def refined(self) -> bool:
+        """Whether the winner's weights are those that were made for it."""
+        return self.refinement is not None and self.refinement.kept
 
     def record(self) -> dict[str, object]:
         """What plans and reports say of the search, in types that JSON has."""
@@ -124,6 +156,7 @@ class Found:
             "finalists": self.finalists,
             "ties": self.ties,
             "noise_floor": self.noise_floor,
+            "refined": {} if self.refinement is None else {**asdict(self.refinement), "kept": self.refined},
         }
 
 

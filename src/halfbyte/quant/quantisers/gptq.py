@@ -7,7 +7,8 @@ gives the same codes with one Cholesky factorisation and no inverse. Columns are
 
 What is rounded is not W but W + β E[W (x − x̂) x̂ᵀ] H⁻¹, which makes up for what the quantised blocks before did to the
 input (Li et al. 2025, GPTAQ, arXiv:2504.02692). β = 1 is the least-squares answer; it also shrinks outputs wherever the
-input is noisy, which adds up over blocks: on unseen text 0.5 was better than 0 and than 1.
+input is noisy, which adds up over blocks: on unseen text 0.5 was better than 0 and than 1, and less than that for few
+tokens (``benchmarks/drift.py``).
 
 Afterwards each code in turn becomes the best one given all others, and scales are solved for by least squares.
 """
@@ -26,6 +27,7 @@ from halfbyte.quant.quantisers import InputMoments, WeightQuantiser
 BLOCK = 128  # columns between two matrix products
 DAMPING = (0.01, 0.1, 1.0)  # shares of the mean diagonal, tried in turn
 CORRECTION = 0.5  # β
+ENOUGH_TOKENS = 16384  # for all of it; of fewer, what they say of the drift is partly chance
 SWEEPS = 2  # of coordinate descent
 
 
@@ -198,6 +200,29 @@ def output_error(weight: torch.Tensor, encoded: GroupedWeight, hessian: torch.Te
     return float(((error @ hessian) * error).sum() / weight.shape[0])
 
 
+def factorised(known: Ordered) -> Ordered:
+    """``known`` with as little damping as it needs; where none helps, the identity: feedback then changes nothing."""
+    for damping in DAMPING:
+        try:
+            known.factorise(damping)
+        except NotPositive:
+            continue
+        return known
+    identity = Ordered(torch.eye(len(known.order), device=known.order.device))
+    identity.factorise(0.0)
+    return identity
+
+
+def corrected(moments: InputMoments, known: Ordered) -> torch.Tensor:
+    """``W + β E[W (x − x̂) x̂ᵀ] H⁻¹``, ``[out, in]``: what is rounded.
+
+    Args:
+        known: the Hessian of the moments, factorised.
+    """
+    share = CORRECTION * min(1.0, moments.tokens / ENOUGH_TOKENS)
+    return moments.weight + share * known.divide(moments.drift)
+
+
 def quantise(
     weight: torch.Tensor, group_size: int, moments: InputMoments, *, where: object, rule: ScaleRule = ANY_FP16
 ) -> tuple[GroupedWeight, str]:
@@ -209,7 +234,7 @@ def quantise(
             known.factorise(damping)
         except NotPositive:
             continue
-        target = weight + CORRECTION * known.divide(moments.drift)
+        target = corrected(moments, known)
         scales = searched_scales(target, group_size, importance, rule=rule, where=where)
         encoded = round_with_feedback(target, scales, known, rule.grid)
         for sweep in range(SWEEPS):

@@ -1,0 +1,116 @@
+"""Encode the matrices of a chosen mixture of ggml types once more, for the inputs that the encoded ones before make.
+
+Candidates are encoded for the unquantised model, so that any mixture can be put together; what a mixture does to the
+inputs of later matrices is known only when it is chosen. One walk over the blocks then makes up for it, as in
+:mod:`halfbyte.quant.quantisers.gptq`: what is rounded is W + β E[W (x − x̂) x̂ᵀ] H⁻¹, H that of x̂.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from halfbyte.calibration.walk import BlockStep, walk_blocks
+from halfbyte.core.progress import report
+from halfbyte.models.estimate import windows_at_once
+from halfbyte.models.loading import SourceModel
+from halfbyte.models.modules import linear
+from halfbyte.prepare.candidates import importance_of
+from halfbyte.prepare.folding import fold_block_, fold_ends_
+from halfbyte.prepare.recipe import Recipe
+from halfbyte.quant.ggml.gptq import Job, encode_
+from halfbyte.quant.ggml.types import decode_tensor
+from halfbyte.quant.int4 import check_finite
+from halfbyte.quant.quantisers import InputMoments
+from halfbyte.quant.quantisers.gptq import Ordered, corrected, factorised
+
+STAGE = "refine types"
+
+
+@dataclass
+class Refined:
+    """What :func:`refine_types_` leaves.
+
+    Attributes:
+        rows: (matrix, type) -> encoded rows, uint8 ``[out, row bytes]``, in main memory.
+        parameters: name -> norm or bias, as the transforms left it.
+    """
+
+    rows: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
+    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def refine_types_(
+    source: SourceModel,
+    tokens: torch.Tensor,
+    recipe: Recipe,
+    types: Mapping[str, str],
+    embedding: torch.Tensor,
+    *,
+    device: torch.device,
+    imatrix: Mapping[str, torch.Tensor] | None = None,
+) -> Refined:
+    """Encode the blocks of ``source.model``, one at a time on ``device``; it cannot be used afterwards.
+
+    Args:
+        tokens: calibration text, int64 ``[windows, length]``.
+        recipe: whose transforms are folded.
+        types: matrix -> ggml type.
+        embedding: as the mixture has it, ``[vocab, hidden]``.
+        imatrix: as :func:`halfbyte.prepare.candidates.encode_candidates_` takes it.
+
+    Raises:
+        HalfbyteError: values that are not finite, or that a type cannot hold.
+    """
+    family, made = source.family, Refined()
+    fold_ends_(source, recipe, device)
+    batch = windows_at_once(device, tokens.shape[1])
+    table = embedding.to(source.dtype)
+    copies = [nn.functional.embedding(part, table).to(device) for part in tokens.split(batch)]
+
+    def forget(step: BlockStep) -> None:
+        for part in family.linears:
+            linear(step.quantised, part).weight = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    for step in walk_blocks(source.model, family, tokens, device=device, batch=batch, copies=copies, leave=forget):
+        prefix = f"{family.blocks}.{step.index}."
+        power = fold_block_(step, source, recipe).input_power
+        importance = importance_of(prefix, power, imatrix or {})
+        step.split()
+        for group in family.groups:
+            for job in _encoded(step, group, prefix, types, importance.get(group[0])):
+                made.rows[job.where, job.type] = job.rows.cpu()
+                with torch.no_grad():
+                    layer = linear(step.quantised, job.where.removeprefix(prefix))
+                    layer.weight.copy_(decode_tensor(job.rows, job.type))
+        for name, value in step.original.named_parameters():
+            if name.removesuffix(".weight") not in family.linears:
+                made.parameters[prefix + name] = value.detach().cpu()
+        report(STAGE, step.index + 1, source.config.num_hidden_layers, f"block {step.index}")
+    return made
+
+
+def _encoded(
+    step: BlockStep,
+    group: tuple[str, ...],
+    prefix: str,
+    types: Mapping[str, str],
+    importance: torch.Tensor | None,
+) -> list[Job]:
+    """The matrices of a block that share their input, encoded for what the copy gives them."""
+    weights = [linear(step.original, part).weight.detach().float() for part in group]
+    moments = InputMoments(torch.cat(weights))
+    for original, of_copy in step.inputs(group[0]):
+        moments.add(original, of_copy)
+    del step.seen[group[0]]
+    measured = moments.hessian.diagonal().clone()
+    check_finite(measured, prefix + group[0], "activations are")
+    known = factorised(Ordered(moments.take_hessian()))
+    parts = corrected(moments, known).split([len(weight) for weight in weights])
+    names = [prefix + part for part in group]
+    jobs = [Job(rows.contiguous(), types[name], name) for name, rows in zip(names, parts, strict=True)]
+    encode_(jobs, measured if importance is None else importance, known, plain=False)
+    return jobs

@@ -11,8 +11,11 @@ from halfbyte.quant.int4 import absmax_scales, encode_with_scales, searched_scal
 from halfbyte.quant.quantisers import InputMoments
 from halfbyte.quant.quantisers.gptq import (
     DAMPING,
+    ENOUGH_TOKENS,
     QUANTISER,
     Ordered,
+    corrected,
+    factorised,
     improve_codes,
     improve_scales,
     output_error,
@@ -138,9 +141,9 @@ def quantised(weight, x, of_copy, group=32):
 
 def test_drift_of_the_input_is_made_up_for():
     """What matters is ``W x`` of the unquantised model, while the layer is given another x̂."""
-    x, weight = correlated(600, 96), layer(24, 96)
-    of_copy = x + 0.2 * correlated(600, 96, seed=5) + 0.1 * x.roll(1, dims=1)
-    corrected, note = quantised(weight, x, of_copy)
+    x, weight = correlated(ENOUGH_TOKENS, 96), layer(24, 96)
+    of_copy = x + 0.2 * correlated(ENOUGH_TOKENS, 96, seed=5) + 0.1 * x.roll(1, dims=1)
+    made_up, note = quantised(weight, x, of_copy)
     assert note == ""
     plain, _ = quantised(weight, of_copy, of_copy)
     expected = x @ weight.T
@@ -148,7 +151,19 @@ def test_drift_of_the_input_is_made_up_for():
     def error(encoded):
         return float((of_copy @ encoded.decode().T - expected).square().mean())
 
-    assert error(corrected) < 0.8 * error(plain)
+    assert error(made_up) < 0.8 * error(plain)
+
+
+def test_few_tokens_correct_less():
+    x, weight = correlated(2 * ENOUGH_TOKENS, 32), layer(8, 32)
+    of_copy = x + 0.1 * x.roll(1, dims=1)
+    sizes = []
+    for tokens in (ENOUGH_TOKENS // 4, ENOUGH_TOKENS, 2 * ENOUGH_TOKENS):
+        moments = InputMoments(weight)
+        moments.add(x[:tokens], of_copy[:tokens])
+        known = factorised(Ordered(moments.take_hessian()))
+        sizes.append(float((corrected(moments, known) - weight).norm()))
+    assert sizes == pytest.approx([sizes[1] / 4, sizes[1], sizes[1]], rel=0.05)
 
 
 def with_hessian(hessian, group=16):

@@ -3,14 +3,16 @@
     python benchmarks/seven_b_shape.py --folder seven_b [--layers 28] [-- further flags of mixed_precision_ptq.py]
     python benchmarks/seven_b_shape.py --folder seven_b --device-memory 8 -- --spaces types --codes packed
     python benchmarks/seven_b_shape.py --folder seven_b --encode Q4_K_M [--json OUT]
+    python benchmarks/seven_b_shape.py --folder seven_b --export [--json OUT]
 
 Writes the model once (15 GB in bf16), runs the real command on it and prints what each stage took. Random weights say
 nothing about quality; time and memory are those of the real model. With ``--device-memory`` PyTorch may allocate no
 more than that on the GPU, as if it were a smaller one.
 
 ``--encode`` writes one GGUF file instead: every matrix is encoded by llama.cpp's own quantiser in the type that the
-file type gives it, with an importance, and written before the next one is read. Its main memory is what the process
+file type gives it, and written before the next one is read. Its main memory is what the process
 holds itself (anonymous pages), and apart from that mapped pages, which the system takes back when it needs them.
+``--export`` writes a plan with random codes, all A8 for Hopper, and measures ``halfbyte export vllm --no-check``.
 ``--decode`` measures how quickly rows of each type are decoded.
 """
 
@@ -18,10 +20,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -31,9 +35,13 @@ from common import Row, Rows, arguments, machine, parse, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from halfbyte.models.layers import layers_of
 from halfbyte.models.loading import find, load
+from halfbyte.plan import Codes, LayerPlan, Plan, codes_path, save_codes, save_plan
 from halfbyte.prepare.candidates import menus_of
 from halfbyte.quant.ggml.types import QUANTISED, decode_tensor, row_bytes
+from halfbyte.quant.int4 import PackedWeight
+from halfbyte.targets import TARGETS
 from halfbyte.targets.gguf_files.size import ftype_types
 from halfbyte.targets.gguf_files.writer import write_gguf
 
@@ -100,7 +108,14 @@ def _wait(device: torch.device) -> None:
 
 
 class MemoryWatch:
-    """Peaks of this process while a ``with`` block runs: ``own`` bytes, and ``mapped`` bytes of files on top."""
+    """Peaks of a process while a ``with`` block runs: ``own`` bytes, and ``mapped`` bytes of files on top.
+
+    Args:
+        pid: of the process, by default this one.
+    """
+
+    def __init__(self, pid: int | None = None) -> None:
+        self._process = psutil.Process(pid)
 
     def __enter__(self) -> MemoryWatch:
         self.own = self.mapped = 0
@@ -114,10 +129,10 @@ class MemoryWatch:
         self._thread.join()
 
     def _watch(self) -> None:
-        process = psutil.Process()
         while not self._done.wait(0.2):
-            now = process.memory_info()
-            self.own, self.mapped = max(self.own, now.rss - now.shared), max(self.mapped, now.shared)
+            with suppress(psutil.NoSuchProcess):
+                now = self._process.memory_info()
+                self.own, self.mapped = max(self.own, now.rss - now.shared), max(self.mapped, now.shared)
 
 
 def encode(folder: Path, ftype: str) -> Row:
@@ -128,10 +143,8 @@ def encode(folder: Path, ftype: str) -> Row:
         source = load(find(str(folder)), device=torch.device("cpu"), dtype=torch.bfloat16)
         menus = menus_of(source, mean_bits=4.5)
         types = ftype_types(source, menus, ftype)
-        ends = {"embedding_type": types.pop(source.family.embedding), "output_type": types.pop(source.family.head)}
-        generator = torch.Generator().manual_seed(0)
-        importance = {menu.name: torch.rand(menu.columns, generator=generator) + 0.1 for menu in menus}
-        rows = write_gguf(path, source, layer_types=types, importance=importance, **ends)
+        embedding, head = types.pop(source.family.embedding), types.pop(source.family.head)
+        rows = write_gguf(path, source, layer_types=types, embedding_type=embedding, output_type=head)
         seconds = time.monotonic() - started
     path.unlink()
     return {
@@ -143,6 +156,57 @@ def encode(folder: Path, ftype: str) -> Row:
         "peak_own_memory": memory.own,
         "peak_mapped_memory": memory.mapped,
     }
+
+
+def export(folder: Path) -> Row:
+    """Write a plan with random codes, export it in a process of its own, and delete the result."""
+    config, output = folder / "random.pt", folder / "exported"
+    random_plan(folder, config)
+    arguments = ["--config", str(config), "--output", str(output), "--no-check", "--force"]
+    started = time.monotonic()
+    process = subprocess.Popen([sys.executable, "-m", "halfbyte", "export", "vllm", *arguments])
+    with MemoryWatch(process.pid) as memory:
+        code = process.wait()
+    seconds = time.monotonic() - started
+    if code:
+        raise SystemExit(code)
+    shards = [path.stat().st_size for path in output.glob("*.safetensors")]
+    shutil.rmtree(output)
+    return {
+        "codes": codes_path(config).stat().st_size,
+        "bytes": sum(shards),
+        "largest_shard": max(shards),
+        "seconds": seconds,
+        "peak_own_memory": memory.own,
+        "peak_mapped_memory": memory.mapped,
+    }
+
+
+def random_plan(folder: Path, path: Path) -> None:
+    """A plan of all A8 for Hopper, whose codes are random and whose scales are all the same."""
+    source = load(find(str(folder)), device=torch.device("cpu"), dtype=torch.bfloat16)
+    layers, recipe = layers_of(source.model, source.family), TARGETS["vllm"].on("hopper").recipe
+    generator, codes = torch.Generator().manual_seed(0), Codes({}, {}, {})
+    for layer in layers:
+        rows, columns = layer.out_features, layer.in_features
+        packed = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=generator)
+        scales = torch.full((rows, columns // recipe.group_size), 2.0**-7, dtype=torch.float16)
+        codes.weights[layer.name] = PackedWeight(packed, scales)
+    entry = LayerPlan(4, 8, recipe.group_size, a_symmetric=recipe.symmetric, arithmetic=recipe.arithmetic)
+    plan = Plan(
+        model_id=str(folder),
+        fingerprint=source.fingerprint,
+        target="vllm",
+        hardware="sm90",
+        granularity="fused",
+        layers={layer.name: entry for layer in layers},
+        budget_asked=1.0,
+        budget_reached=1.0,
+        text={"name": "none"},
+        search={"scores": {"plan": 0.0}, "validation": {"plan": 0.0}},
+        codes_sha256=save_codes(codes_path(path), codes),
+    )
+    save_plan(path, plan)
 
 
 def run_search(arguments: list[str], device_memory: float) -> int:
@@ -180,6 +244,12 @@ def describe(row: Row) -> str:
             f"{row['bytes'] / 1e9:.2f} GB, {row['seconds']:.0f} s, own memory {row['peak_own_memory'] / 1e9:.2f} GB, "
             f"mapped {row['peak_mapped_memory'] / 1e9:.2f} GB"
         )
+    if "codes" in row:
+        return (
+            f"codes of {row['codes'] / 1e9:.2f} GB exported as {row['bytes'] / 1e9:.2f} GB in {row['seconds']:.0f} s, "
+            f"largest shard {row['largest_shard'] / 1e9:.2f} GB, own memory {row['peak_own_memory'] / 1e9:.2f} GB, "
+            f"mapped {row['peak_mapped_memory'] / 1e9:.2f} GB"
+        )
     lines = [f"{row['wall']:.0f} s in all, of these", *(f"  {at}: {took:.1f} s" for at, took in row["seconds"].items())]
     if row["preparation_memory"] is not None:
         lines.append(f"peak device memory until the W4 codes stood: {row['preparation_memory'] / 1e9:.1f} GB")
@@ -195,6 +265,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--device-memory", type=float, default=0.0, help="GB of the GPU to use; 0 is all")
     parser.add_argument("--encode", metavar="FTYPE", help="write a file of this type of llama.cpp's, search nothing")
+    parser.add_argument("--export", action="store_true", help="export a plan with random codes, search nothing")
     parser.add_argument("--decode", action="store_true", help="measure decoding only")
     parser.add_argument("further", nargs="*", help="after --: flags of mixed_precision_ptq.py")
     options = parse(parser)
@@ -208,7 +279,10 @@ def main() -> int:
         print(f"model written in {time.monotonic() - started:.0f} s", flush=True)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     rows = Rows(options, {"machine": machine(), "gpu": gpu, **shape})
-    rows.add(encode(options.folder, options.encode) if options.encode else search(options, options.further))
+    if options.export:
+        rows.add(export(options.folder))
+    else:
+        rows.add(encode(options.folder, options.encode) if options.encode else search(options, options.further))
     print(f"{options.layers} blocks on {gpu or machine()}: {describe(rows.rows[-1])}")
     return 0
 

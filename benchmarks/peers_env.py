@@ -7,7 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-PINS = {"torch": "2.13.0", "llmcompressor": "0.14.0.1", "compressed-tensors": "0.19.0", "transformers": "5.17.0"}
+PINS = {
+    "torch": "2.13.0",
+    "llmcompressor": "0.14.0.1",
+    "compressed-tensors": "0.19.0",
+    "transformers": "5.17.0",
+    "gguf": "0.19.0",  # for halfbyte, which scores the answers there
+}
 ASK = "import sys; from importlib.metadata import version; print(*(version(name) for name in sys.argv[1:]))"
 
 

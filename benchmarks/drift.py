@@ -13,23 +13,21 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from accuracy import RECIPES, Bench
 from common import Row, Rows, arguments, load_model, parse, run
 
-from halfbyte.evaluate.quality import live, measure, model_logits
 from halfbyte.models.loading import SourceModel
-from halfbyte.models.modules import linear
 from halfbyte.prepare.candidates import TensorMenu, encode_candidates_, menus_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.refine import refine_types_
+from halfbyte.prepare.simulation import become_types_
 from halfbyte.prepare.walk import prepare_
-from halfbyte.quant.ggml.types import bits_per_weight, decode_tensor
-from halfbyte.quant.quant_linear import set_activation_bits_
+from halfbyte.quant.ggml.encoded import Encoded
+from halfbyte.quant.ggml.types import bits_per_weight
 from halfbyte.quant.quantisers import gptq
 from halfbyte.report.tables import Cell, markdown_table, significant
 
@@ -55,21 +53,17 @@ class Drift(Bench):
         """As it is in its files."""
         return load_model(self.options.model, self.options.text).source
 
-    def kl(self, source: SourceModel) -> float:
-        """To the original."""
-        source.model.to(self.device)
-        found = measure(self.windows, live(self.windows, model_logits(source.model)), iter(self.kept)).kld_mean
-        assert found is not None
-        return found
-
     def activations(self) -> dict[str, float]:
-        """All A8 and all A4, prepared once."""
+        """KL of all A8 and of all A4, prepared once."""
         source = self.fresh()
         layers = prepare_(source, self.calib, RECIPES["sim"][1], device=self.device).layers
-        found = {}
-        for bits in (8, 4):
-            set_activation_bits_(source.model, dict.fromkeys(layers, bits))
-            found[f"all A{bits}"] = self.kl(source)
+        source.model.to(self.device)
+        return {f"all A{bits}": self.kl(source, dict.fromkeys(layers, bits)) for bits in (8, 4)}
+
+    def kl(self, source: SourceModel, bits: dict[str, int | None]) -> float:
+        """To the original; ``bits`` of the layers whose activations are rounded."""
+        found = self._score(source, bits).kld_mean
+        assert found is not None
         return found
 
     def menus(self) -> list[TensorMenu]:
@@ -78,43 +72,42 @@ class Drift(Bench):
         nearest = {menu.name: min(menu.types, key=lambda kind: abs(bits_per_weight(kind) - bits)) for menu in menus}
         return [replace(menu, types=(nearest[menu.name],)) for menu in menus]
 
-    def candidates(self, menus: Sequence[TensorMenu], weights: str) -> tuple[float, torch.Tensor]:
-        """KL, and the embedding as it is encoded."""
-        source = self.fresh()
-        with tempfile.TemporaryDirectory() as folder:
-            recipe = replace(RECIPE, weights=weights)
-            made = encode_candidates_(source, self.calib, recipe, menus, Path(folder), device=self.device)
-            for menu in menus:
-                layer = linear(source.model, menu.name)
-                decoded = decode_tensor(made.encoded.rows(menu.name, menu.types[0]), menu.types[0])
-                layer.weight.data.copy_(decoded)
-            return self.kl(source), linear(source.model, source.family.embedding).weight.detach().float().cpu()
+    def candidates(self, menus: Sequence[TensorMenu], weights: str, folder: Path) -> Encoded:
+        """Encoded as those of a search are."""
+        folder.mkdir()
+        recipe = replace(RECIPE, weights=weights)
+        return encode_candidates_(self.fresh(), self.calib, recipe, menus, folder, device=self.device).encoded
 
-    def refined(self, menus: Sequence[TensorMenu], embedding: torch.Tensor) -> float:
-        """KL of the mixture that is encoded for itself."""
-        types = {menu.name: menu.types[0] for menu in menus}
-        made = refine_types_(self.fresh(), self.calib, RECIPE, types, embedding, device=self.device)
+    def refined(self, types: Mapping[str, str], candidates: Encoded, path: Path) -> Encoded:
+        """Encoded as the mixture that a search chose is."""
+        refine_types_(self.fresh(), self.calib, RECIPE, types, candidates, path, device=self.device)
+        made = Encoded()
+        made.add(path)
+        return made
+
+    def kl_of_types(self, types: Mapping[str, str], encoded: Encoded) -> float:
+        """Activations left alone."""
         source = self.fresh()
-        for name, value in made.parameters.items():
-            source.model.get_parameter(name).data.copy_(value)
-        for (name, kind), rows in made.rows.items():
-            linear(source.model, name).weight.data.copy_(decode_tensor(rows, kind))
-        linear(source.model, source.family.embedding).weight.data.copy_(embedding)
-        return self.kl(source)
+        become_types_(source, types, encoded)
+        source.model.to(self.device)
+        return self.kl(source, {})
 
 
 def main() -> int:
     """Measure and print the table."""
     options = options_of()
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Drift(options, Path(scratch))
+        folder = Path(scratch)
+        bench = Drift(options, folder)
         rows, menus = Rows(options, bench.made_by), bench.menus()
-        rounded, _ = bench.candidates(menus, "rtn")
-        encoded, embedding = bench.candidates(menus, "gptq")
+        types = {menu.name: menu.types[0] for menu in menus}
+        encoded = {weights: bench.candidates(menus, weights, folder / weights) for weights in ("rtn", "gptq")}
+        rounded, candidates = (bench.kl_of_types(types, made) for made in encoded.values())
         for share in options.shares:
             gptq.CORRECTION = share * max(1.0, gptq.ENOUGH_TOKENS / bench.calib.numel())
-            row: Row = {"share": share, "rounded": rounded, "candidates": encoded, **bench.activations()}
-            row["refined"] = bench.refined(menus, embedding)
+            row: Row = {"share": share, "rounded": rounded, "candidates": candidates, **bench.activations()}
+            refined = bench.refined(types, encoded["gptq"], folder / f"{share}.safetensors")
+            row["refined"] = bench.kl_of_types(types, refined)
             rows.add(row)
             print({key: significant(value) for key, value in row.items()}, flush=True)
     names = ("all A8", "all A4", "rounded", "candidates", "refined")

@@ -7,11 +7,12 @@ import torch
 
 from halfbyte.calibration.text import cut, load_text
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.menus import types
 from halfbyte.models.loading import find, load
 from halfbyte.plan import load_plan, types_path
 from halfbyte.prepare.simulation import become_types_, load_for_plan, load_types
 from halfbyte.search.run import Refinement
-from tests.searches import SMALLEST, run
+from tests.searches import SMALLEST, run, same
 
 CPU = torch.device("cpu")
 TYPES = {"spaces": "types", "bpw": 4.6, "transforms": "smooth", "calib_tokens": 2048, "search_tokens": 512}
@@ -49,6 +50,17 @@ def test_the_plan_has_the_weights_that_were_measured(kept, tiny_folder, tmp_path
     assert plain.found["types"].refinement is None
     mine, theirs = (types_path(tmp_path / f"{stem}.json").read_bytes() for stem in ("plan", "plain"))
     assert (mine == theirs) is not kept
+
+
+def test_too_little_memory_keeps_what_the_search_has(tiny_folder, tmp_path, monkeypatch):
+    def full(*_, **__) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(types, "refine_types_", full)
+    folder = tiny_folder("qwen2")
+    result = run(folder, tmp_path / "plan.json", "gguf", **TYPES)
+    assert result.found["types"].refinement is None
+    assert same(result.plan, run(folder, tmp_path / "plain.json", "gguf", **TYPES, refine=0).plan)
 
 
 def test_packed_weights_are_measured_alike(tiny_folder, tmp_path):

@@ -257,13 +257,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _quiet_libraries() -> None:
     """Libraries report through us; their own progress bars and warnings would break the drawing."""
+    from halfbyte.core.environment import use_growing_segments
+
     for stream in (sys.stdout, sys.stderr):  # a redirected stream on Windows lacks some letters of the tables
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
-    from halfbyte.core.environment import use_growing_segments
-
     use_growing_segments()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)

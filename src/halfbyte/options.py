@@ -163,8 +163,8 @@ class SearchOptions(ModelOptions):
     )
     refine: int = option(
         1,
-        "1: encode the chosen types once more, for the inputs that the others make, and keep that if it loses less; "
-        "0: do not",
+        "1: refine the chosen types, that is, encode them once more for the inputs that they make themselves, and keep "
+        "that if it loses less; 0: do not",
         SEARCH,
         metavar="N",
     )

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import halfbyte
 from halfbyte import cli
 from halfbyte.core.environment import ALLOCATOR, use_growing_segments, variables_of_others
+from halfbyte.engines.served import serve_worker
 from halfbyte.engines.served.serve_worker import own_words, prompt_rows
 from halfbyte.evaluate.measure_served import KERNEL, RECORD, cause
 from halfbyte.evaluate.worker import WorkerError
@@ -175,6 +177,21 @@ def test_an_engine_that_is_too_old(vllm, folders, here, capsys):
     fails(capsys, cli.run("eval", score), match="expected 0.33 or newer, got 0.26.0")
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.1\n")
     assert cli.run("eval", score) == 0
+
+
+@pytest.mark.parametrize(("capability", "backend"), [((9, 0), "emulation"), ((10, 0), None), ((12, 1), None)])
+def test_a_blackwell_folder_is_emulated_elsewhere(capability, backend, tiny_folder, here, monkeypatch):
+    """Older GPUs would leave activations as they are."""
+    plan_for(tiny_folder("llama"), a_bits=(4, 16), hardware="blackwell")
+    assert cli.run("export vllm", ["--config", PLAN, "--output", "folder", "--no-check"]) == 0
+    below = json.loads((here / "folder" / RECORD).read_text())["emulated_below"]
+    asked = {}
+    monkeypatch.setattr(serve_worker, "engine", lambda: SimpleNamespace(LLM=lambda **settings: asked.update(settings)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    serve_worker.load(serve_worker.Job("folder", "x", emulated_below=below))
+    assert asked.get("linear_backend") == backend
 
 
 def test_an_allocator_of_our_own_is_not_passed_on(monkeypatch):

@@ -61,9 +61,11 @@ def test_both_menus_of_a_search():
     assert row.split() == ["all", "A8", "0.100", "—"]
 
 
-def test_weights_that_were_made_once_more():
+def test_a_refined_winner():
     refinement = Refinement(before=0.3, after=0.2, noise=0.01)
-    assert "once more for it: validation text 0.3 -> 0.2 (noise 0.01): kept" in said(types=found(refinement=refinement))
+    assert "refined: KL on the validation text 0.3 -> 0.2 (noise 0.01): kept" in said(
+        types=found(refinement=refinement)
+    )
 
 
 def test_a_search_without_validation():

@@ -206,20 +206,17 @@ class Menu(Searchable):
         return least + (most - least) * high // BUDGET_STEPS
 
     def to_refine(self, found: Found) -> np.ndarray | None:
-        """The winner's losses on the validation text, ``[windows, segments]``, if its weights are to be made again.
-
-        By default they are not: they do not depend on what is chosen.
-        """
-        return None
+        """The winner's losses on the validation text, ``[windows, segments]``, if it is to be refined."""
+        return None  # of a menu whose weights do not depend on what is chosen
 
     def refine(self, model: Model, found: Found, before: np.ndarray) -> Found:
-        """Make the weights once more, for the formats that were chosen; kept if that loses less, by more than noise.
+        """Make the winner's weights once more, for the formats that were chosen; kept if that loses less.
 
         Args:
             model: as it is in its files, in main memory; it is changed.
             before: from :meth:`to_refine`; the model that was searched has been released since.
         """
-        raise NotImplementedError
+        return found
 
     def release(self) -> None:
         """Let go of the model once :meth:`search` is over, so that another menu has room for its own."""

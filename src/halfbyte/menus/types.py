@@ -28,7 +28,6 @@ from halfbyte.prepare.refine import STAGE as REFINE_STAGE
 from halfbyte.prepare.refine import refine_types_
 from halfbyte.prepare.screen import screened
 from halfbyte.quant.ggml.encoded import Encoded, save_encoded
-from halfbyte.quant.ggml.types import decode_tensor
 from halfbyte.quant.quant_linear import set_parameters_
 from halfbyte.report.search_reports import TYPE_FRONT_REPORTS, TYPE_REPORTS, beside, write_type_reports
 from halfbyte.search.problem import Genome, Problem, pruned
@@ -138,7 +137,7 @@ class TypeMenu(Menu):
         types = {name: str(kind) for name, kind in found.choice.items()}
 
         def measure() -> dict[str, float] | None:
-            scorer = self._encoded_once_more(model, types)
+            scorer = self._refined(model, types)
             if scorer is None:
                 return None
             difference, error = paired_difference(scorer.losses([(0,) * len(types)])[0], before)
@@ -152,25 +151,22 @@ class TypeMenu(Menu):
         report(REFINE_STAGE, 1, 1, refinement.said)
         return replace(found, refinement=refinement)
 
-    def _encoded_once_more(self, model: Model, types: Mapping[str, str]) -> TypeEvaluator | None:
+    def _refined(self, model: Model, types: Mapping[str, str]) -> TypeEvaluator | None:
         """Encode the mixture into the work folder; what measures it on the validation text, if memory was enough."""
-        source, path, enough = model.source, model.workdir.types("refined"), True
-        head = linear(source.model, source.family.head).weight  # that the reference was made with
+        path, enough = model.workdir.types("refined"), True
+        head = linear(model.source.model, model.source.family.head).weight  # that the reference was made with
         if processes().first and not path.exists():
-            outside = {menu.name: self.encoded.rows(menu.name, types[menu.name]) for menu in self.menus if menu.outside}
-            embedding = source.family.embedding
             try:
-                made = refine_types_(
-                    source,
+                refine_types_(
+                    model.source,
                     model.windows["calib"],
                     self._recipe,
                     types,
-                    decode_tensor(outside[embedding], types[embedding]),
+                    self.encoded,
+                    path,
                     device=self.setting.exact_device,
                     imatrix=self.imatrix,
                 )
-                rows = {(name, types[name]): rows for name, rows in outside.items()} | made.rows
-                save_encoded(path, rows, self.encoded.extra | made.parameters)
             except torch.OutOfMemoryError:
                 enough = False
         if not processes().from_first(enough):

@@ -61,11 +61,6 @@ class TensorMenu:
     columns: int
     types: tuple[str, ...]
 
-    @property
-    def outside(self) -> bool:
-        """Whether it is the embedding or the head."""
-        return self.block == OUTSIDE
-
     def nbytes(self, type_name: str) -> int:
         """Encoded size."""
         return self.rows * row_bytes(self.columns, type_name, where=self.name)
@@ -172,11 +167,11 @@ def encode_candidates_(
         stem = part_name(step.index)
         if not (folder / f"{stem}.json").exists():
             own = {menu.name: menu for menu in menus if menu.block == step.index}
-            importance = importance_of(f"{family.blocks}.{step.index}.", input_power, imatrix)
+            importance = importance_of(f"{family.blocks}.{step.index}.", input_power, imatrix, device)
             _encode_block(step, family, own, recipe, importance, folder, stem)
         made.add(folder, stem)
         report(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem)
-    outside = [menu for menu in menus if menu.outside]
+    outside = [menu for menu in menus if menu.block == OUTSIDE]
     if not all((folder / f"{menu.name}.json").exists() for menu in outside):
         importance = {name: value for name, value in imatrix.items() if name not in mixed}
         _encode_top(source, outside, last, importance, folder, device, plain=not recipe.quantiser.looks_at_inputs)
@@ -187,9 +182,9 @@ def encode_candidates_(
 
 
 def importance_of(
-    prefix: str, input_power: Mapping[str, torch.Tensor], imatrix: Mapping[str, torch.Tensor]
+    prefix: str, input_power: Mapping[str, torch.Tensor], imatrix: Mapping[str, torch.Tensor], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Linear -> importance of its input channels ``[in]`` after folding, for those that the imatrix knows.
+    """Linear -> importance of its input channels ``[in]`` after folding, on ``device``; of those in the imatrix.
 
     Args:
         prefix: of the block.
@@ -197,7 +192,7 @@ def importance_of(
         imatrix: matrix -> importance in the model as it is.
     """
     known = {part: imatrix[prefix + part] for part in input_power if prefix + part in imatrix}
-    return {part: input_power[part] * measured.to(input_power[part].device) for part, measured in known.items()}
+    return {part: input_power[part].to(device) * measured.to(device) for part, measured in known.items()}
 
 
 def part_name(block: int) -> str:
@@ -207,7 +202,7 @@ def part_name(block: int) -> str:
 
 def part_files(folder: Path, menus: Sequence[TensorMenu]) -> list[Path]:
     """Everything that is written for these matrices; the JSON of a part comes last."""
-    stems = dict.fromkeys(menu.name if menu.outside else part_name(menu.block) for menu in menus)
+    stems = dict.fromkeys(menu.name if menu.block == OUTSIDE else part_name(menu.block) for menu in menus)
     return [folder / f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".json")]
 
 

@@ -8,7 +8,7 @@ inputs of later matrices is known only when it is chosen. One walk over the bloc
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from halfbyte.models.modules import linear
 from halfbyte.prepare.candidates import importance_of
 from halfbyte.prepare.folding import fold_block_, fold_ends_
 from halfbyte.prepare.recipe import Recipe
+from halfbyte.quant.ggml.encoded import Encoded, save_encoded
 from halfbyte.quant.ggml.gptq import Job, encode_
 from halfbyte.quant.ggml.types import decode_tensor
 from halfbyte.quant.int4 import check_finite
@@ -30,45 +31,37 @@ from halfbyte.quant.quantisers.gptq import Ordered, corrected, factorised
 STAGE = "refine types"
 
 
-@dataclass
-class Refined:
-    """What :func:`refine_types_` leaves.
-
-    Attributes:
-        rows: (matrix, type) -> encoded rows, uint8 ``[out, row bytes]``, in main memory.
-        parameters: name -> norm or bias, as the transforms left it.
-    """
-
-    rows: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
-    parameters: dict[str, torch.Tensor] = field(default_factory=dict)
-
-
 def refine_types_(
     source: SourceModel,
     tokens: torch.Tensor,
     recipe: Recipe,
     types: Mapping[str, str],
-    embedding: torch.Tensor,
+    candidates: Encoded,
+    path: Path,
     *,
     device: torch.device,
     imatrix: Mapping[str, torch.Tensor] | None = None,
-) -> Refined:
-    """Encode the blocks of ``source.model``, one at a time on ``device``; it cannot be used afterwards.
+) -> None:
+    """Write the mixture to ``path``; ``source.model`` cannot be used afterwards. Blocks visit ``device`` in fp32.
 
     Args:
         tokens: calibration text, int64 ``[windows, length]``.
         recipe: whose transforms are folded.
         types: matrix -> ggml type.
-        embedding: as the mixture has it, ``[vocab, hidden]``.
+        candidates: from which embedding and head are taken as they are.
         imatrix: as :func:`halfbyte.prepare.candidates.encode_candidates_` takes it.
 
     Raises:
-        HalfbyteError: values that are not finite, or that a type cannot hold.
+        HalfbyteError: values that are not finite, or that a type cannot hold, or the file cannot be written.
     """
-    family, made = source.family, Refined()
+    family = source.family
+    inside = {name for name in types if name.startswith(f"{family.blocks}.")}
+    rows = {(name, kind): candidates.rows(name, kind) for name, kind in types.items() if name not in inside}
+    parameters = dict(candidates.extra)
     fold_ends_(source, recipe, device)
     batch = windows_at_once(device, tokens.shape[1])
-    table = embedding.to(source.dtype)
+    kind = types[family.embedding]
+    table = decode_tensor(rows[family.embedding, kind], kind, source.dtype)
     copies = [nn.functional.embedding(part, table).to(device) for part in tokens.split(batch)]
 
     def forget(step: BlockStep) -> None:
@@ -78,19 +71,19 @@ def refine_types_(
     for step in walk_blocks(source.model, family, tokens, device=device, batch=batch, copies=copies, leave=forget):
         prefix = f"{family.blocks}.{step.index}."
         power = fold_block_(step, source, recipe).input_power
-        importance = importance_of(prefix, power, imatrix or {})
+        importance = importance_of(prefix, power, imatrix or {}, device)
         step.split()
         for group in family.groups:
             for job in _encoded(step, group, prefix, types, importance.get(group[0])):
-                made.rows[job.where, job.type] = job.rows.cpu()
+                rows[job.where, job.type] = job.rows.cpu()
                 with torch.no_grad():
                     layer = linear(step.quantised, job.where.removeprefix(prefix))
                     layer.weight.copy_(decode_tensor(job.rows, job.type))
         for name, value in step.original.named_parameters():
             if name.removesuffix(".weight") not in family.linears:
-                made.parameters[prefix + name] = value.detach().cpu()
+                parameters[prefix + name] = value.detach().cpu()
         report(STAGE, step.index + 1, source.config.num_hidden_layers, f"block {step.index}")
-    return made
+    save_encoded(path, rows, parameters)
 
 
 def _encoded(

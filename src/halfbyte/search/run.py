@@ -81,10 +81,10 @@ class Searchable(ABC):
 
 @dataclass(frozen=True)
 class Refinement:
-    """What making the weights once more did to the winner, measured on the validation text.
+    """What refining the winner did to it: its weights, made once more for the formats that were chosen.
 
     Attributes:
-        before, after: its loss.
+        before, after: its loss on the validation text.
         noise: standard error of the difference.
     """
 
@@ -101,7 +101,7 @@ class Refinement:
     def said(self) -> str:
         """For people."""
         verdict = "kept" if self.kept else "dropped, the search's weights stay"
-        return f"validation text {self.before:.4g} -> {self.after:.4g} (noise {self.noise:.2g}): {verdict}"
+        return f"KL on the validation text {self.before:.4g} -> {self.after:.4g} (noise {self.noise:.2g}): {verdict}"
 
 
 @dataclass(frozen=True)

@@ -200,13 +200,20 @@ def output_error(weight: torch.Tensor, encoded: GroupedWeight, hessian: torch.Te
     return float(((error @ hessian) * error).sum() / weight.shape[0])
 
 
-def factorised(known: Ordered) -> Ordered:
-    """``known`` with as little damping as it needs; where none helps, the identity: feedback then changes nothing."""
+def damped(known: Ordered) -> float | None:
+    """Factorise with as little of ``DAMPING`` as that needs; which it was, or None if none helps."""
     for damping in DAMPING:
         try:
             known.factorise(damping)
         except NotPositive:
             continue
+        return damping
+    return None
+
+
+def factorised(known: Ordered) -> Ordered:
+    """``known``, factorised; where no damping helps, the identity: feedback then changes nothing."""
+    if damped(known) is not None:
         return known
     identity = Ordered(torch.eye(len(known.order), device=known.order.device))
     identity.factorise(0.0)
@@ -229,24 +236,20 @@ def quantise(
     """Codes of ``weight``, and a note if the Hessian needed more damping or could not be used at all."""
     importance = moments.hessian.diagonal().clone()
     known = Ordered(moments.take_hessian())
-    for damping in DAMPING:
-        try:
-            known.factorise(damping)
-        except NotPositive:
-            continue
-        target = corrected(moments, known)
-        scales = searched_scales(target, group_size, importance, rule=rule, where=where)
-        encoded = round_with_feedback(target, scales, known, rule.grid)
-        for sweep in range(SWEEPS):
-            if sweep:
-                improve = improve_scales if rule.grid.even else descend_scales
-                encoded = improve(target, encoded, known, rule)
-            encoded = improve_codes(target, encoded, known)
-        return encoded, "" if damping == DAMPING[0] else f"GPTQ with damping {damping:g}"
-    scales = searched_scales(weight, group_size, importance, rule=rule, where=where)
-    return encode_with_scales(
-        weight, scales, grid=rule.grid
-    ), "rounded to nearest: the Hessian is not positive definite"
+    damping = damped(known)
+    if damping is None:
+        scales = searched_scales(weight, group_size, importance, rule=rule, where=where)
+        nearest = encode_with_scales(weight, scales, grid=rule.grid)
+        return nearest, "rounded to nearest: the Hessian is not positive definite"
+    target = corrected(moments, known)
+    scales = searched_scales(target, group_size, importance, rule=rule, where=where)
+    encoded = round_with_feedback(target, scales, known, rule.grid)
+    for sweep in range(SWEEPS):
+        if sweep:
+            improve = improve_scales if rule.grid.even else descend_scales
+            encoded = improve(target, encoded, known, rule)
+        encoded = improve_codes(target, encoded, known)
+    return encoded, "" if damping == DAMPING[0] else f"GPTQ with damping {damping:g}"
 
 
 def _encode(

@@ -48,8 +48,7 @@ class Blackwell(Compressed):
     Measured on SmolLM2-135M (2,048 tokens of calibration, 508 scored), KL in nats per token of all A16 and all A4:
     plain rounding 0.267, 0.491; GPTQ (with scales solved for at once) 0.084, 0.291; with R2 0.087, 0.283; with channel
     scales 0.106, 0.253; with both 0.105, 0.244 (rounded, not GPTQ: 0.189, 0.353); with both and R1 0.110, 0.693: it
-    mixes what groups of 16 keep apart. On 1,524 tokens the default has 0.105, 0.235, and plain rounding by
-    compressed-tensors' own functions, which is what llm-compressor's NVFP4 is, 0.272, 0.490.
+    mixes what groups of 16 keep apart.
     """
 
     capabilities = (100, 103, 110, 120, 121)

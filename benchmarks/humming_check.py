@@ -1,7 +1,6 @@
 """Humming's integer kernels beside our simulation of them, on one Nvidia GPU, without vLLM.
 
     python benchmarks/humming_check.py [--parts 1,2,3,4] [--json humming.json]
-    python benchmarks/humming_check.py --parts 5 --folder DIR --model MODEL [--windows 8] [--ctx 512]
 
 Needs humming-kernels 0.1.19 and cuda-bindings. Layers are loaded and called as vLLM 0.33 does it, from the folder
 format of our target; each kernel is compiled for the number of tokens at hand only.
@@ -10,8 +9,8 @@ format of our target; each kernel is compiled for the number of tokens at hand o
 2. Its product with int8 codes against the simulation, and whether the group scales of weights arrive as they are.
 3. The same with our int4 codes, which go through the int8 kernel as inputs that are rounded already.
 4. The int4 and int8 kernels compile for GPUs that are not here, as Humming would choose them there: cubin sizes.
-5. A folder that ``halfbyte export vllm`` wrote: KL to the original in these kernels and in the simulation. A4 units get
-   their codes from Humming's own int4 kernel and their product from the int8 one, which is how they run on any GPU.
+
+A whole folder in these kernels: ``humming_folder.py``.
 """
 
 from __future__ import annotations
@@ -30,20 +29,16 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from common import Row, Rows, arguments, load_model, parse, run
-from safetensors.torch import load_file
+from common import Row, Rows, arguments, parse, run
 from torch import nn
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.evaluate.quality import Quality, live, measure, model_logits
-from halfbyte.models.modules import blocks
 from halfbyte.plan import LayerPlan
 from halfbyte.quant.affine import divided
 from halfbyte.quant.arithmetics.humming import LEAST_SCALE
 from halfbyte.quant.hadamard import largest_block
 from halfbyte.quant.int4 import (
     GroupedWeight,
-    PackedWeight,
     fitting_group_size,
     unpack_int4,
 )
@@ -51,14 +46,10 @@ from halfbyte.quant.quant_linear import (
     InputScheme,
     QuantLinear,
     SharedInput,
-    replace_linear_,
-    set_activation_bits_,
-    set_parameters_,
 )
 from halfbyte.quant.quantisers.rtn import round_to_nearest
 from halfbyte.report.tables import significant
 from halfbyte.targets.vllm_files.integer import FUSED, LARGEST_HADAMARD, Integer
-from halfbyte.targets.vllm_files.tensors import OFFSET
 
 UNITS = (  # inputs, outputs of the layers that are one in the engine
     (576, (576, 192, 192)),
@@ -497,127 +488,7 @@ def check_compiles(options: Any) -> Iterable[Row]:
             back()
 
 
-class Fused:
-    """A unit of a folder in Humming's kernels; the layers ask one after the other for their part of one product."""
-
-    def __init__(self, kernel: Kernel, bits: int, scheme: InputScheme) -> None:
-        self.kernel, self.bits, self.scheme = kernel, bits, scheme
-        self._source: torch.Tensor | None = None
-        self._result: torch.Tensor | None = None
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        """All outputs for ``x`` ``[..., in]``."""
-        if self._source is not x or self._result is None:
-            flat = x.reshape(-1, x.shape[-1])
-            codes = their_codes(flat, self.scheme, 4) if self.bits == 4 else (flat,)
-            self._source, self._result = x, self.kernel(*codes).view(*x.shape[:-1], -1)
-        return self._result
-
-
-class Part(nn.Module):
-    """One layer of a unit."""
-
-    def __init__(self, unit: Fused, rows: slice) -> None:
-        super().__init__()
-        self.unit, self.rows = unit, rows
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., out]
-        """Its part of the unit's product."""
-        return self.unit.product(x)[..., self.rows]
-
-
-def _put_kernels_(model: nn.Module, units: Sequence[Sequence[str]], tensors: Mapping[str, Any], config: Row) -> None:
-    for names in units:
-        own = config_of(config, fused_name(names[0]))
-        kinds = [kind for kind in ("weight", "weight_scale", "bias") if f"{names[0]}.{kind}" in tensors]
-        stacked = {kind: torch.cat([tensors[f"{name}.{kind}"] for name in names]).cuda() for kind in kinds}
-        if "bias" in stacked:
-            stacked["bias"] = stacked["bias"].to(torch.bfloat16)
-        kernel, bits = Kernel({**own, "a_dtype": "int8"}, stacked), int(own["a_dtype"].removeprefix("int"))
-        fused, start = Fused(kernel, bits, scheme_of(own)), 0
-        for name in names:
-            rows = tensors[f"{name}.weight"].shape[0]
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, Part(fused, slice(start, start + rows)))
-            start += rows
-
-
-def scheme_of(config: Mapping[str, Any]) -> InputScheme:
-    """What a folder's config says of a unit's input."""
-    block, group = config["hadamard_block_size"], config["input_scale_group_size"]
-    return InputScheme(rotated=block > 0, block=block, arithmetic="humming", group=group)
-
-
-def _simulate_(model: nn.Module, units: Sequence[Sequence[str]], tensors: Mapping[str, Any], config: Row) -> None:
-    shared, bits = SharedInput(), {}
-    for names in units:
-        own = config_of(config, fused_name(names[0]))
-        scheme = scheme_of(own)
-        for name in names:
-            packed = tensors[f"{name}.weight"].contiguous().view(torch.uint8) ^ OFFSET
-            weight = PackedWeight(packed, tensors[f"{name}.weight_scale"].to(torch.float16))
-            replace_linear_(model, name, weight, shared, scheme)
-            bits[name] = int(own["a_dtype"].removeprefix("int"))
-    set_activation_bits_(model, bits)
-
-
-def check_folder(options: Any) -> Iterable[Row]:
-    """Part 5."""
-    folder = Path(options.folder or "")
-    if not options.folder or not (folder / "config.json").exists():
-        raise HalfbyteError(f"--folder: no folder of halfbyte export vllm, got {options.folder}")
-    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = {**written["quantization_config"], **json.loads(options.config)}
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(file)
-    at = load_model(options.model, options.text)
-    source, family = at.source, at.source.family
-    windows = at.windows("eval", options.ctx, options.windows).tolist()
-    model = source.model.to("cuda")
-    original = list(live(windows, model_logits(model)))
-
-    def row(name: str, logits: list[torch.Tensor], reference: list[torch.Tensor], expected: float | None = None) -> Row:
-        quality: Quality = measure(windows, iter(logits), iter(reference))
-        kl, error = quality.kld_mean or 0.0, quality.kld_error or 0.0
-        return {
-            "part": 5,
-            "case": name,
-            "kl": kl,
-            "kl_error": error,
-            "same_top": quality.top1_agreement,
-            "ppl": quality.ppl,
-            "ok": expected is None or abs(kl - expected) <= 2 * error,
-        }
-
-    layers = {name.removesuffix(".weight_scale") for name in tensors if name.endswith(".weight_scale")}
-    own = {
-        name: value
-        for name, value in tensors.items()
-        if not name.endswith(".weight_scale") and name.removesuffix(".weight") not in layers
-    }
-    head, embedding = f"{family.head}.weight", f"{family.embedding}.weight"
-    if written["tie_word_embeddings"] and embedding in own:
-        own[head] = own[embedding]
-    set_parameters_(model, own)
-    counted = range(len(list(blocks(model, family))))
-    units = [[f"{family.blocks}.{index}.{part}" for part in group] for index in counted for group in family.groups]
-    _simulate_(model, units, tensors, config)
-    exact = list(live(windows, model_logits(model)))
-    yield row("simulated in fp32, to the original", exact, original)
-    for parameter in model.parameters():  # buffers, such as the frequencies of rotary embeddings, stay fp32
-        parameter.data = parameter.data.to(torch.bfloat16)
-    simulated = list(live(windows, model_logits(model)))
-    expected = row("simulated in bf16, to the original", simulated, original)
-    yield expected
-    _put_kernels_(model, units, tensors, config)
-    found = list(live(windows, model_logits(model)))
-    yield row("in Humming's kernels, bf16, to the original", found, original, expected["kl"])
-    yield row("in Humming's kernels, to the simulation in fp32", found, exact)
-    yield row("simulated in bf16, to the simulation in fp32", simulated, exact)
-
-
-PARTS = {1: check_inputs, 2: check_products, 3: check_int4_codes, 4: check_compiles, 5: check_folder}
+PARTS = {1: check_inputs, 2: check_products, 3: check_int4_codes, 4: check_compiles}
 
 
 def line(row: Row) -> str:
@@ -631,29 +502,21 @@ def line(row: Row) -> str:
     return f"{row['part']}  {'ok ' if row['ok'] else 'BAD'} {row['case']}: {told}"
 
 
-def main() -> int:
-    """The parts that were asked for; 1 if one failed or something is bad."""
-    parser = arguments(__doc__, device=False, text="pydoc")
-    parser.add_argument("--parts", default="1,2,3,4", help="which, with commas between")
-    parser.add_argument("--tokens", type=int, default=300, help="rows of the inputs in parts 1 to 3")
-    parser.add_argument("--hardware", default="75,80,86,89", help="capabilities to compile for in part 4")
-    parser.add_argument("--jobs", type=int, default=16, help="compilers at once in part 4")
-    parser.add_argument("--folder", help="for part 5; --model is what it was made from")
-    parser.add_argument("--config", default="{}", help="JSON that changes the folder's quantization_config in part 5")
-    parser.add_argument("--windows", type=int, default=8, help="of text, in part 5")
-    parser.add_argument("--ctx", type=int, default=512, help="tokens in a window")
-    options = parse(parser)
-    options.hardware = [int(value) for value in options.hardware.split(",")]
-    parts = [int(part) for part in options.parts.split(",")]
+def checked(options: Any, parts: Mapping[int, Callable[[Any], Iterable[Row]]], more: Mapping[str, Any]) -> int:
+    """Run parts and print their rows; 1 if one failed or something is bad.
+
+    Args:
+        more: of what the rows were made by.
+    """
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    made_by = {"gpu": gpu, "torch": torch.__version__, "humming": humming("_version").version, "tokens": options.tokens}
+    made_by = {"gpu": gpu, "torch": torch.__version__, "humming": humming("_version").version, **more}
     print(made_by)
     rows, failed = Rows(options, made_by), []
-    for part in parts:
+    for part, check in parts.items():
         start = time.perf_counter()
         try:
             with torch.no_grad():
-                for row in PARTS[part](options):
+                for row in check(options):
                     rows.add(row)
                     print(line(row), flush=True)
         except Exception:  # noqa: BLE001 - the other parts are still worth their time
@@ -663,6 +526,19 @@ def main() -> int:
     bad = [row["case"] for row in rows if not row["ok"]]
     print(f"failed parts: {failed or 'none'}; bad cases: {'; '.join(bad) or 'none'}")
     return 1 if failed or bad else 0
+
+
+def main() -> int:
+    """The parts that were asked for; 1 if one failed or something is bad."""
+    parser = arguments(__doc__, model=None, device=False, text=None)
+    parser.add_argument("--parts", default="1,2,3,4", help="which, with commas between")
+    parser.add_argument("--tokens", type=int, default=300, help="rows of the inputs in parts 1 to 3")
+    parser.add_argument("--hardware", default="75,80,86,89", help="capabilities to compile for in part 4")
+    parser.add_argument("--jobs", type=int, default=16, help="compilers at once in part 4")
+    options = parse(parser)
+    options.hardware = [int(value) for value in options.hardware.split(",")]
+    chosen = {part: PARTS[part] for part in map(int, options.parts.split(","))}
+    return checked(options, chosen, {"tokens": options.tokens})
 
 
 if __name__ == "__main__":

@@ -32,9 +32,10 @@ class SamplingParams:
 
 
 class Worker:
-    """Holds the model."""
+    """Holds the model, all of it: what each GPU's process sees of the logits once they are gathered."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, rank):
+        self.rank = rank
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         self.model(input_ids=torch.tensor([[0]]))  # a compressed model decodes its weights now
         self.model.compute_logits = lambda hidden: self.model.lm_head(hidden)
@@ -47,7 +48,7 @@ class Worker:
 class LLM:
     """One prompt after the other, one token after the other."""
 
-    def __init__(self, model, *, worker_extension_cls, skip_tokenizer_init, max_model_len, **settings):
+    def __init__(self, model, *, worker_extension_cls, skip_tokenizer_init, max_model_len, tensor_parallel_size=1, **settings):
         config = (Path(model) / "config.json").read_text(encoding="utf-8")
         if '"magic"' in config:
             raise ValueError(
@@ -56,29 +57,33 @@ class LLM:
             )
         module, _, name = worker_extension_cls.partition(".")
         bases = (Worker, getattr(importlib.import_module(module), name))
-        self.worker = type("Worker", bases, {})(model)
+        cls = type("Worker", bases, {})
+        self.workers = [cls(model, rank) for rank in range(tensor_parallel_size)]
         self.longest = max_model_len
         print("INFO Using FakeLinearKernel for CompressedTensorsW4A8Fp8", file=sys.stderr)
         print("something that a library prints")
 
     def collective_rpc(self, method, args=()):
         """The answers of all workers."""
-        return [getattr(self.worker, method)(*args)]
+        return [getattr(worker, method)(*args) for worker in self.workers]
 
     @torch.no_grad()
     def generate(self, prompts, params, use_tqdm):
         """The answers to all prompts."""
         return [self._answer(prompt["prompt_token_ids"], params) for prompt in prompts]
 
+    def _logits(self, hidden):
+        return [worker.model.compute_logits(hidden) for worker in self.workers][0]
+
     def _answer(self, prompt, params):
         assert len(prompt) + params.max_tokens <= self.longest
-        model, ids, rows = self.worker.model, list(prompt), None
+        model, ids, rows = self.workers[0].model.model, list(prompt), None
         for _ in range(params.max_tokens):
-            hidden = model.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
-            chosen = int(model.compute_logits(hidden[-1:])[0].argmax())
+            hidden = model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+            chosen = int(self._logits(hidden[-1:])[0].argmax())
             if rows is None and params.prompt_logprobs is not None:
                 last = len(prompt) - (os.environ.get("FAKE_RUNNER") == "old")
-                parts = [model.compute_logits(part) for part in hidden[:last].split(CHUNK)]
+                parts = [self._logits(part) for part in hidden[:last].split(CHUNK)]
                 rows = torch.cat(parts).log_softmax(-1)
             ids.append(chosen)
             if chosen in params.stop:

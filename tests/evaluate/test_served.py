@@ -92,6 +92,13 @@ def test_eval_has_the_kl_of_the_folder(runner, vllm, folders, capsys, monkeypatc
     assert SAID in capsys.readouterr().out
 
 
+def test_two_gpus_give_the_kl_of_one(vllm, folders):
+    original, changed = folders
+    arguments = ["--model_id", str(original), "--served", str(changed), "--device", "cpu", *TEXT, *vllm]
+    assert cli.run("eval", [*arguments, "--tensor_parallel", "2", "--json", "out.json"]) == 0
+    assert json.loads(Path("out.json").read_text())["kld_mean"] == pytest.approx(kl(original, changed), rel=1e-3)
+
+
 def test_the_library_finds_vllm_by_the_variable(vllm, folders, monkeypatch):
     original, _ = folders
     monkeypatch.setenv("HALFBYTE_SERVE_PYTHON", vllm[1])

@@ -81,15 +81,16 @@ class LogitsTap:
     """Methods that vLLM adds to its worker; they run in the process that has the model, one per GPU."""
 
     def halfbyte_tap(self: Any) -> None:
-        """From now on keep what ``compute_logits`` returns."""
+        """From now on keep what ``compute_logits`` returns: in the first process alone, for each may have all of it."""
         self.halfbyte_seen = []
+        if self.rank:
+            return
         model = self.get_model()
         compute = model.compute_logits
 
-        def tapped(*values: Any, **named: Any) -> torch.Tensor | None:
+        def tapped(*values: Any, **named: Any) -> torch.Tensor:
             logits = compute(*values, **named)
-            if logits is not None:  # of several GPUs one gathers them
-                self.halfbyte_seen.append(logits.detach().clone())
+            self.halfbyte_seen.append(logits.detach().clone())
             return logits
 
         model.compute_logits = tapped
@@ -202,7 +203,7 @@ def keep_logits(llm: Any, job: Job) -> int:
     for done, window in enumerate(job.windows, start=1):
         answer = llm.generate([{"prompt_token_ids": window}], asked, use_tqdm=False)[0]
         kept = llm.collective_rpc("halfbyte_keep", args=(window, job.first, job.logits_file))
-        ours = next(values for values in kept if values is not None)  # with several GPUs each of them has all
+        ours = next(values for values in kept if values is not None)
         vocabulary = int(ours.pop())
         scored = range(job.first + 1, len(window))
         theirs = [answer.prompt_logprobs[at][window[at]].logprob for at in scored]

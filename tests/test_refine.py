@@ -9,10 +9,10 @@ from halfbyte.calibration.text import cut, load_text
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.menus import types
 from halfbyte.models.loading import find, load
-from halfbyte.plan import load_plan, types_path
+from halfbyte.plan import load_plan
 from halfbyte.prepare.simulation import become_types_, load_for_plan, load_types
 from halfbyte.search.run import Refinement
-from tests.searches import SMALLEST, run, same
+from tests.searches import SMALLEST, run
 
 CPU = torch.device("cpu")
 TYPES = {"spaces": "types", "bpw": 4.6, "transforms": "smooth", "calib_tokens": 2048, "search_tokens": 512}
@@ -45,11 +45,33 @@ def test_the_plan_has_the_weights_that_were_measured(kept, tiny_folder, tmp_path
     assert refinement.before != pytest.approx(refinement.after, rel=1e-3)
     source = load_for_plan(plan, str(folder), device="cpu", dtype="fp32")
     become_types_(source, plan.tensors, load_types(path))
-    assert validation_kl(source, folder) == pytest.approx(refinement.after if kept else refinement.before, rel=1e-3)
-    plain = run(folder, tmp_path / "plain.json", "gguf", **TYPES, refine=0)
-    assert plain.found["types"].refinement is None
-    mine, theirs = (types_path(tmp_path / f"{stem}.json").read_bytes() for stem in ("plan", "plain"))
-    assert (mine == theirs) is not kept
+    measured = refinement.after if kept else refinement.before
+    assert validation_kl(source, folder) == pytest.approx(measured, rel=1e-3)
+    assert plan.file["validation"].get("plan, refined", plan.file["validation"]["plan"]) == measured
+
+
+def test_without_refining_there_is_gptq_in_the_candidates(tiny_folder, tmp_path):
+    folder = tiny_folder("qwen2")
+    kl = {}
+    for refine in (0, 1):
+        found = run(folder, tmp_path / f"{refine}.json", "gguf", **TYPES, refine=refine).found["types"]
+        kl[refine] = found.validation_scores["plan"]
+    assert kl[0] < 0.9 * kl[1]  # of rounded candidates
+    found = run(folder, tmp_path / "limit.json", "gguf", **{**TYPES, "bpw": 0}, max_kl=kl[1]).found["types"]
+    assert found.validation_scores["plan"] <= kl[1]  # before refining, too
+
+
+def test_every_point_of_a_front_is_refined(tiny_folder, tmp_path, monkeypatch):
+    verdict(monkeypatch, kept=True)
+    folder, path = tiny_folder("qwen2"), tmp_path / "plan.json"
+    found = run(folder, path, "gguf", **{**TYPES, "bpw": 0, "ftype": "Q4_K_M"}, pareto=True).found["types"]
+    assert found.front["Q4_K_M"].refinement == found.refinement
+    assert len({point.refinement.after for point in found.front.values()}) > 1
+    for ftype, point in found.front.items():
+        beside = path.with_name(f"plan.{ftype}.json")
+        source = load_for_plan(plan := load_plan(beside), str(folder), device="cpu", dtype="fp32")
+        become_types_(source, plan.tensors, load_types(beside))
+        assert validation_kl(source, folder) == pytest.approx(point.refinement.after, rel=1e-2)
 
 
 def test_too_little_memory_keeps_what_the_search_has(tiny_folder, tmp_path, monkeypatch):
@@ -58,9 +80,11 @@ def test_too_little_memory_keeps_what_the_search_has(tiny_folder, tmp_path, monk
 
     monkeypatch.setattr(types, "refine_types_", full)
     folder = tiny_folder("qwen2")
-    result = run(folder, tmp_path / "plan.json", "gguf", **TYPES)
-    assert result.found["types"].refinement is None
-    assert same(result.plan, run(folder, tmp_path / "plain.json", "gguf", **TYPES, refine=0).plan)
+    found = run(folder, path := tmp_path / "plan.json", "gguf", **TYPES).found["types"]
+    assert found.refinement is None
+    source = load_for_plan(plan := load_plan(path), str(folder), device="cpu", dtype="fp32")
+    become_types_(source, plan.tensors, load_types(path))
+    assert validation_kl(source, folder) == pytest.approx(found.validation_scores["plan"], rel=1e-3)
 
 
 def test_packed_weights_are_measured_alike(tiny_folder, tmp_path):

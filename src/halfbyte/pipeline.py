@@ -118,7 +118,7 @@ def search(options: SearchOptions) -> SearchResult:
             found[name] = menu.search(workdir)
             losses = menu.to_refine(found[name])
             menu.release()
-            if losses is not None:
+            if losses:
                 model = model.loaded_anew(setting)
                 found[name] = menu.refine(model, found[name], losses)
         written = None

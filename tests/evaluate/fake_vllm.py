@@ -48,7 +48,9 @@ class Worker:
 class LLM:
     """One prompt after the other, one token after the other."""
 
-    def __init__(self, model, *, worker_extension_cls, skip_tokenizer_init, max_model_len, tensor_parallel_size=1, **settings):
+    def __init__(
+        self, model, *, worker_extension_cls, skip_tokenizer_init, max_model_len, tensor_parallel_size=1, **settings
+    ):
         config = (Path(model) / "config.json").read_text(encoding="utf-8")
         if '"magic"' in config:
             raise ValueError(
@@ -73,7 +75,8 @@ class LLM:
         return [self._answer(prompt["prompt_token_ids"], params) for prompt in prompts]
 
     def _logits(self, hidden):
-        return [worker.model.compute_logits(hidden) for worker in self.workers][0]
+        first, *_ = [worker.model.compute_logits(hidden) for worker in self.workers]
+        return first
 
     def _answer(self, prompt, params):
         assert len(prompt) + params.max_tokens <= self.longest

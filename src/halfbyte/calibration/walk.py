@@ -62,7 +62,7 @@ class BlockStep:
         self.index, self.original, self.quantised = index, block, block
         self.seen: dict[str, list[torch.Tensor]] = {}
         self._hidden, self._kwargs = hidden, kwargs
-        self._device = next(block.parameters()).device
+        self._device, self._home = next(block.parameters()).device, hidden[0][0].device
         self.outputs: list[torch.Tensor] = []
         self._attention_out = attention_out
         self._attention = attention_out.rpartition(".")[0]
@@ -74,17 +74,18 @@ class BlockStep:
 
         All of it is kept where the hidden states are.
         """
-        handles, home = [], self._hidden[0][0].device
+        handles = []
         for part in parts:
             kept = self.seen.setdefault(part, [])
 
             def keep(_: nn.Module, args: tuple[torch.Tensor, ...], kept: list[torch.Tensor] = kept) -> None:
-                kept.append(args[0].flatten(0, -2).to(home))
+                kept.append(args[0].flatten(0, -2).to(self._home))
 
             handles.append(self.original.get_submodule(part).register_forward_pre_hook(keep))
         try:
             self.outputs = [
-                call_block(self.original, hidden.to(self._device), self._kwargs).to(home) for hidden, _ in self._hidden
+                call_block(self.original, hidden.to(self._device), self._kwargs).to(self._home)
+                for hidden, _ in self._hidden
             ]
         finally:
             for handle in handles:
@@ -95,15 +96,18 @@ class BlockStep:
         self.quantised = copy.deepcopy(self.original)
 
     def inputs(self, part: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Per batch: what the linear at ``part`` is given in the original and in the copy, ``[tokens, in]`` each."""
+        """Per batch: what the linear at ``part`` is given in the original and in the copy, ``[tokens, in]`` each.
+
+        Both are on the device.
+        """
         if part.startswith(self._attention + "."):  # and will be replaced
             self._mixed, self._attended = [], []
         mixed = []
         for index, original in enumerate(self.seen[part]):
             of_copy = self._input_of_copy(part, index)
             if part == self._attention_out:
-                mixed.append(of_copy)
-            yield original, of_copy
+                mixed.append(of_copy.to(self._home))
+            yield original.to(self._device), of_copy
         self._mixed += mixed
 
     def _input_of_copy(self, part: str, index: int) -> torch.Tensor:
@@ -124,15 +128,15 @@ class BlockStep:
 
     def _run_copy(self, index: int) -> torch.Tensor:
         """The copy's output for one batch, ``[windows, length, hidden]``; attention as it is remembered, or anew."""
-        hidden = self._hidden[index][1]
+        hidden = self._hidden[index][1].to(self._device)
         while self._mixed:
             with torch.no_grad():
-                output = self.quantised.get_submodule(self._attention_out)(self._mixed.pop(0))
-            self._attended.append(output.view_as(self._hidden[len(self._attended)][1]))
+                output = self.quantised.get_submodule(self._attention_out)(self._mixed.pop(0).to(self._device))
+            self._attended.append(output.view_as(self._hidden[len(self._attended)][1]).to(self._home))
         if not self._attended:
             return call_block(self.quantised, hidden, self._kwargs)
         attention = self.quantised.get_submodule(self._attention)
-        self.quantised.set_submodule(self._attention, _Replay(self._attended[index]))
+        self.quantised.set_submodule(self._attention, _Replay(self._attended[index].to(self._device)))
         try:
             return call_block(self.quantised, hidden, self._kwargs)
         finally:
@@ -142,7 +146,7 @@ class BlockStep:
         """What the next block is called with; without a copy, the same twice."""
         if self.quantised is self.original:  # never split: nothing was quantised
             return list(zip(self.outputs, self.outputs, strict=True))
-        copies = [self._run_copy(index) for index in range(len(self._hidden))]
+        copies = [self._run_copy(index).to(self._home) for index in range(len(self._hidden))]
         self._mixed, self._attended = [], []
         return list(zip(self.outputs, copies, strict=True))
 
@@ -167,15 +171,16 @@ def walk_blocks(
         leave: called with every step when the next block's inputs are known, before its copy goes to where the block
             was.
         keep_on: where hidden states and what is seen of inputs are kept, by default the device: main memory beside a
-            device that is too small for them, for walks without copies.
+            device that is too small for them.
         copies: what the first block's copy is called with, one ``[windows, length, hidden]`` per batch; by default what
             the block itself is.
     """
     inputs = capture(model, family, tokens, device=device, batch=batch)
     kept = [part.to(keep_on or device).float() for part in inputs.hidden]
-    hidden = list(zip(kept, kept if copies is None else [part.float() for part in copies], strict=True))
+    copied = kept if copies is None else [part.to(keep_on or device).float() for part in copies]
+    hidden = list(zip(kept, copied, strict=True))
     kwargs = {key: _as_fp32(value) for key, value in inputs.kwargs.items()}
-    del inputs, kept
+    del inputs, kept, copied
     holder = model.get_submodule(family.blocks)
     for index in range(len(blocks(model, family))):
         block = blocks(model, family)[index]

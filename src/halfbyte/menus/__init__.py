@@ -205,12 +205,15 @@ class Menu(Searchable):
                 low = middle
         return least + (most - least) * high // BUDGET_STEPS
 
-    def to_refine(self, found: Found) -> np.ndarray | None:
-        """The winner's losses on the validation text, ``[windows, segments]``, if it is to be refined."""
-        return None  # of a menu whose weights do not depend on what is chosen
+    def to_refine(self, found: Found) -> dict[str, np.ndarray]:
+        """What is to be refined -> its losses on the validation text, ``[windows, segments]``.
 
-    def refine(self, model: Model, found: Found, before: np.ndarray) -> Found:
-        """Make the winner's weights once more, for the formats that were chosen; kept if that loses less.
+        The winner's name is empty, points of a front have their budget's.
+        """
+        return {}  # of a menu whose weights do not depend on what is chosen
+
+    def refine(self, model: Model, found: Found, before: Mapping[str, np.ndarray]) -> Found:
+        """Make weights once more, for the formats that were chosen; kept if that loses less.
 
         Args:
             model: as it is in its files, in main memory; it is changed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -124,36 +125,51 @@ class TypeMenu(Menu):
         super().release()
         del self.mixed, self._source  # they hold the model
 
-    def to_refine(self, found: Found) -> np.ndarray | None:
-        assert self.on_validation_text is not None
-        return self.on_validation_text.losses([found.genome])[0] if self._refines else None
+    def to_refine(self, found: Found) -> dict[str, np.ndarray]:
+        unseen = self.on_validation_text
+        assert unseen is not None
+        points = {"": found, **found.front} if self._refines else {}
+        return {name: unseen.losses([point.genome])[0] for name, point in points.items()}
 
     @property
     def _refines(self) -> bool:
         """Whether matrices are encoded once more: by GPTQ, which looks at what the others do to their inputs."""
         return bool(self.options.refine) and self._recipe.quantiser.looks_at_inputs
 
-    def refine(self, model: Model, found: Found, before: np.ndarray) -> Found:
+    def refine(self, model: Model, found: Found, before: Mapping[str, np.ndarray]) -> Found:
+        best, front = replace(found, front={}), {}
+        refined = self._refine(model, best, "", before[""])
+        for ftype, point in found.front.items():
+            if point.genome == best.genome:
+                front[ftype] = refined
+                continue
+            model = model.loaded_anew(self.setting)
+            front[ftype] = self._refine(model, point, ftype, before[ftype])
+        return replace(refined, front=front)
+
+    def _refine(self, model: Model, found: Found, ftype: str, before: np.ndarray) -> Found:
+        """The winner, or the point of a front that is named after ``ftype``, with what refining did to it."""
         types = {name: str(kind) for name, kind in found.choice.items()}
+        path = _encoded_path(model.workdir, ftype, refined=True)
 
         def measure() -> dict[str, float] | None:
-            scorer = self._refined(model, types)
+            scorer = self._refined(model, types, path)
             if scorer is None:
                 return None
             difference, error = paired_difference(scorer.losses([(0,) * len(types)])[0], before)
             return {"before": float(before.mean()), "after": float(before.mean()) + difference, "noise": TIE_Z * error}
 
-        measured = model.workdir.value("refined", measure)
+        measured = model.workdir.value(path.stem, measure)
         if measured is None:
             report(REFINE_STAGE, 1, 1, "too little memory on the device: the search's weights stay")
             return found
         refinement = Refinement(**measured)
         report(REFINE_STAGE, 1, 1, refinement.said)
-        return replace(found, refinement=refinement)
+        return found.with_refinement(refinement)
 
-    def _refined(self, model: Model, types: Mapping[str, str]) -> TypeEvaluator | None:
-        """Encode the mixture into the work folder; what measures it on the validation text, if memory was enough."""
-        path, enough = model.workdir.types("refined"), True
+    def _refined(self, model: Model, types: Mapping[str, str], path: Path) -> TypeEvaluator | None:
+        """Encode the mixture into ``path``; what measures it on the validation text, if memory was enough."""
+        enough = True
         head = linear(model.source.model, model.source.family.head).weight  # that the reference was made with
         if processes().first and not path.exists():
             try:
@@ -166,6 +182,7 @@ class TypeMenu(Menu):
                     path,
                     device=self.setting.exact_device,
                     imatrix=self.imatrix,
+                    keep_on=self._keep_on,
                 )
             except torch.OutOfMemoryError:
                 enough = False
@@ -200,7 +217,7 @@ class TypeMenu(Menu):
         return [(ftype, size) for ftype, size in sizes if size == self.budget or smallest < size < largest]
 
     def into_plan(self, plan: Plan, found: Found, workdir: Workdir) -> Plan:
-        return self._plan_of(plan, found, workdir.types("refined") if found.refined else self._save(found, workdir, ""))
+        return self._plan_of(plan, found, self._saved(found, workdir, ""))
 
     def outcomes(self, plan: Plan, found: Found) -> list[Outcome]:
         return [Outcome(name, "a ggml type", str(kind)) for name, kind in found.choice.items()]
@@ -222,10 +239,10 @@ class TypeMenu(Menu):
         workdir: Workdir,
         reports: list[Path],
     ) -> Written:
-        moved, plans = [(workdir.types("refined" if found.refined else ""), types_path(output))], {}
+        moved, plans = [(_encoded_path(workdir, "", refined=found.refined), types_path(output))], {}
         for ftype, point in found.front.items():
             path = _point_path(output, ftype)
-            encoded = self._save(point, workdir, ftype)
+            encoded = self._saved(point, workdir, ftype)
             bare = replace(
                 plan, layers={}, codes_sha256="", search={}, transforms=(), budget_asked=1.0, budget_reached=1.0
             )
@@ -255,11 +272,15 @@ class TypeMenu(Menu):
         }
         return replace(plan, tensors={name: str(kind) for name, kind in found.choice.items()}, file=record)
 
-    def _save(self, found: Found, workdir: Workdir, ftype: str) -> Path:
-        """Write the encoded matrices of a mixture, and the parameters that transforms changed."""
-        rows = {(name, str(kind)): self.encoded.rows(name, str(kind)) for name, kind in found.choice.items()}
-        path = workdir.types(ftype)
-        save_encoded(path, rows, self.encoded.extra)
+    def _saved(self, found: Found, workdir: Workdir, ftype: str) -> Path:
+        """The file of the encoded matrices of a mixture and of the parameters that transforms changed."""
+        path = _encoded_path(workdir, ftype, refined=found.refined)
+        if found.refined:
+            if not path.exists():  # the point of the front that is the winner
+                shutil.copyfile(_encoded_path(workdir, "", refined=True), path)
+        else:
+            rows = {(name, str(kind)): self.encoded.rows(name, str(kind)) for name, kind in found.choice.items()}
+            save_encoded(path, rows, self.encoded.extra)
         return path
 
     def _asked_transforms(self, source: SourceModel) -> tuple[str, ...] | None:
@@ -327,6 +348,7 @@ class TypeMenu(Menu):
                 self.menus,
                 folder,
                 device=self.setting.exact_device,
+                rounded=self._refines and not self.max_kl,  # what --max_kl compares with it has to be final
                 imatrix=self.imatrix,
                 keep_on=self._keep_on,
             )
@@ -425,6 +447,11 @@ def _losses_by_error(menu: TensorMenu, smallest: float, errors: Mapping[str, flo
     found = [errors[kind] for kind in menu.types]
     largest = found[0] or 1.0  # a matrix of zeros has no errors
     return tuple(max(smallest, TINY) * error / largest for error in found)
+
+
+def _encoded_path(workdir: Workdir, ftype: str, *, refined: bool) -> Path:
+    """Where the encoded matrices of the winner, or of a point of a front, are until the plan stands."""
+    return workdir.types("-".join(filter(None, ("refined" if refined else "", ftype))))
 
 
 def _point_path(output: Path, ftype: str) -> Path:

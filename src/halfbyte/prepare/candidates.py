@@ -2,7 +2,8 @@
 
 Which types a matrix may have is decided before anything is measured. The model stays unquantised: transforms are folded
 into it in place, block by block on the device, and each matrix is encoded for the inputs of the unquantised model, so
-that any mixture of types can be put together afterwards.
+that any mixture of types can be put together afterwards. If the chosen mixture is to be encoded once more
+(:mod:`halfbyte.prepare.refine`), rounding is enough here: it ranks mixtures as GPTQ does.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class Candidates:
 
     Attributes:
         encoded: the encoded matrices, in files.
-        errors: matrix -> type -> squared output error per token; of an embedding that is not the head, squared error.
+        errors: matrix -> type -> squared output error per token; of rounded matrices as if channels were independent,
+            of an embedding that is not the head squared error.
     """
 
     encoded: Encoded = field(default_factory=Encoded)
@@ -132,6 +134,7 @@ def encode_candidates_(
     folder: Path,
     *,
     device: torch.device,
+    rounded: bool = False,
     imatrix: Mapping[str, torch.Tensor] | None = None,
     keep_on: torch.device | None = None,
 ) -> Candidates:
@@ -143,6 +146,7 @@ def encode_candidates_(
     Args:
         tokens: calibration text, int64 ``[windows, length]``.
         menus: see :func:`menus_of`.
+        rounded: codes inside blocks are rounded, on scales of the least weighted error.
         imatrix: matrix -> importance of its input channels in the model as it is, fp32 ``[in]``, to choose scales by
             in place of what is measured; not for inputs that a rotation has mixed.
         keep_on: where calibration activations are kept, by default on ``device``.
@@ -168,7 +172,7 @@ def encode_candidates_(
         if not (folder / f"{stem}.json").exists():
             own = {menu.name: menu for menu in menus if menu.block == step.index}
             importance = importance_of(f"{family.blocks}.{step.index}.", input_power, imatrix, device)
-            _encode_block(step, family, own, recipe, importance, folder, stem)
+            _encode_block(step, family, own, recipe, importance, folder, stem, rounded=rounded)
         made.add(folder, stem)
         report(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem)
     outside = [menu for menu in menus if menu.block == OUTSIDE]
@@ -214,6 +218,8 @@ def _encode_block(
     importance: Mapping[str, torch.Tensor],  # linear -> [in], where it is not to be measured
     folder: Path,
     stem: str,
+    *,
+    rounded: bool,
 ) -> None:
     rows: dict[tuple[str, str], torch.Tensor] = {}
     errors: dict[str, dict[str, float]] = {}
@@ -221,9 +227,14 @@ def _encode_block(
         name = f"{family.blocks}.{step.index}.{group[0]}"
         own = [menus[f"{family.blocks}.{step.index}.{part}"] for part in group]
         weights = [linear(step.original, part).weight.float() for part in group]
-        hessian, measured = hessian_of(step.seen.pop(group[0]), name, weights[0].device)
+        seen, known = step.seen.pop(group[0]), None
+        if rounded:
+            measured = power_of(seen, name, weights[0].device)
+        else:
+            known, measured = hessian_of(seen, name, weights[0].device)
+        del seen
         jobs = [Job(weight, kind, menu.name) for menu, weight in zip(own, weights, strict=True) for kind in menu.types]
-        encode_(jobs, importance.get(group[0], measured), hessian, plain=not recipe.quantiser.looks_at_inputs)
+        encode_(jobs, importance.get(group[0], measured), known, plain=not recipe.quantiser.looks_at_inputs)
         for job in jobs:
             rows[job.where, job.type] = job.rows.cpu()
             errors.setdefault(job.where, {})[job.type] = float(job.error.sum())
@@ -271,6 +282,18 @@ def _encode_top(
             start += len(weight)
         save_encoded(folder / f"{menu.name}.safetensors", rows, parameters if is_read else {})
         write_text(folder / f"{menu.name}.json", json.dumps({menu.name: totals}))
+
+
+def power_of(batches: Sequence[torch.Tensor], where: str, device: torch.device) -> torch.Tensor:
+    """Mean square ``[in]`` over ``batches`` of ``[tokens, in]``, on ``device``.
+
+    Raises:
+        HalfbyteError: activations are not finite.
+    """
+    power = torch.stack([batch.to(device).square().sum(0) for batch in batches]).sum(0)
+    power /= sum(len(batch) for batch in batches)
+    check_finite(power, where, "activations are")
+    return power
 
 
 def hessian_of(

@@ -41,6 +41,7 @@ def refine_types_(
     *,
     device: torch.device,
     imatrix: Mapping[str, torch.Tensor] | None = None,
+    keep_on: torch.device | None = None,
 ) -> None:
     """Write the mixture to ``path``; ``source.model`` cannot be used afterwards. Blocks visit ``device`` in fp32.
 
@@ -49,7 +50,7 @@ def refine_types_(
         recipe: whose transforms are folded.
         types: matrix -> ggml type.
         candidates: from which embedding and head are taken as they are.
-        imatrix: as :func:`halfbyte.prepare.candidates.encode_candidates_` takes it.
+        imatrix, keep_on: as :func:`halfbyte.prepare.candidates.encode_candidates_` takes them.
 
     Raises:
         HalfbyteError: values that are not finite, or that a type cannot hold, or the file cannot be written.
@@ -62,13 +63,16 @@ def refine_types_(
     batch = windows_at_once(device, tokens.shape[1])
     kind = types[family.embedding]
     table = decode_tensor(rows[family.embedding, kind], kind, source.dtype)
-    copies = [nn.functional.embedding(part, table).to(device) for part in tokens.split(batch)]
+    copies = [nn.functional.embedding(part, table) for part in tokens.split(batch)]
 
     def forget(step: BlockStep) -> None:
         for part in family.linears:
             linear(step.quantised, part).weight = nn.Parameter(torch.empty(0), requires_grad=False)
 
-    for step in walk_blocks(source.model, family, tokens, device=device, batch=batch, copies=copies, leave=forget):
+    walk = walk_blocks(
+        source.model, family, tokens, device=device, batch=batch, copies=copies, leave=forget, keep_on=keep_on
+    )
+    for step in walk:
         prefix = f"{family.blocks}.{step.index}."
         power = fold_block_(step, source, recipe).input_power
         importance = importance_of(prefix, power, imatrix or {}, device)

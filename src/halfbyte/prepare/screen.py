@@ -14,7 +14,7 @@ from halfbyte.core.progress import report
 from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, is_tied, linear
-from halfbyte.prepare.candidates import TensorMenu, hessian_of
+from halfbyte.prepare.candidates import TensorMenu, hessian_of, power_of
 from halfbyte.prepare.folding import fold_block_
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.encoded import StoredMatrix
@@ -161,7 +161,7 @@ def _round_(step: BlockStep, source: SourceModel, types: Mapping[str, str], reci
     for group in family.groups:
         seen, hessian = step.seen.pop(group[0]), None
         device = linear(step.original, group[0]).weight.device
-        power = torch.stack([batch.to(device).square().sum(0) for batch in seen]).sum(0)
+        power = power_of(seen, f"{family.blocks}.{step.index}.{group[0]}", device)
         for part in group:
             name = f"{family.blocks}.{step.index}.{part}"
             layer = linear(step.original, part)

@@ -23,7 +23,7 @@ from halfbyte.report.plots import (
     set_title,
 )
 from halfbyte.report.tables import csv_text
-from halfbyte.search.run import Found
+from halfbyte.search.run import REFINED, Found
 from halfbyte.search.sensitivity import LayerSensitivity
 
 ACTIVATION_REPORTS = (
@@ -92,7 +92,7 @@ def write_type_reports(output: Path, plan: Plan, rows: Sequence[Mapping[str, Any
     if not found.front:
         return
     points = [
-        {"ftype": ftype, "bytes": point.cost, **_validated(point)}
+        {"ftype": ftype, "bytes": point.cost, **_validated(point), "kl_refined": _refined(point)}
         for ftype, point in sorted(found.front.items(), key=lambda item: item[1].cost)
     ]
     numbers, picture = (beside(output, kind) for kind in TYPE_FRONT_REPORTS)
@@ -120,6 +120,11 @@ def _validated(found: Found) -> dict[str, float]:
         "kl_knapsack": found.validation_scores["KL knapsack"],
         "noise_floor": found.noise_floor,
     }
+
+
+def _refined(found: Found) -> float:
+    """KL on the validation text with the weights that the plan has."""
+    return found.validation_scores.get(REFINED, found.validation_scores["plan"])
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -150,7 +155,10 @@ def _draw_convergence(path: Path, plan: Plan, found: Found) -> Path:
 def _draw_front(
     path: Path, places: Sequence[float], points: Sequence[Mapping[str, Any]], axis: str, title: str, *, chosen: float
 ) -> Path:
-    """The validated KL of each budget's best choice, and of its knapsack, at ``places``; the plan is at ``chosen``."""
+    """The validated KL of each budget's best choice, before and after refining, and of its knapsack, at ``places``.
+
+    The plan is at ``chosen``.
+    """
     figure = Figure(figsize=(6.4, 4.2), dpi=DOTS_PER_INCH, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(
@@ -170,6 +178,9 @@ def _draw_front(
         capsize=3,
         label="search; bars: noise floor",
     )
+    refined = [point["kl_refined"] for point in points if "kl_refined" in point]  # of all or of none
+    if refined:
+        axes.plot(places, refined, color=LINE_COLOURS[1], marker="s", label="the same, refined")
     axes.axvline(chosen, color="#555555", linestyle=":", label="the plan")
     axes.set_xlabel(axis)
     axes.set_ylabel("KL on the validation text, nats per token")

@@ -6,7 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from halfbyte.search.validate import choose, two_rungs
 FINALISTS = 6  # genomes of the search that are validated, beside its starts
 STEPS = 1000  # of progress per generation
 GENETIC = "genetic search"  # the winner's label where it is none of the starts
+REFINED = "plan, refined"  # the label of the winner's score once its weights are made anew
 
 
 class Scorer(Protocol):
@@ -122,7 +123,7 @@ class Found:
         evaluations: genomes that were scored.
         history: one row per generation.
         front: budget -> the winner of that budget, where a front was asked for.
-        refinement: of the winner's weights, if that was tried.
+        refinement: of the winner's weights, if that was tried; scores are those before, and ``plan, refined`` is after.
     """
 
     genome: Genome
@@ -140,6 +141,11 @@ class Found:
     history: Sequence[Generation]
     front: Mapping[str, Found] = field(default_factory=dict)
     refinement: Refinement | None = None
+
+    def with_refinement(self, refinement: Refinement) -> Found:
+        """The same after refining."""
+        scores = {**self.validation_scores, REFINED: refinement.after} if refinement.kept else self.validation_scores
+        return replace(self, refinement=refinement, validation_scores=scores)
 
     @property
     def refined(self) -> bool:

@@ -33,7 +33,8 @@ class Job:
         type: ggml type.
         where: for errors.
         rows: the encoded rows, uint8 ``[out, row bytes]``.
-        error: ``(ŵ − w) H (ŵ − w)ᵀ`` of each row, ``[out]``: its squared output error per token.
+        error: ``(ŵ − w) H (ŵ − w)ᵀ`` of each row, ``[out]``: its squared output error per token. H is diagonal if no
+            more is known.
     """
 
     weight: torch.Tensor
@@ -51,7 +52,7 @@ def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered | None
 
     Args:
         importance: diagonal of the Hessian, ``[in]``.
-        known: the Hessian and its factor; None for a matrix that is looked up, whose errors are then squared errors.
+        known: the Hessian and its factor; None where codes are rounded.
         plain: everything is as llama.cpp chooses it.
 
     Raises:
@@ -63,7 +64,7 @@ def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered | None
         else:
             rows = encode(job.weight, job.type, importance=importance, where=job.where)
             job.rows = torch.from_numpy(rows.view(np.uint8)).to(job.weight.device)  # F16 comes as numbers
-        job.error = output_error(job.weight, job.rows, job.type, known)
+        job.error = output_error(job.weight, job.rows, job.type, importance if known is None else known)
     if plain or known is None:
         return
     even = [job for job in jobs if has_grid(job.type) and GRIDS[job.type].table is None and GRIDS[job.type].bits < FINE]
@@ -74,10 +75,12 @@ def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered | None
             _choose_codes_(batch, known, table)
 
 
-def output_error(weight: torch.Tensor, rows: torch.Tensor, type_name: str, known: Ordered | None) -> torch.Tensor:
-    """``(ŵ − w) H (ŵ − w)ᵀ`` of each row, ``[out]``, H without what was added to its diagonal; None is the identity."""
+def output_error(
+    weight: torch.Tensor, rows: torch.Tensor, type_name: str, known: Ordered | torch.Tensor
+) -> torch.Tensor:
+    """``(ŵ − w) H (ŵ − w)ᵀ`` of each row, ``[out]``, H without what was added to its diagonal, or diagonal ``[in]``."""
     error = decode_tensor(rows, type_name) - weight
-    return error.square().sum(-1) if known is None else known.squares(error)
+    return known.squares(error) if isinstance(known, Ordered) else error.square() @ known
 
 
 def _batches(jobs: Sequence[Job]) -> list[list[Job]]:

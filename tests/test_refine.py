@@ -95,8 +95,8 @@ def test_packed_weights_are_measured_alike(tiny_folder, tmp_path):
     assert found[0].refinement == found[1].refinement
 
 
-@pytest.mark.parametrize(("after", "kept"), [(0.8, True), (0.96, False), (1.2, False)])
-def test_noise_is_no_reason(after, kept):
+@pytest.mark.parametrize(("after", "kept"), [(0.96, True), (1.0, False), (1.2, False)])
+def test_what_loses_less_is_kept(after, kept):
     refinement = Refinement(before=1.0, after=after, noise=0.05)
     assert refinement.kept is kept
     assert ("kept" in refinement.said) is kept

@@ -23,7 +23,14 @@ from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, types_path
-from halfbyte.prepare.candidates import Candidates, TensorMenu, encode_candidates_, menus_of, part_files
+from halfbyte.prepare.candidates import (
+    Candidates,
+    TensorMenu,
+    encode_candidates_,
+    head_hessian,
+    menus_of,
+    part_files,
+)
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.refine import STAGE as REFINE_STAGE
 from halfbyte.prepare.refine import refine_types_
@@ -181,6 +188,7 @@ class TypeMenu(Menu):
                     self.encoded,
                     path,
                     device=self.setting.exact_device,
+                    hessian=head_hessian(model.workdir.candidates, self.setting.exact_device),
                     imatrix=self.imatrix,
                     keep_on=self._keep_on,
                 )

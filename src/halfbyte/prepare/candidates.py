@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.errors import HalfbyteError
@@ -25,7 +26,7 @@ from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear
 from halfbyte.prepare.folding import fold_block_, fold_ends_, mixed_inputs
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.quant.ggml.encoded import Encoded, save_encoded
+from halfbyte.quant.ggml.encoded import Encoded, save_encoded, save_tensors
 from halfbyte.quant.ggml.gptq import Job, encode_
 from halfbyte.quant.ggml.types import bits_per_weight, fits, row_bytes
 from halfbyte.quant.int4 import check_finite
@@ -33,6 +34,7 @@ from halfbyte.quant.quantisers.gptq import Ordered, factorised
 
 TOP_ROWS = 8192  # of embedding and head, encoded at once
 STAGE = "encode candidates"
+HESSIAN = "head-hessian"
 OUTSIDE = -1  # block of the embedding and the head
 
 # Types with even grids, whose codes can be chosen with feedback, and which run fast everywhere. The first row is for
@@ -146,7 +148,8 @@ def encode_candidates_(
     Args:
         tokens: calibration text, int64 ``[windows, length]``.
         menus: see :func:`menus_of`.
-        rounded: codes inside blocks are rounded, on scales of the least weighted error.
+        rounded: codes are rounded, on scales of the least weighted error; the Hessian of what the output head reads is
+            left in the folder, for :func:`head_hessian`.
         imatrix: matrix -> importance of its input channels in the model as it is, fp32 ``[in]``, to choose scales by
             in place of what is measured; not for inputs that a rotation has mixed.
         keep_on: where calibration activations are kept, by default on ``device``.
@@ -178,7 +181,8 @@ def encode_candidates_(
     outside = [menu for menu in menus if menu.block == OUTSIDE]
     if not all((folder / f"{menu.name}.json").exists() for menu in outside):
         importance = {name: value for name, value in imatrix.items() if name not in mixed}
-        _encode_top(source, outside, last, importance, folder, device, plain=not recipe.quantiser.looks_at_inputs)
+        plain = not recipe.quantiser.looks_at_inputs
+        _encode_top(source, outside, last, importance, folder, device, plain=plain, rounded=rounded)
     for menu in outside:
         made.add(folder, menu.name)
     report(STAGE, 1, 1, f"{len(menus)} matrices, {sum(len(menu.types) for menu in menus)} candidates")
@@ -256,6 +260,7 @@ def _encode_top(
     device: torch.device,
     *,
     plain: bool,
+    rounded: bool,
 ) -> None:
     """Embedding and output head; a head that is tied is the embedding, and encoded for what it reads."""
     model, family = source.model, source.family
@@ -263,25 +268,53 @@ def _encode_top(
     with torch.no_grad():
         final = [norm.to(device)(states.to(device, source.dtype)).float().flatten(0, 1) for states in hidden]
     norm.to(source.device)
-    hessian, measured = hessian_of(final, family.head, device)
+    hessian = mean_square(final, family.head, device)
     del final
+    measured = hessian.diagonal().clone()
+    if rounded:
+        save_tensors(folder / f"{HESSIAN}.safetensors", {HESSIAN: hessian}, HESSIAN)
+    known = None if rounded else factorised(Ordered(hessian))
+    del hessian
     parameters = {f"{family.final_norm}.{name}": value for name, value in norm.named_parameters()}  # R1 makes it plain
     for menu in menus:
         is_read = menu.name == family.head or is_tied(model, family)
         columns = importance.get(menu.name, measured) if is_read else torch.ones_like(measured)
-        size = {kind: menu.nbytes(kind) // menu.rows for kind in menu.types}
-        rows = {(menu.name, kind): torch.empty(menu.rows, size[kind], dtype=torch.uint8) for kind in menu.types}
-        totals = dict.fromkeys(menu.types, 0.0)
-        start = 0
-        for weight in linear(model, menu.name).weight.split(TOP_ROWS):
-            jobs = [Job(weight.to(device).float(), kind, menu.name) for kind in menu.types]
-            encode_(jobs, columns, hessian if is_read else None, plain=plain)
-            for job in jobs:
-                rows[menu.name, job.type][start : start + len(weight)] = job.rows.cpu()
-                totals[job.type] += float(job.error.sum())
-            start += len(weight)
+        weight = linear(model, menu.name).weight
+        made = encode_rows(weight, menu.types, columns, known if is_read else None, where=menu.name, plain=plain)
+        rows = {(menu.name, kind): rows for kind, (rows, _) in made.items()}
         save_encoded(folder / f"{menu.name}.safetensors", rows, parameters if is_read else {})
+        totals = {kind: error for kind, (_, error) in made.items()}
         write_text(folder / f"{menu.name}.json", json.dumps({menu.name: totals}))
+
+
+def encode_rows(
+    weight: torch.Tensor,
+    types: Sequence[str],
+    importance: torch.Tensor,
+    known: Ordered | None,
+    *,
+    where: str,
+    plain: bool = False,
+) -> dict[str, tuple[torch.Tensor, float]]:
+    """A matrix ``[out, in]`` that is too large to be encoded at once: type -> encoded rows on the host, error.
+
+    The other arguments are those of :func:`halfbyte.quant.ggml.gptq.encode_`, on whose device it is done.
+    """
+    parts: dict[str, list[torch.Tensor]] = {kind: [] for kind in types}
+    errors = dict.fromkeys(types, 0.0)
+    for part in weight.split(TOP_ROWS):
+        jobs = [Job(part.to(importance.device).float(), kind, where) for kind in types]
+        encode_(jobs, importance, known, plain=plain)
+        for job in jobs:
+            parts[job.type].append(job.rows.cpu())
+            errors[job.type] += float(job.error.sum())
+    return {kind: (torch.cat(rows), errors[kind]) for kind, rows in parts.items()}
+
+
+def head_hessian(folder: Path, device: torch.device) -> torch.Tensor | None:
+    """Of what the head reads in the unquantised model, ``[in, in]`` on ``device``; None where it is encoded by that."""
+    path = folder / f"{HESSIAN}.safetensors"
+    return load_file(path, device=str(device))[HESSIAN] if path.exists() else None
 
 
 def power_of(batches: Sequence[torch.Tensor], where: str, device: torch.device) -> torch.Tensor:
@@ -306,12 +339,22 @@ def hessian_of(
     Raises:
         HalfbyteError: activations are not finite.
     """
+    hessian = mean_square(batches, where, device)
+    importance = hessian.diagonal().clone()
+    ordered = Ordered(hessian)
+    del hessian  # 1.4 GB for 18,944 channels
+    return factorised(ordered), importance
+
+
+def mean_square(batches: Sequence[torch.Tensor], where: str, device: torch.device | None) -> torch.Tensor:
+    """Mean of x xᵀ over ``batches`` of ``[tokens, in]``, ``[in, in]`` on ``device``.
+
+    Raises:
+        HalfbyteError: activations are not finite.
+    """
     count, width = sum(len(batch) for batch in batches), batches[0].shape[1]
     hessian = batches[0].new_zeros(width, width, device=device)
     for batch in (batch.to(hessian.device) for batch in batches):
         hessian.addmm_(batch.T, batch, alpha=1 / count)
-    importance = hessian.diagonal().clone()
-    check_finite(importance, where, "activations are")
-    ordered = Ordered(hessian)
-    del hessian  # 1.4 GB for 18,944 channels
-    return factorised(ordered), importance
+    check_finite(hessian.diagonal(), where, "activations are")
+    return hessian

@@ -17,9 +17,9 @@ from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.progress import report
 from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.loading import SourceModel
-from halfbyte.models.modules import linear
-from halfbyte.prepare.candidates import importance_of
-from halfbyte.prepare.folding import fold_block_, fold_ends_
+from halfbyte.models.modules import is_tied, linear
+from halfbyte.prepare.candidates import encode_rows, importance_of
+from halfbyte.prepare.folding import fold_block_, fold_ends_, mixed_inputs
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.encoded import Encoded, save_encoded
 from halfbyte.quant.ggml.gptq import Job, encode_
@@ -40,6 +40,7 @@ def refine_types_(
     path: Path,
     *,
     device: torch.device,
+    hessian: torch.Tensor | None = None,
     imatrix: Mapping[str, torch.Tensor] | None = None,
     keep_on: torch.device | None = None,
 ) -> None:
@@ -49,7 +50,8 @@ def refine_types_(
         tokens: calibration text, int64 ``[windows, length]``.
         recipe: whose transforms are folded.
         types: matrix -> ggml type.
-        candidates: from which embedding and head are taken as they are.
+        candidates: from which an embedding that is not the head is taken as it is.
+        hessian: of what the head reads, ``[in, in]`` on ``device``; None to take the head from the candidates too.
         imatrix, keep_on: as :func:`halfbyte.prepare.candidates.encode_candidates_` takes them.
 
     Raises:
@@ -60,6 +62,9 @@ def refine_types_(
     rows = {(name, kind): candidates.rows(name, kind) for name, kind in types.items() if name not in inside}
     parameters = dict(candidates.extra)
     fold_ends_(source, recipe, device)
+    if hessian is not None:
+        name = family.embedding if is_tied(source.model, family) else family.head
+        rows[name, types[name]] = _head(source, recipe, name, types[name], hessian, imatrix or {})
     batch = windows_at_once(device, tokens.shape[1])
     kind = types[family.embedding]
     table = decode_tensor(rows[family.embedding, kind], kind, source.dtype)
@@ -88,6 +93,22 @@ def refine_types_(
                 parameters[prefix + name] = value.detach().cpu()
         report(STAGE, step.index + 1, source.config.num_hidden_layers, f"block {step.index}")
     save_encoded(path, rows, parameters)
+
+
+def _head(
+    source: SourceModel,
+    recipe: Recipe,
+    name: str,
+    kind: str,
+    hessian: torch.Tensor,
+    imatrix: Mapping[str, torch.Tensor],
+) -> torch.Tensor:
+    """Encoded rows of the matrix that answers, for what it reads in the unquantised model."""
+    measured = hessian.diagonal().clone()
+    known = factorised(Ordered(hessian))
+    importance = measured if name in mixed_inputs(source.family, recipe) else imatrix.get(name, measured)
+    weight = linear(source.model, name).weight
+    return encode_rows(weight, [kind], importance.to(measured.device), known, where=name)[kind][0]
 
 
 def _encoded(

@@ -1,11 +1,12 @@
 """What each step gives: recipe × {W4A16, W4A8, mixed, W4A4} on a real model and text that nothing was chosen on.
 
-    python benchmarks/accuracy.py [--model demo] [--device auto] [--recipes NAME ...] [--json OUT]
+    python benchmarks/accuracy.py [--model demo] [--device auto] [--recipes NAME ...] [--tune STEPS] [--json OUT]
 
 For every recipe the model is loaded, prepared as ``mixed_precision_ptq.py`` does it, and scored in PyTorch, in fp32:
 mean KL to the unquantised model in nats per token, top-1 agreement, perplexity (the second half of each window is
 scored). ``mixed`` is the knapsack over measured one-at-a-time KL at the budget. Calibration, search and evaluation
-never share text. Recipes are those of ``RECIPES``, from plain rounding to the defaults of each target.
+never share text. Recipes are those of ``RECIPES``, from plain rounding to the defaults of each target. With ``--tune``
+each recipe has a second row, in which every column of ``--tune_columns`` is tuned for itself; its time is tuning alone.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ from halfbyte.models.layers import layers_of, units_of
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, vocabulary
 from halfbyte.options import SearchOptions
+from halfbyte.pipeline import TUNE_TOKENS
+from halfbyte.plan import Codes
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.prepare.walk import prepare_
+from halfbyte.prepare.simulation import become_simulation_
+from halfbyte.prepare.tune import Judged, tuned_codes
+from halfbyte.prepare.walk import Prepared, prepare_
 from halfbyte.quant.arithmetics.nvfp4 import GROUP
 from halfbyte.quant.quant_linear import set_activation_bits_
 from halfbyte.report.tables import Cell, markdown_table, significant
@@ -72,6 +77,8 @@ def options_of() -> argparse.Namespace:
     parser.add_argument(
         "--budget", type=float, default=0.75, help="of the mixed column, where the recipe is of no target"
     )
+    parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="also tune; 96 is what results.md has")
+    parser.add_argument("--tune_columns", nargs="+", choices=COLUMNS[1:], default=COLUMNS[1:], metavar="COLUMN")
     parser.add_argument("--calib_tokens", type=int, default=32768)
     parser.add_argument("--search_tokens", type=int, default=2048)
     parser.add_argument("--ctx", type=int, default=512)
@@ -90,6 +97,9 @@ class Bench:
         self.search = loaded.windows(("search", "valid"), ctx, max(1, options.search_tokens // ctx))
         self.windows = windows_for(source, loaded.text.parts["eval"], ctx, options.windows, where="eval text")
         self.reference = reference(source.model, source.family, self.search, device=self.device)
+        if options.tune:
+            tokens = loaded.windows("calib", ctx, TUNE_TOKENS // ctx)
+            self.tune_text = Judged(tokens, reference(source.model, source.family, tokens, device=self.device))
         self.tied = is_tied(source.model, source.family)
         scored = scored_tokens(ctx)
         self.kept = LogitsFile(scratch / "reference", vocabulary(source.model, source.family), scored)
@@ -106,8 +116,8 @@ class Bench:
             "device": device_name(self.device),
         }
 
-    def row(self, name: str) -> Row:
-        """Prepare with one recipe and score the four columns."""
+    def rows(self, name: str) -> list[Row]:
+        """Prepare with one recipe and score the four columns; the same tuned, if asked for."""
         label, recipe = RECIPES[name]
         target = {"gguf": TARGETS["gguf"], "ada": ADA, "hopper": HOPPER, "blackwell": BLACKWELL}.get(name)
         if target is not None:
@@ -126,10 +136,41 @@ class Bench:
         there = {column: bits for column, bits in widths.items() if bits is None or bits in recipe.a_bits}
         qualities = {column: self._score(source, dict.fromkeys(layers, bits)) for column, bits in there.items()}
         budget = self.options.budget if target is None else target.default_budget
-        mixed = self._mixed(source, norm if "r1" in recipe.transforms else None, budget, recipe.a_bits)
+        turned = norm if "r1" in recipe.transforms else None
+        mixed = self._mixed(source, turned, budget, recipe.a_bits)
         qualities["mixed"] = self._score(source, mixed)
         columns = {column: asdict(quality) for column, quality in qualities.items()}
-        return {"name": name, "recipe": label, "seconds": seconds, "settings": asdict(recipe), **columns}
+        row: Row = {"name": name, "recipe": label, "seconds": seconds, "settings": asdict(recipe), **columns}
+        if not self.options.tune:
+            return [row]
+        plans = {column: mixed if column == "mixed" else dict.fromkeys(layers, widths[column]) for column in qualities}
+        del source
+        return [row, {"name": f"{name}+tune", "recipe": "the same + tune", **self._tuned(made, recipe, plans, turned)}]
+
+    def _tuned(
+        self, made: Prepared, recipe: Recipe, plans: dict[str, dict[str, int | None]], turned: torch.Tensor | None
+    ) -> Row:
+        """Every column tuned for itself, and the seconds that one took."""
+        text, other = self.tune_text, Judged(self.search, self.reference)
+        if turned is not None:
+            text, other = (Judged(one.tokens, one.answers.for_rotated(turned)) for one in (text, other))
+        qualities: dict[str, object] = {}
+        seconds = 0.0
+        for column in (column for column in self.options.tune_columns if column in plans):
+            started, bits = time.perf_counter(), plans[column]
+            source = self._simulation(made.codes, made)
+            codes = tuned_codes(
+                source, made.codes, bits, recipe.scale_rule, text, other, steps=self.options.tune, seed=0
+            )
+            seconds = time.perf_counter() - started
+            qualities[column] = asdict(self._score(self._simulation(codes or made.codes, made), bits))
+        return {"seconds": seconds, "settings": asdict(recipe), **qualities}
+
+    def _simulation(self, codes: Codes, made: Prepared) -> SourceModel:
+        source = load_model(self.options.model, self.options.text).source
+        become_simulation_(source, codes, made.layers, device=self.device, packed=True)
+        source.model.to(self.device)
+        return source
 
     def _mixed(
         self, source: SourceModel, rotated_norm: torch.Tensor | None, budget: float, a_bits: tuple[int, ...]
@@ -184,15 +225,13 @@ def main() -> int:
         rows = Rows(options, bench.made_by)
         there = {row["name"] for row in rows}
         for name in (name for name in options.recipes if name not in there):
-            row = bench.row(name)
-            rows.add(row)
-            scores = "  ".join(
-                f"{column} {significant(row[column]['kld_mean'])}" for column in COLUMNS if column in row
-            )
-            print(f"{row['recipe']}: {row['seconds']:.0f} s  {scores}", flush=True)
+            for row in bench.rows(name):
+                rows.add(row)
+                scores = [f"{column} {significant(row[column]['kld_mean'])}" for column in COLUMNS if column in row]
+                print(f"{row['recipe']}: {row['seconds']:.0f} s  {'  '.join(scores)}", flush=True)
     text = bench.made_by["text"]["name"]
     print(f"\n{options.model}, {bench.made_by['device']}, {text}, original ppl {bench.original.ppl:.3f}\n")
-    print(table(sorted(rows, key=lambda row: list(RECIPES).index(row["name"]))))
+    print(table(sorted(rows, key=lambda row: list(RECIPES).index(row["name"].removesuffix("+tune")))))
     return 0
 
 

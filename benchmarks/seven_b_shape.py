@@ -13,7 +13,7 @@ more than that on the GPU, as if it were a smaller one.
 file type gives it, and written before the next one is read. Its main memory is what the process
 holds itself (anonymous pages), and apart from that mapped pages, which the system takes back when it needs them.
 ``--export`` writes a plan with random codes, all A8 for Hopper, and measures ``halfbyte export vllm --no-check``.
-``--decode`` measures how quickly rows of each type are decoded.
+``--decode`` measures how quickly rows of each type are decoded, ``--tune`` a step of tuning on random codes and text.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from pydoc_data.topics import topics
+from types import SimpleNamespace
 
 import psutil
 import torch
@@ -35,12 +36,17 @@ from common import Row, Rows, arguments, machine, parse, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
+from halfbyte.core.environment import peak_memory
+from halfbyte.models.families import family_of
 from halfbyte.models.layers import layers_of
 from halfbyte.models.loading import find, load
 from halfbyte.plan import Codes, LayerPlan, Plan, codes_path, save_codes, save_plan
 from halfbyte.prepare.candidates import menus_of
+from halfbyte.prepare.tune import BATCH_TOKENS, Judged, tuned_codes
 from halfbyte.quant.ggml.types import QUANTISED, decode_tensor, row_bytes
-from halfbyte.quant.int4 import PackedWeight
+from halfbyte.quant.int4 import ANY_FP16, PackedWeight
+from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_
+from halfbyte.search.reference import Reference
 from halfbyte.targets import TARGETS
 from halfbyte.targets.gguf_files.size import ftype_types
 from halfbyte.targets.gguf_files.writer import write_gguf
@@ -257,6 +263,38 @@ def describe(row: Row) -> str:
     return "\n".join([*lines, "(host: with pages of mapped files, which the system drops where others need room)"])
 
 
+def time_tuning(shape: dict[str, int]) -> None:
+    """Seconds of a step and peak memory on the device, for random codes behind rotations, A4 and A8 in turn."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = shape_of(**shape)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    family, weights, shared, scheme = family_of(config.model_type), {}, SharedInput(), InputScheme(rotated=True)
+    for layer in layers_of(model, family):
+        packed = torch.randint(256, (layer.out_features, layer.in_features // 2), dtype=torch.uint8, device=device)
+        scales = torch.full((layer.out_features, layer.in_features // 128), 2e-3, dtype=torch.float16, device=device)
+        weights[layer.name] = PackedWeight(packed, scales)
+        replace_linear_(model, layer.name, weights[layer.name], shared, scheme, packed=True)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    tokens = torch.randint(config.vocab_size, (2 * BATCH_TOKENS // 512, 512))
+    answers = Reference(torch.randn(*tokens.shape, config.hidden_size), torch.zeros(tokens.shape))
+    text, other = Judged(tokens, answers), Judged(tokens[:2], answers.split(2)[0])
+    bits = {name: (4, 8)[at % 2] for at, name in enumerate(weights)}
+    source, layers = SimpleNamespace(model=model, family=family), {name: model.get_submodule(name) for name in weights}
+    took = {}
+    for steps in (2, 10):
+        started = time.monotonic()
+        tuned_codes(source, Codes(weights, {}, {}), bits, ANY_FP16, text, other, steps=steps, seed=0)  # pyright: ignore
+        took[steps] = time.monotonic() - started
+        for name, layer in layers.items():  # others have taken their places
+            model.set_submodule(name, layer)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else machine()
+    step = (took[10] - took[2]) / 8
+    print(f"{shape['layers']} blocks on {name}: {step:.2f} s a step, peak {peak_memory(device) / 1e9:.1f} GB")
+
+
 def main() -> int:
     """Write the model if it is not there, search or encode, report."""
     parser = arguments(__doc__, model=None, device=False, text=None)
@@ -267,12 +305,13 @@ def main() -> int:
     parser.add_argument("--encode", metavar="FTYPE", help="write a file of this type of llama.cpp's, search nothing")
     parser.add_argument("--export", action="store_true", help="export a plan with random codes, search nothing")
     parser.add_argument("--decode", action="store_true", help="measure decoding only")
+    parser.add_argument("--tune", action="store_true", help="measure a step of tuning only")
     parser.add_argument("further", nargs="*", help="after --: flags of mixed_precision_ptq.py")
     options = parse(parser)
-    if options.decode:
-        time_decoding()
-        return 0
     shape = {name: getattr(options, name) for name in SHAPE}
+    if options.decode or options.tune:
+        time_tuning(shape) if options.tune else time_decoding()
+        return 0
     if not (options.folder / "config.json").exists():
         started = time.monotonic()
         write_model(options.folder, shape)

@@ -41,7 +41,7 @@ def test_the_plan_has_the_weights_that_were_measured(kept, tiny_folder, tmp_path
     folder, path = tiny_folder("qwen2"), tmp_path / "plan.json"
     refinement = run(folder, path, "gguf", **TYPES).found["types"].refinement
     plan = load_plan(path)
-    assert plan.file["refined"]["kept"] is kept
+    assert plan.file["refinement"]["kept"] is kept
     assert refinement.before != pytest.approx(refinement.after, rel=1e-3)
     source = load_for_plan(plan, str(folder), device="cpu", dtype="fp32")
     become_types_(source, plan.tensors, load_types(path))
@@ -97,7 +97,7 @@ def test_packed_weights_are_measured_alike(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize(("after", "kept"), [(0.96, True), (1.0, False), (1.2, False)])
 def test_what_loses_less_is_kept(after, kept):
-    refinement = Refinement(before=1.0, after=after, noise=0.05)
+    refinement = Refinement("refined", before=1.0, after=after, noise=0.05)
     assert refinement.kept is kept
     assert ("kept" in refinement.said) is kept
 

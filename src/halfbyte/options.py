@@ -168,6 +168,13 @@ class SearchOptions(ModelOptions):
         SEARCH,
         metavar="N",
     )
+    tune: int = option(
+        0,
+        "fit scales and norms of a W4 plan to the whole model's KL, by so many steps of gradient descent (96 are "
+        "enough; minutes on a GPU), and keep that if it loses less; 0: do not",
+        SEARCH,
+        metavar="N",
+    )
     bpw: float = option(0.0, "mean bits per weight of the GGUF file, instead of --size", SEARCH, metavar="X")
     fitness: str = option("kl", "what the search minimises", SEARCH, choices=("kl", "fisher", "mse"))
     granularity: str = option("fused", "one choice per input tensor, or per layer", SEARCH, choices=("fused", "layer"))

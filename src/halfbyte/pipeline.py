@@ -26,11 +26,13 @@ from halfbyte.models.layers import Outcome, layers_of
 from halfbyte.models.loading import SourceModel, find, load, made_with
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, save_plan
+from halfbyte.prepare.tune import BATCH_TOKENS
 from halfbyte.search.reference import reference
 from halfbyte.search.run import Found
 from halfbyte.targets import TARGETS
 from halfbyte.workdir import RECORD, Workdir, refuse_waiting, work_folder
 
+TUNE_TOKENS = 1 << 17  # of text at most: 2 GB of a 7B's answers
 WINDOWS = 2  # that a text is cut into at least: a search looks at part of them first
 
 
@@ -212,7 +214,10 @@ def _own_device(device: torch.device) -> torch.device:
 
 
 def _texts(setting: Setting, source: SourceModel) -> tuple[Text, dict[str, torch.Tensor]]:
-    """The text, and the windows ``[windows, length]`` of its parts ``calib``, ``search`` and ``valid``."""
+    """The text, and the windows ``[windows, length]`` of its parts ``calib``, ``search``, ``valid`` and ``tune``.
+
+    To tune on, there is more of the calibration text.
+    """
     options = setting.options
 
     def written_by_model() -> str:
@@ -224,9 +229,11 @@ def _texts(setting: Setting, source: SourceModel) -> tuple[Text, dict[str, torch
 
     text = load_text(options.calib, written_by_model=written_by_model)
     wanted = {"calib": options.calib_tokens, "search": options.search_tokens, "valid": options.search_tokens}
+    if options.tune:
+        wanted["tune"] = min(options.tune * BATCH_TOKENS, TUNE_TOKENS)  # what there is of it
     found = {}
     for part, tokens in wanted.items():
-        ids = source.tokenizer(text.parts[part], add_special_tokens=False).input_ids
+        ids = source.tokenizer(text.parts["calib" if part == "tune" else part], add_special_tokens=False).input_ids
         length = min(options.ctx, max(1, tokens // WINDOWS))
         windows = cut(ids, length, max(1, tokens // length), spread=True, where=f"{text.name} ({part} part)")
         found[part] = torch.tensor(windows)

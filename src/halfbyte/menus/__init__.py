@@ -321,6 +321,13 @@ def check_options(options: SearchOptions, target: Target) -> None:
             raise HalfbyteError(f"--{flag}: must be positive, got {getattr(options, flag)}")
     if options.refine not in (0, 1):
         raise HalfbyteError(f"--refine: expected 0 or 1, got {options.refine}")
+    if options.tune < 0:
+        raise HalfbyteError(f"--tune: expected a number of steps, or 0 for none, got {options.tune}")
+    if options.tune and ("activations" not in menus_of(options, target) or options.fitness != "kl"):
+        raise HalfbyteError(
+            "--tune: it fits W4 codes to the whole model's KL, and this search has none",
+            fix="search --spaces activations with --fitness kl, or leave it out",
+        )
     for flag in ("calib_tokens", "search_tokens", "ga_gen"):
         if getattr(options, flag) < 0:
             raise HalfbyteError(f"--{flag}: must be positive, or 0 for what the machine can do", fix="leave it out")
@@ -346,6 +353,7 @@ def _check_weights_from(options: SearchOptions) -> None:
         "transforms": ("auto", "none"),
         "weights": (usual.weights,),
         "alpha": (usual.alpha,),
+        "tune": (usual.tune,),
         "spaces": ("auto", "activations", "a4a8"),
     }
     for flag, values in allowed.items():

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
 
 from halfbyte.core.distributed import processes
 from halfbyte.core.environment import peak_memory
@@ -15,15 +19,21 @@ from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_sear
 from halfbyte.models.layers import Outcome, layers_of, mean_bits_fraction, units_of
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear, move_
-from halfbyte.plan import Plan, codes_path
+from halfbyte.plan import Codes, Plan, codes_path, load_codes, save_codes
+from halfbyte.prepare.simulation import become_simulation_
+from halfbyte.prepare.tune import STAGE as TUNE_STAGE
+from halfbyte.prepare.tune import Judged, tuned_codes
 from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
+from halfbyte.quant.quant_linear import Bits
 from halfbyte.report.search_reports import ACTIVATION_REPORTS, FRONT_REPORTS, beside, write_activation_reports
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.problem import Genome, Problem
-from halfbyte.search.run import Found
+from halfbyte.search.reference import Reference, reference
+from halfbyte.search.run import TUNED, Found, Refinement
 from halfbyte.search.sensitivity import activation_problem, output_gradient_power, rule_genome, unit_errors, unit_ratios
 from halfbyte.workdir import Workdir
 
+TUNED_CODES = "codes-tuned.safetensors"
 FISHER_WINDOWS = 4  # of calibration text, for loss gradients
 PREPARED_AS = 2.5  # forward passes that preparation takes as long as, per calibration token, ...
 CODES_AS = 20_000.0  # ... and tokens of forward passes for what does not depend on the text
@@ -68,25 +78,24 @@ class ActivationMenu(Menu):
 
     def prepare(self, model: Model) -> None:
         source, device, workdir = model.source, self.setting.device, model.workdir
-        reference = model.reference if self.on_whole_model else None
-        if reference is not None:
-            for transform in self.recipe.applied:
-                reference = transform.reference(reference, source.model, source.family)
+        answers = model.reference if self.on_whole_model else None
+        if answers is not None:
+            answers = self._transformed(answers, source)
         head = linear(source.model, source.family.head).weight
         self.prepared = self._prepared(model)
         self.preparation_memory = peak_memory(device)
         move_(source.model, source.family, device, without_embedding=self.packed and not self.gradients)
         head_name = f"{source.family.head}.weight"
         if self.options.weights_from is not None and head_name in self.prepared.codes.parameters:
-            assert reference is not None
-            reference = reference.for_head(head.to(device), linear(source.model, source.family.head).weight)
+            assert answers is not None
+            answers = answers.for_head(head.to(device), linear(source.model, source.family.head).weight)
         if self.gradients:
             self._measure_gradients(model)
-        if reference is not None:
-            parts = reference.split(len(model.windows["search"]))
+        if answers is not None:
+            parts = answers.split(len(model.windows["search"]))
             self.on_search_text, self.on_validation_text = (
-                KLEvaluator(source.model, source.family, self.units, model.windows[part], answers, self.widths)
-                for part, answers in zip(("search", "valid"), parts, strict=True)
+                KLEvaluator(source.model, source.family, self.units, model.windows[part], own, self.widths)
+                for part, own in zip(("search", "valid"), parts, strict=True)
             )
         self._record = self._search_record(model)
         gains = workdir.value("unit_gains", self._gains)
@@ -136,9 +145,83 @@ class ActivationMenu(Menu):
         """Mean activation bits / 8 that a budget in the problem's unit allows."""
         return budget / (8 * sum(unit.macs for unit in self.units))
 
+    def to_refine(self, found: Found) -> dict[str, np.ndarray]:
+        unseen = self.on_validation_text
+        return {"": unseen.losses([found.genome])[0]} if self.options.tune and unseen is not None else {}
+
+    def refine(self, model: Model, found: Found, before: Mapping[str, np.ndarray]) -> Found:
+        """Tune the plan's scales, norms and biases."""
+        path = _codes_of(model.workdir, refined=True)
+
+        def measure() -> dict[str, Any] | None:
+            scorer = self._tuned(model, found, path)
+            if scorer is None:
+                return None
+            return asdict(Refinement.between(TUNED, before[""], scorer.losses([found.genome])[0]))
+
+        measured = model.workdir.value(path.stem, measure)
+        if measured is None:
+            report(TUNE_STAGE, 1, 1, "nothing was gained: the search's weights stay")
+            return found
+        refinement = Refinement(**measured)
+        report(TUNE_STAGE, 1, 1, refinement.said)
+        return found.with_refinement(refinement)
+
+    def _tuned(self, model: Model, found: Found, path: Path) -> KLEvaluator | None:
+        """Write tuned codes to ``path``; what measures them on the validation text. None if nothing was gained."""
+        answers = [
+            self._transformed(part, model.source) for part in model.reference.split(len(model.windows["search"]))
+        ]
+        if processes().first and not path.exists():
+            codes = self._tuned_codes(model, found, answers[0])
+            if codes is not None:
+                save_codes(path, codes)
+        if not processes().from_first(path.exists()):
+            return None
+        processes().send_file(path)
+        source = model.loaded_anew(self.setting).source
+        self._simulate_(source, load_codes(path), packed=self.packed)
+        return KLEvaluator(source.model, source.family, self.units, model.windows["valid"], answers[1], self.widths)
+
+    def _tuned_codes(self, model: Model, found: Found, on_search_text: Reference) -> Codes | None:
+        source, tokens, device = model.source, model.windows["tune"], self.setting.device
+        report(TUNE_STAGE, 0, self.options.tune, f"{tokens.numel()} tokens of calibration text")
+        try:
+            answers = reference(source.model, source.family, tokens, device=device)
+            text = Judged(tokens, self._transformed(answers, source))
+            self._simulate_(source, self.prepared.codes, packed=True)
+            return tuned_codes(
+                source,
+                self.prepared.codes,
+                self._bits_of_layers(found),
+                self.recipe.scale_rule,
+                text,
+                Judged(model.windows["search"], on_search_text),
+                steps=self.options.tune,
+                seed=self.options.seed,
+            )
+        except torch.OutOfMemoryError:
+            report(TUNE_STAGE, self.options.tune, self.options.tune, "too little memory on the device")
+            return None
+
+    def _simulate_(self, source: SourceModel, codes: Codes, *, packed: bool) -> None:
+        """Make the unquantised model the simulation with these codes, on the device."""
+        become_simulation_(source, codes, self.prepared.layers, device=self.setting.device, packed=packed)
+        move_(source.model, source.family, self.setting.device)
+
+    def _transformed(self, answers: Reference, source: SourceModel) -> Reference:
+        """The answers of the unquantised ``source`` as the transformed model has to give them."""
+        for transform in self.recipe.applied:
+            answers = transform.reference(answers, source.model, source.family)
+        return answers
+
+    def _bits_of_layers(self, found: Found) -> dict[str, Bits]:
+        chosen = self._bits(found.genome)
+        return {layer.name: width for unit, width in zip(self.units, chosen, strict=True) for layer in unit.layers}
+
     def into_plan(self, plan: Plan, found: Found, workdir: Workdir) -> Plan:
         chosen = self._bits(found.genome)
-        bits = {layer.name: width for unit, width in zip(self.units, chosen, strict=True) for layer in unit.layers}
+        bits = self._bits_of_layers(found)
         return replace(
             plan,
             layers={name: replace(entry, a_bits=bits[name]) for name, entry in self.prepared.layers.items()},
@@ -146,7 +229,7 @@ class ActivationMenu(Menu):
             budget_reached=mean_bits_fraction(self.units, chosen),
             transforms=self.recipe.transforms,
             search={**self._record, **found.record(), "generations": len(found.history)},
-            codes_sha256=sha256(workdir.codes),
+            codes_sha256=sha256(_codes_of(workdir, refined=found.refined)),
         )
 
     def outcomes(self, plan: Plan, found: Found) -> list[Outcome]:
@@ -175,7 +258,7 @@ class ActivationMenu(Menu):
         widths = (self.recipe.a_bits[0], self.recipe.a_bits[-1])
         for path in write_activation_reports(output, plan, own, rows, self.units, found, widths):
             reports.append(path)
-        return Written([(workdir.codes, codes_path(output))], {})
+        return Written([(_codes_of(workdir, refined=found.refined), codes_path(output))], {})
 
     def _prepared(self, model: Model) -> Prepared:
         """The W4 simulation: made by the first process, or read from where an interrupted run left it."""
@@ -244,6 +327,11 @@ class ActivationMenu(Menu):
             **model.tokens,
             **taken,
         }
+
+
+def _codes_of(workdir: Workdir, *, refined: bool) -> Path:
+    """Where the codes are until the plan stands."""
+    return workdir.folder / TUNED_CODES if refined else workdir.codes
 
 
 def _memory_modes(setting: Setting) -> tuple[bool, bool]:

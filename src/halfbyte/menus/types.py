@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,9 +39,8 @@ from halfbyte.quant.ggml.encoded import Encoded, save_encoded
 from halfbyte.quant.quant_linear import set_parameters_
 from halfbyte.report.search_reports import TYPE_FRONT_REPORTS, TYPE_REPORTS, beside, write_type_reports
 from halfbyte.search.problem import Genome, Problem, pruned
-from halfbyte.search.run import Found, Refinement
+from halfbyte.search.run import REFINED, Found, Refinement
 from halfbyte.search.type_evaluator import MixedTypes, TypeEvaluator
-from halfbyte.search.validate import TIE_Z, paired_difference
 from halfbyte.targets.gguf_files.size import budget_bytes_of, ftype_types, ftype_within
 from halfbyte.transforms import TRANSFORMS
 from halfbyte.workdir import Workdir
@@ -159,12 +158,11 @@ class TypeMenu(Menu):
         types = {name: str(kind) for name, kind in found.choice.items()}
         path = _encoded_path(model.workdir, ftype, refined=True)
 
-        def measure() -> dict[str, float] | None:
+        def measure() -> dict[str, Any] | None:
             scorer = self._refined(model, types, path)
             if scorer is None:
                 return None
-            difference, error = paired_difference(scorer.losses([(0,) * len(types)])[0], before)
-            return {"before": float(before.mean()), "after": float(before.mean()) + difference, "noise": TIE_Z * error}
+            return asdict(Refinement.between(REFINED, before, scorer.losses([(0,) * len(types)])[0]))
 
         measured = model.workdir.value(path.stem, measure)
         if measured is None:

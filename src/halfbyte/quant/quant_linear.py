@@ -74,6 +74,14 @@ class InputScheme:
         """A transformed input as its codes stand for it."""
         return x if bits is None else self.rule.rounded(x, bits, self)
 
+    def treated(self, x: torch.Tensor, bits: Bits) -> torch.Tensor:
+        """``x`` transformed and rounded; gradients pass through the rounding as if there were none."""
+        x = self.transform(x)
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return self.rounded(x, bits)
+        plain = x.detach()
+        return x + (self.rounded(plain, bits) - plain)
+
 
 class SharedInput:
     """Remembers the last treated activation, so that q, k and v treat their common input once."""
@@ -89,7 +97,7 @@ class SharedInput:
         same = self._source is x and self._bits is bits and self._scheme is scheme
         if not same or self._result is None:
             self._source, self._bits, self._scheme = x, bits, scheme
-            self._result = scheme.rounded(scheme.transform(x), bits).to(x.dtype)
+            self._result = scheme.treated(x, bits).to(x.dtype)
         return self._result
 
 

@@ -23,7 +23,7 @@ from halfbyte.report.plots import (
     set_title,
 )
 from halfbyte.report.tables import csv_text
-from halfbyte.search.run import REFINED, Found
+from halfbyte.search.run import Found
 from halfbyte.search.sensitivity import LayerSensitivity
 
 ACTIVATION_REPORTS = (
@@ -124,7 +124,7 @@ def _validated(found: Found) -> dict[str, float]:
 
 def _refined(found: Found) -> float:
     """KL on the validation text with the weights that the plan has."""
-    return found.validation_scores.get(REFINED, found.validation_scores["plan"])
+    return found.refinement.after if found.refinement and found.refined else found.validation_scores["plan"]
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -78,7 +78,7 @@ def _found(found: Found) -> list[str]:
         f"the plan is from: {found.winner}; {found.ties} of {found.finalists} finalists are ties on the validation "
         f"text (noise floor {found.noise_floor:.2g})",
     ]
-    return lines if found.refinement is None else [*lines, f"refined: {found.refinement.said}"]
+    return lines if found.refinement is None else [*lines, f"{found.refinement.what}: {found.refinement.said}"]
 
 
 def _activation_bits(plan: Plan) -> str:

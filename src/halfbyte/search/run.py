@@ -18,12 +18,12 @@ from halfbyte.core.files import write_text
 from halfbyte.core.progress import report
 from halfbyte.search.genetic import Generation, GeneticAlgorithm, GeneticResult, GeneticSettings
 from halfbyte.search.problem import Genome, Problem
-from halfbyte.search.validate import choose, two_rungs
+from halfbyte.search.validate import TIE_Z, choose, paired_difference, two_rungs
 
 FINALISTS = 6  # genomes of the search that are validated, beside its starts
 STEPS = 1000  # of progress per generation
 GENETIC = "genetic search"  # the winner's label where it is none of the starts
-REFINED = "plan, refined"  # the label of the winner's score once its weights are made anew
+REFINED, TUNED = "refined", "tuned"  # what can be done to a winner's weights
 
 
 class Scorer(Protocol):
@@ -82,16 +82,29 @@ class Searchable(ABC):
 
 @dataclass(frozen=True)
 class Refinement:
-    """What refining the winner did to it: its weights, made once more for the formats that were chosen.
+    """What refining or tuning the winner did to it: its weights, made or fitted for the formats that were chosen.
 
     Attributes:
+        what: was done: ``refined`` or ``tuned``.
         before, after: its loss on the validation text.
         noise: standard error of the difference, for people: the better of two on unseen text is the better guess.
     """
 
+    what: str
     before: float
     after: float
     noise: float
+
+    @staticmethod
+    def between(what: str, before: np.ndarray, after: np.ndarray) -> Refinement:
+        """From the losses on the validation text, each ``[windows, segments]``."""
+        difference, error = paired_difference(after, before)
+        return Refinement(what, float(before.mean()), float(before.mean()) + difference, TIE_Z * error)
+
+    @property
+    def label(self) -> str:
+        """Of the score afterwards."""
+        return f"plan, {self.what}"
 
     @property
     def kept(self) -> bool:
@@ -123,7 +136,8 @@ class Found:
         evaluations: genomes that were scored.
         history: one row per generation.
         front: budget -> the winner of that budget, where a front was asked for.
-        refinement: of the winner's weights, if that was tried; scores are those before, and ``plan, refined`` is after.
+        refinement: of the winner's weights, if that was tried; scores are those before, and ``plan, refined`` or
+            ``plan, tuned`` is after.
     """
 
     genome: Genome
@@ -144,8 +158,8 @@ class Found:
 
     def with_refinement(self, refinement: Refinement) -> Found:
         """The same after refining."""
-        scores = {**self.validation_scores, REFINED: refinement.after} if refinement.kept else self.validation_scores
-        return replace(self, refinement=refinement, validation_scores=scores)
+        after = {refinement.label: refinement.after} if refinement.kept else {}
+        return replace(self, refinement=refinement, validation_scores={**self.validation_scores, **after})
 
     @property
     def refined(self) -> bool:
@@ -162,7 +176,7 @@ class Found:
             "finalists": self.finalists,
             "ties": self.ties,
             "noise_floor": self.noise_floor,
-            "refined": {} if self.refinement is None else {**asdict(self.refinement), "kept": self.refined},
+            "refinement": {} if self.refinement is None else {**asdict(self.refinement), "kept": self.refined},
         }
 
 

@@ -26,7 +26,6 @@ from halfbyte.prepare.simulation import become_simulation_, become_types_, load_
 from halfbyte.quant.ggml.types import decode, encode
 from halfbyte.quant.int4 import PackedWeight
 from halfbyte.quant.quant_linear import QuantLinear, set_activation_bits_, set_parameters_
-from halfbyte.search.run import REFINED
 from halfbyte.targets.gguf_files.tensors import EncodedRows, TensorRow
 from halfbyte.targets.gguf_files.writer import check_gguf, write_gguf
 
@@ -238,8 +237,7 @@ def summary(plan: Plan, policy: str) -> dict[str, str | int | float]:
         "version": plan.versions.get("halfbyte", ""),
     }
     if policy == "budget":
-        validation = plan.file["validation"]
-        values["plan.types_kl"] = float(validation.get(REFINED, validation["plan"]))
+        values["plan.types_kl"] = float(plan.file["validation"].get("plan, refined", plan.file["validation"]["plan"]))
     return values
 
 

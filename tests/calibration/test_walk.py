@@ -38,7 +38,8 @@ def test_both_inputs_are_those_of_whole_models(tiny, batch):
         step.observe(PARTS)
         step.split()
         for part in PARTS:  # "quantise" each layer after looking at its input
-            original, of_copy = (torch.cat(parts) for parts in zip(*step.inputs(part), strict=True))
+            pairs = [(original, of_copy) for original, of_copy, _ in step.inputs(part)]
+            original, of_copy = (torch.cat(parts) for parts in zip(*pairs, strict=True))
             found[f"model.layers.{step.index}.{part}"] = original, of_copy
             with torch.no_grad():
                 step.quantised.get_submodule(part).weight.mul_(1.1)
@@ -82,7 +83,7 @@ def test_attention_is_remembered_only_while_it_stays_the_same(tiny, order, passe
         )
         for hidden in known.hidden:
             call_block(plain, hidden, known.kwargs)
-        for (_, of_copy), wanted in zip(step.inputs(part), expected, strict=True):
+        for (_, of_copy, _), wanted in zip(step.inputs(part), expected, strict=True):
             assert torch.allclose(of_copy, wanted, atol=1e-5), part
         with torch.no_grad():
             step.quantised.get_submodule(part).weight.mul_(1.1)

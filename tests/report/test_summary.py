@@ -62,7 +62,7 @@ def test_both_menus_of_a_search():
 
 
 def test_a_refined_winner():
-    refinement = Refinement(before=0.3, after=0.2, noise=0.01)
+    refinement = Refinement("refined", before=0.3, after=0.2, noise=0.01)
     assert "refined: KL on the validation text 0.3 -> 0.2 (noise 0.01): kept" in said(
         types=found(refinement=refinement)
     )

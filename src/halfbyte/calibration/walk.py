@@ -95,11 +95,15 @@ class BlockStep:
         """Start the copy from the original as it is now."""
         self.quantised = copy.deepcopy(self.original)
 
-    def inputs(self, part: str) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def inputs(
+        self, part: str, counts: torch.Tensor | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Per batch: what the linear at ``part`` is given in the original and in the copy, ``[tokens, in]`` each.
 
-        Both are on the device.
+        Both are on the device. The third is what each token counts, ``[tokens]`` of ``counts`` ``[windows, length]``.
         """
+        sizes = [len(original) for original in self.seen[part]]
+        weights = [None] * len(sizes) if counts is None else counts.flatten().split(sizes)
         if part.startswith(self._attention + "."):  # and will be replaced
             self._mixed, self._attended = [], []
         mixed = []
@@ -107,7 +111,7 @@ class BlockStep:
             of_copy = self._input_of_copy(part, index)
             if part == self._attention_out:
                 mixed.append(of_copy.to(self._home))
-            yield original.to(self._device), of_copy
+            yield original.to(self._device), of_copy, weights[index]
         self._mixed += mixed
 
     def _input_of_copy(self, part: str, index: int) -> torch.Tensor:

@@ -43,6 +43,7 @@ def quantise_unit(
     *,
     where: str,
     codes: Mapping[str, GroupedWeight] | None = None,
+    token_weights: torch.Tensor | None = None,
 ) -> QuantisedUnit:
     """Choose the range of 4-bit activations and the codes for the linears of ``group``, which share their input.
 
@@ -50,6 +51,7 @@ def quantise_unit(
 
     Args:
         codes: path of each linear -> its codes, if they are not to be chosen.
+        token_weights: what each token counts where they are, ``[windows, length]``; by default the same.
     """
     layers = [linear(step.original, part) for part in group]
     plain = torch.cat([layer.weight for layer in layers])
@@ -61,7 +63,7 @@ def quantise_unit(
         scheme = replace(scheme, a4_clip=_best_clip(inputs, weight, scheme))
     note = ""
     if not codes:
-        codes, note = _chosen(step, group, weight, recipe, scheme, where)
+        codes, note = _chosen(step, group, weight, recipe, scheme, where, token_weights)
     step.seen.pop(group[0], None)
     errors, start = {}, 0
     widths = (recipe.a_bits[0], recipe.a_bits[-1])
@@ -77,13 +79,21 @@ def quantise_unit(
 
 
 def _chosen(
-    step: BlockStep, group: tuple[str, ...], weight: torch.Tensor, recipe: Recipe, scheme: InputScheme, where: str
+    step: BlockStep,
+    group: tuple[str, ...],
+    weight: torch.Tensor,
+    recipe: Recipe,
+    scheme: InputScheme,
+    where: str,
+    token_weights: torch.Tensor | None,
 ) -> tuple[dict[str, GroupedWeight], str]:
     """Codes by the recipe's quantiser for ``weight`` ``[out, in]``, that of all linears stacked, and its note."""
     moments = InputMoments(weight)
     if recipe.quantiser.looks_at_inputs:
-        for original, of_copy in step.inputs(group[0]):
-            moments.add(scheme.transform(original), scheme.rounded(scheme.transform(of_copy), recipe.stream_bits))
+        for original, of_copy, counts in step.inputs(group[0], token_weights):
+            moments.add(
+                scheme.transform(original), scheme.rounded(scheme.transform(of_copy), recipe.stream_bits), counts
+            )
     del step.seen[group[0]]
     group_size = fitting_group_size(weight.shape[1], recipe.group_size)
     together, note = recipe.quantiser.encode(moments, group_size, where, recipe.scale_rule)

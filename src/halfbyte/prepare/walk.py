@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
+from halfbyte.calibration.token_weights import token_weights
 from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
@@ -75,11 +77,13 @@ def prepare_(
     for layer in layers_of(model, family):
         check_packable(layer.in_features, where=layer.name)
     expected = original_answers(source, tokens, device=device) if checkpoint is not None else None
+    weighed = recipe.quantiser.looks_at_inputs and checkpoint is None
+    counts = token_weights(source, tokens, device=device) if weighed else {}
     if checkpoint is None:
         fold_ends_(source, recipe, device)
     else:
         take_ends_(source, checkpoint)
-    work = _Preparation(source, recipe, checkpoint)
+    work = _Preparation(source, recipe, checkpoint, counts)
     batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
     outputs = tokens
     for step in walk_blocks(model, family, tokens, device=device, batch=batch, leave=work.pack_ if packed else None):
@@ -101,8 +105,14 @@ def prepare_(
 class _Preparation:
     """What is done to each block, and what was made of those before."""
 
-    def __init__(self, source: SourceModel, recipe: Recipe, checkpoint: CheckpointCodes | None) -> None:
-        self.source, self.recipe, self.checkpoint = source, recipe, checkpoint
+    def __init__(
+        self,
+        source: SourceModel,
+        recipe: Recipe,
+        checkpoint: CheckpointCodes | None,
+        counts: Mapping[str, torch.Tensor],
+    ) -> None:
+        self.source, self.recipe, self.checkpoint, self.counts = source, recipe, checkpoint, counts
         self.made = Prepared(Codes({}, {}, {}))
         self._shared = SharedInput()
 
@@ -117,8 +127,9 @@ class _Preparation:
         if self.checkpoint is None:  # otherwise nothing depends on what quantised blocks make, and no copy is needed
             step.split()
         for group, scheme in folded.schemes.items():
-            codes = {part: taken[part] for part in group if taken}
-            unit = quantise_unit(step, group, self.recipe, scheme, where=prefix + group[0], codes=codes)
+            codes, where = {part: taken[part] for part in group if taken}, prefix + group[0]
+            counts = self.counts.get(where)
+            unit = quantise_unit(step, group, self.recipe, scheme, where=where, codes=codes, token_weights=counts)
             self._keep_(step, prefix, unit)
 
     def _keep_(self, step: BlockStep, prefix: str, unit: QuantisedUnit) -> None:

@@ -48,6 +48,7 @@ class InputMoments:
     Attributes:
         weight: of those linears stacked, in stored form, fp32 ``[out, in]``.
         hessian: mean of x̂ x̂ᵀ, with x̂ the input as it will be multiplied: from quantised blocks, rounded; ``[in, in]``.
+            All means are weighted by what the tokens count.
         away: mean of (x − x̂) x̂ᵀ, with x the same input in the unquantised model; ``[in, in]``. Of layers with fewer
             outputs than inputs it is times W from the left, ``[out, in]``: whichever is smaller.
         tokens: how many were seen.
@@ -76,8 +77,15 @@ class InputMoments:
         hessian, self.hessian = self.hessian, self.hessian.new_empty(0)
         return hessian
 
-    def add(self, x: torch.Tensor, rounded: torch.Tensor) -> None:
-        """See one batch: the input in the unquantised model, and as it will be multiplied, fp32 ``[tokens, in]``."""
+    def add(self, x: torch.Tensor, rounded: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """See one batch: the input in the unquantised model, and as it will be multiplied, fp32 ``[tokens, in]``.
+
+        Args:
+            weights: what each token counts, ``[tokens]``, 1 on average over all batches; by default 1.
+        """
+        if weights is not None:
+            root = weights.to(x.device).sqrt().unsqueeze(1)
+            x, rounded = x * root, rounded * root
         kept, self.tokens = self.tokens, self.tokens + len(x)
         self.hessian.mul_(kept / self.tokens).addmm_(rounded.T, rounded, alpha=1 / self.tokens)
         away = (x - rounded) @ self.weight.T if self._narrow else x - rounded  # [tokens, out or in]

@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -97,9 +98,6 @@ class Bench:
         self.search = loaded.windows(("search", "valid"), ctx, max(1, options.search_tokens // ctx))
         self.windows = windows_for(source, loaded.text.parts["eval"], ctx, options.windows, where="eval text")
         self.reference = reference(source.model, source.family, self.search, device=self.device)
-        if options.tune:
-            tokens = loaded.windows("calib", ctx, TUNE_TOKENS // ctx)
-            self.tune_text = Judged(tokens, reference(source.model, source.family, tokens, device=self.device))
         self.tied = is_tied(source.model, source.family)
         scored = scored_tokens(ctx)
         self.kept = LogitsFile(scratch / "reference", vocabulary(source.model, source.family), scored)
@@ -115,6 +113,13 @@ class Bench:
             "ppl": self.original.ppl,
             "device": device_name(self.device),
         }
+
+    @cached_property
+    def tune_text(self) -> Judged:
+        """What there is of the calibration text, with the unquantised model's answers."""
+        loaded, ctx = load_model(self.options.model, self.options.text), self.options.ctx
+        tokens, source = loaded.windows("calib", ctx, TUNE_TOKENS // ctx), loaded.source
+        return Judged(tokens, reference(source.model, source.family, tokens, device=self.device))
 
     def rows(self, name: str) -> list[Row]:
         """Prepare with one recipe and score the four columns; the same tuned, if asked for."""

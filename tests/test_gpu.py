@@ -247,3 +247,9 @@ def test_packed_codes_are_decoded_alike(shape, dtype):
             found.append(decode_packed(packed, scales, dtype, out=buffer))
     assert same_bits(*found)
     assert same_bits(found[0].cpu(), decode_packed(packed.cpu(), scales.cpu(), dtype))
+
+
+def test_a_plan_in_bf16_is_tuned(tiny_folder, tmp_path):
+    arguments = ["--model_id", str(tiny_folder("qwen2")), "--target", "sim", "--device", "cuda", "--dtype", "bf16"]
+    assert cli.run("search", [*arguments, *QUICK, "--tune", "4", "--output", str(tmp_path / "plan.json")]) == 0
+    assert "refinement" in load_plan(tmp_path / "plan.json").search

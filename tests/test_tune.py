@@ -63,6 +63,12 @@ def test_the_plan_loses_less_and_is_what_was_measured(family, target, more, tiny
     assert changed > 0 or target == "vllm"  # whose scales are coarse: small changes are rounded away
 
 
+def test_a_model_in_bf16_is_tuned(tiny_folder, tmp_path):
+    result = run(tiny_folder("qwen2"), tmp_path / "plan.json", "sim", **TUNED, dtype="bf16")
+    refinement = result.found["activations"].refinement
+    assert refinement is None or refinement.before > 0
+
+
 def test_gradients_of_scales_are_those_of_the_decoded_weight(tiny_folder, tmp_path):
     """Without rounding of inputs, the gradient is that of finite differences."""
     folder = tiny_folder("qwen2")

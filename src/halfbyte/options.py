@@ -65,7 +65,7 @@ class ModelOptions(CommandOptions):
 class ScoreOptions(ModelOptions):
     """What every command that scores text asks for."""
 
-    text: str = option("auto", "text to score: auto, wikitext2, pydoc, or a file", TEXT, metavar="TEXT")
+    text: str = option("auto", "text to score: auto, wikitext2, pydoc, code, a file, or a list", TEXT, metavar="TEXT")
     ctx: int = option(512, "tokens per window; the second half is scored", TEXT, metavar="N")
     chunks: int = option(16, "windows to score", TEXT, metavar="N")
 
@@ -185,7 +185,12 @@ class SearchOptions(ModelOptions):
     )
     seed: int = option(0, "seed of everything random", SEARCH, metavar="N")
 
-    calib: str = option("auto", "auto (wikitext2, else pydoc), wikitext2, pydoc, self, or a file", TEXT, metavar="TEXT")
+    calib: str = option(
+        "auto",
+        "auto (wikitext2, else pydoc), wikitext2, pydoc, code, self, a file, or a list, mixed",
+        TEXT,
+        metavar="TEXT",
+    )
     ctx: int = option(512, "tokens per window of calibration and search text", TEXT, metavar="N")
     calib_tokens: int = option(
         0,
@@ -296,7 +301,9 @@ class ImatrixOptions(ModelOptions):
 
     model_id: str = option(DEFAULT_MODEL, "Hugging Face id, local folder, .gguf file, or demo", metavar="M")
     output: str = option("imatrix.gguf", "file to write", metavar="FILE")
-    calib: str = option("auto", "auto (wikitext2, else pydoc), wikitext2, pydoc, or a file", TEXT, metavar="TEXT")
+    calib: str = option(
+        "auto", "auto (wikitext2, else pydoc), wikitext2, pydoc, code, a file, or a list, mixed", TEXT, metavar="TEXT"
+    )
     ctx: int = option(512, "tokens per window", TEXT, metavar="N")
     calib_tokens: int = option(32768, "tokens, at most; shorter texts are used whole", TEXT, metavar="N")
 

@@ -33,6 +33,24 @@ def test_auto_says_what_it_used(monkeypatch, tmp_path):
     assert "wikitext2 was not available" in text.note
 
 
+def test_texts_are_mixed_in_equal_parts(tmp_path):
+    chinese = tmp_path / "chinese.txt"
+    chinese.write_text("半个字节\n" * 4000, encoding="utf-8")
+    mixed = load_text(f"pydoc, code,{chinese}")
+    single = {name: load_text(name) for name in ("pydoc", "code", str(chinese))}
+    assert mixed.name == f"pydoc,code,{chinese}"
+    for part, text in mixed.parts.items():
+        shortest = min(len(one.parts[part]) for one in single.values())
+        assert [text.count(one.parts[part][:shortest]) for one in single.values()] == [1, 1, 1]
+        assert len(text) == 3 * shortest + 2
+
+
+def test_code_is_valid_and_as_long_as_pydoc():
+    parts = load_text("code").parts
+    assert all(len(part) > 40_000 for part in parts.values())
+    assert "def " in parts["calib"]
+
+
 @pytest.mark.network
 def test_wikitext2_comes_from_the_hub():
     if not hub.reachable():

@@ -1,14 +1,16 @@
 """Text for calibration, search and evaluation, and the promise that they never overlap.
 
-A source is a name (``wikitext2``, ``pydoc``, ``self``) or a file. Each gives four disjoint parts: ``calib`` for
-statistics, ``search`` for fitness, ``valid`` to decide between the best, ``eval`` for the final numbers. A single text
-is cut at line ends into the first half, the next 10 %, 10 % more, and, after a gap of 2 %, the rest. The tokens of a
-part are cut into windows. Importing this module imports no torch, so that small workers can use it.
+A source is a name (``wikitext2``, ``pydoc``, ``code``, ``self``), a file, or several of these. Each gives four disjoint
+parts: ``calib`` for statistics, ``search`` for fitness, ``valid`` to decide between the best, ``eval`` for the final
+numbers. A single text is cut at line ends into the first half, the next 10 %, 10 % more, and, after a gap of 2 %, the
+rest. The tokens of a part are cut into windows. Importing this module imports no torch, so that small workers can use
+it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from halfbyte.core.errors import HalfbyteError
 if TYPE_CHECKING:
     from torch import nn
 
+CODE_CHARACTERS = 500_000
 CUTS = {"calib": (0.0, 0.50), "search": (0.50, 0.60), "valid": (0.60, 0.70), "eval": (0.72, 1.0)}
 
 
@@ -105,19 +108,43 @@ def _file(path: Path) -> Text:
         raise HalfbyteError(f"{path}: text cannot be read, got {error.strerror or error}") from error
 
 
-SOURCES: dict[str, Callable[[], Text]] = {"pydoc": _pydoc, "wikitext2": _wikitext2}
+def _code() -> Text:
+    """Modules of the running Python's standard library, in alphabetical order, about as much as ``pydoc``."""
+    found, total = [], 0
+    for path in sorted(Path(os.__file__).parent.glob("*.py")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if total + len(text) <= CODE_CHARACTERS:
+            found.append(text)
+            total += len(text)
+    return Text("code", split("\n".join(found)))
+
+
+def _mixed(texts: Sequence[Text]) -> Text:
+    """Of every part as much from each text as the shortest has."""
+    parts = {}
+    for part in CUTS:
+        shortest = min(len(text.parts[part]) for text in texts)
+        parts[part] = "\n".join(text.parts[part][:shortest] for text in texts)
+    return Text(",".join(text.name for text in texts), parts, "; ".join(text.note for text in texts if text.note))
+
+
+SOURCES: dict[str, Callable[[], Text]] = {"pydoc": _pydoc, "wikitext2": _wikitext2, "code": _code}
 
 
 def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -> Text:
     """The text called ``name``: ``auto`` (wikitext2, else pydoc, and says so), a source, ``self``, or a file.
 
     Args:
-        name: see above.
+        name: see above; several, joined by commas, are mixed.
         written_by_model: makes the text for ``self``.
 
     Raises:
         HalfbyteError: no such source or file, or it cannot be read.
     """
+    path = Path(name).expanduser()
+    if "," in name and not path.exists():
+        names = [one.strip() for one in name.split(",") if one.strip()]
+        return _mixed([load_text(one, written_by_model=written_by_model) for one in names])
     if name == "auto":
         try:
             return _wikitext2()
@@ -129,7 +156,6 @@ def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -
         return Text("self", split(written_by_model()))
     if name in SOURCES:
         return SOURCES[name]()
-    path = Path(name).expanduser()
     if not path.exists():
         raise HalfbyteError(f"{name}: no such text, expected auto, self, {', '.join(SOURCES)} or a file")
     return _file(path)

@@ -186,16 +186,18 @@ class QualityMeter:
 def evaluation_text(name: str, searched: str | None) -> tuple[str, str]:
     """(name, text) to evaluate on: not what a plan's search has seen.
 
-    A named source gives its ``eval`` part. A file is used whole, or, if the plan was searched on it, its ``eval`` part.
+    A named source and a mixture give their ``eval`` part. A file is used whole, or, if the plan was searched on it, its
+    ``eval`` part.
 
     Args:
         name: as for :func:`halfbyte.calibration.text.load_text`.
         searched: digest of the plan's search text (``plan.text["search"]``), or None.
     """
     text = load_text(name)
-    if text.name in SOURCES or text.record()["search"] == searched:
+    file = Path(text.name)
+    if text.name in SOURCES or not file.exists() or text.record()["search"] == searched:
         return f"{text.name} (eval part)", text.parts["eval"]
-    return text.name, Path(text.name).read_text(encoding="utf-8")
+    return text.name, file.read_text(encoding="utf-8")
 
 
 def windows_for(source: SourceModel, text: str, ctx: int, chunks: int, *, where: str) -> list[list[int]]:

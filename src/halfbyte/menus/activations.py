@@ -21,8 +21,8 @@ from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear, move_
 from halfbyte.plan import Codes, Plan, codes_path, load_codes, save_codes
 from halfbyte.prepare.simulation import become_simulation_
+from halfbyte.prepare.tune import BATCH_TOKENS, Judged, tuned_codes
 from halfbyte.prepare.tune import STAGE as TUNE_STAGE
-from halfbyte.prepare.tune import Judged, tuned_codes
 from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
 from halfbyte.quant.quant_linear import Bits
 from halfbyte.report.search_reports import ACTIVATION_REPORTS, FRONT_REPORTS, beside, write_activation_reports
@@ -35,8 +35,9 @@ from halfbyte.workdir import Workdir
 
 TUNED_CODES = "codes-tuned.safetensors"
 FISHER_WINDOWS = 4  # of calibration text, for loss gradients
-PREPARED_AS = 2.5  # forward passes that preparation takes as long as, per calibration token, ...
+PREPARED_AS = 6.5  # forward passes that preparation takes as long as, per calibration token, ...
 CODES_AS = 20_000.0  # ... and tokens of forward passes for what does not depend on the text
+TUNED_AS = 8.0  # forward passes that a step of tuning takes as long as, per token of the step
 FRONT = tuple(step / 10 for step in range(11))  # budgets of a front, from the cheapest plan to the dearest
 KNAPSACKS = {"kl": "KL", "fisher": "Fisher", "mse": "MSE"}
 SCORES = {
@@ -74,6 +75,8 @@ class ActivationMenu(Menu):
         work = {"transforms and W4 codes": PREPARED_AS * calib + CODES_AS}
         if self.gradients:
             work["loss gradients"] = 1.2 * FISHER_WINDOWS * self.options.ctx
+        if self.options.tune:
+            work[TUNE_STAGE] = TUNED_AS * BATCH_TOKENS * self.options.tune
         return {**work, **(self.search_effort(len(self.units)) if self.on_whole_model else {})}
 
     def prepare(self, model: Model) -> None:

@@ -49,7 +49,8 @@ DEFAULT_FTYPE = "Q4_K_M"
 FRONT_FTYPES = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K")  # llama.cpp's, whose sizes make a front
 ENCODED_AS = 9.5  # forward passes that encoding takes as long as, per calibration token, ...
 CANDIDATES_AS = 49_000.0  # ... and tokens of forward passes for what does not depend on the text
-REFINED_AS = 2.5  # the same for encoding the chosen types once more
+ROUNDED_AS = 2.0, 25_000.0  # the same for candidates that are rounded
+REFINED_AS = 2.5, 16_000.0  # and for encoding the chosen types by GPTQ
 TRIED_AS = 1.5  # the same for trying transforms, per token of calibration and search text
 DECODED_AS = 1.7  # time of a genome whose matrices are decoded first, over that of the others
 GROUP_SIZE = 32  # weights that share a scale in most types; for the choice of channel scales
@@ -96,9 +97,10 @@ class TypeMenu(Menu):
 
     def effort(self) -> dict[str, float]:
         calib = 1.0 * self.options.calib_tokens
-        work = {"encode candidates": ENCODED_AS * calib + CANDIDATES_AS}
+        per_token, fixed = ROUNDED_AS if self._rounds else (ENCODED_AS, CANDIDATES_AS)
+        work = {"encode candidates": per_token * calib + fixed}
         if self._refines:
-            work[REFINE_STAGE] = REFINED_AS * calib + CANDIDATES_AS / 4
+            work[REFINE_STAGE] = REFINED_AS[0] * calib + REFINED_AS[1]
         if self.transforms is None:
             work["transforms that help"] = TRIED_AS * (calib + self.options.search_tokens) + CANDIDATES_AS / 7
         search = self.search_effort(len(self.menus))
@@ -141,6 +143,11 @@ class TypeMenu(Menu):
     def _refines(self) -> bool:
         """Whether matrices are encoded once more: by GPTQ, which looks at what the others do to their inputs."""
         return bool(self.options.refine) and self._recipe.quantiser.looks_at_inputs
+
+    @property
+    def _rounds(self) -> bool:
+        """Whether candidates need no GPTQ: they are for choosing only. With ``--max_kl`` their KL has to be final."""
+        return self._refines and not self.max_kl
 
     def refine(self, model: Model, found: Found, before: Mapping[str, np.ndarray]) -> Found:
         best, front = replace(found, front={}), {}
@@ -354,7 +361,7 @@ class TypeMenu(Menu):
                 self.menus,
                 folder,
                 device=self.setting.exact_device,
-                rounded=self._refines and not self.max_kl,  # what --max_kl compares with it has to be final
+                rounded=self._rounds,
                 imatrix=self.imatrix,
                 keep_on=self._keep_on,
             )

@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from halfbyte.calibration.token_weights import token_weights
 from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.progress import report
 from halfbyte.models.estimate import windows_at_once
@@ -62,7 +61,6 @@ def refine_types_(
     inside = {name for name in types if name.startswith(f"{family.blocks}.")}
     rows = {(name, kind): candidates.rows(name, kind) for name, kind in types.items() if name not in inside}
     parameters = dict(candidates.extra)
-    counts = token_weights(source, tokens, device=device)
     fold_ends_(source, recipe, device)
     if hessian is not None:
         name = family.embedding if is_tied(source.model, family) else family.head
@@ -85,7 +83,7 @@ def refine_types_(
         importance = importance_of(prefix, power, imatrix or {}, device)
         step.split()
         for group in family.groups:
-            for job in _encoded(step, group, prefix, types, importance.get(group[0]), counts[prefix + group[0]]):
+            for job in _encoded(step, group, prefix, types, importance.get(group[0])):
                 rows[job.where, job.type] = job.rows.cpu()
                 with torch.no_grad():
                     layer = linear(step.quantised, job.where.removeprefix(prefix))
@@ -119,13 +117,12 @@ def _encoded(
     prefix: str,
     types: Mapping[str, str],
     importance: torch.Tensor | None,
-    counts: torch.Tensor,
 ) -> list[Job]:
     """The matrices of a block that share their input, encoded for what the copy gives them."""
     weights = [linear(step.original, part).weight.detach().float() for part in group]
     moments = InputMoments(torch.cat(weights))
-    for original, of_copy, own in step.inputs(group[0], counts):
-        moments.add(original, of_copy, own)
+    for original, of_copy, _ in step.inputs(group[0]):
+        moments.add(original, of_copy)
     del step.seen[group[0]]
     measured = moments.hessian.diagonal().clone()
     check_finite(measured, prefix + group[0], "activations are")

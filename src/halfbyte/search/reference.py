@@ -132,7 +132,7 @@ def _product(rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """
     if rows.dtype == torch.float32:
         return hidden @ rows.T
-    if hidden.is_cuda:
+    if hidden.is_cuda and not (torch.is_grad_enabled() and hidden.requires_grad):  # PyTorch has no derivative of it
         return torch.mm(hidden, rows.T, out_dtype=torch.float32)
     return hidden.float() @ rows.float().T
 

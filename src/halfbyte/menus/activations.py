@@ -182,6 +182,7 @@ class ActivationMenu(Menu):
         if not processes().from_first(path.exists()):
             return None
         processes().send_file(path)
+        model.source.model.set_submodule(model.source.family.blocks, torch.nn.ModuleList())  # makes room
         source = model.loaded_anew(self.setting).source
         self._simulate_(source, load_codes(path), packed=self.packed)
         return KLEvaluator(source.model, source.family, self.units, model.windows["valid"], answers[1], self.widths)

@@ -88,10 +88,11 @@ def estimate_search(
     running += (dtype.itemsize + 4) * tokens * config.hidden_size  # first hidden states, what is known of the reference
     running += sizes.unit if packed else 0
     simulation = sizes.codes + sizes.outside if packed else sizes.codes + sizes.decoded
+    states = dtype.itemsize * tokens * config.hidden_size * (config.num_hidden_layers + 1)  # to see what tokens count
     return MemoryEstimate(
         device=weights + running,
         running=running,
-        host=max(simulation, sizes.codes + sizes.converted),  # one turns into the other, block by block
+        host=max(simulation, sizes.codes + sizes.converted, sizes.converted + states),  # one stage after the other
         parameters=sizes.parameters,
         linear_parameters=sizes.linear,
         preparation=_preparation(config, sizes.layers, tokens),

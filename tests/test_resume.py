@@ -15,7 +15,7 @@ from halfbyte.core.progress import listening
 from halfbyte.plan import load_plan
 from tests.searches import Process, flags, run, same, wait_until
 
-MORE = {"granularity": "layer", "ga_gen": 4, "tune": 16}
+MORE = {"granularity": "layer", "ga_gen": 4}
 PLAIN = {"weights": "rtn", "transforms": "none"}  # where only files matter
 
 
@@ -41,7 +41,7 @@ def test_interrupted_in_every_stage(folder, whole, stages, tmp_path):
     """Once in each of them, one after the other; what is done stays done."""
     distinct = list(dict.fromkeys(stages))
     assert len(distinct) >= 8
-    assert {"tune", "refine types"} < set(distinct)
+    assert "refine types" in distinct
     output = tmp_path / "plan.json"
     for stage in distinct[1:]:  # nothing is kept while the model is loaded
 

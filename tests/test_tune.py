@@ -12,7 +12,7 @@ from halfbyte.prepare import tune
 from halfbyte.prepare.simulation import become_simulation_, load_for_plan
 from halfbyte.quant.quant_linear import set_activation_bits_
 from halfbyte.targets import TARGETS
-from tests.searches import run
+from tests.searches import run, same
 from tests.test_refine import validation_kl
 
 TUNED = {"spaces": "activations", "calib_tokens": 512, "search_tokens": 512, "tune": 24}
@@ -98,6 +98,31 @@ def said(folder, path) -> list[str]:
     return notes
 
 
+def test_best_parameters_stay_what_they_were(tiny_folder, tmp_path):
+    folder = tiny_folder("qwen2")
+    run(folder, path := tmp_path / "plan.json", "sim", **{**TUNED, "tune": 0})
+    tuning = tune._Tuning(simulated(path, folder)[1], load_codes(codes_path(path)), TARGETS["sim"].recipe.scale_rule)
+    kept = tuning.codes().parameters
+    name = next(name for name in tuning.free if name.endswith("layernorm.weight"))
+    before = kept[name].clone()
+    with torch.no_grad():
+        tuning.free[name].add_(1.0)
+    assert torch.equal(kept[name], before)
+
+
+def test_interrupted_it_ends_in_the_same_plan(tiny_folder, tmp_path):
+    folder = tiny_folder("qwen2")
+    whole = run(folder, tmp_path / "whole.json", "sim", **TUNED).plan
+
+    def stop(progress) -> None:
+        if progress.stage == tune.STAGE and progress.done > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), listening(stop):
+        run(folder, tmp_path / "plan.json", "sim", **TUNED)
+    assert same(run(folder, tmp_path / "plan.json", "sim", **TUNED, resume=True).plan, whole)
+
+
 def test_what_gains_nothing_leaves_the_plan_alone(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "RATE", 0.0)
     folder = tiny_folder("llama")
@@ -125,7 +150,8 @@ def test_values_that_are_not_finite_end_it_with_a_name(tiny_folder, tmp_path, mo
     ("more", "match"),
     [
         ({"tune": -1}, "--tune: expected a number of steps"),
-        ({"tune": 8, "fitness": "mse"}, "--tune: it fits W4 codes"),
+        ({"tune": 8, "fitness": "mse"}, "--tune: it fits the W4 codes"),
+        ({"tune": 8, "weights_from": "."}, "--tune: does not go with --weights_from"),
     ],
 )
 def test_what_is_refused(more, match, tiny_folder, tmp_path):

@@ -71,10 +71,17 @@ class Workdir:
         write_text(record, json.dumps(settings, indent=1))
         return False
 
-    def value(self, name: str, compute: Callable[[], Any]) -> Any:
-        """A JSON value, computed once (by all processes together) and read back by a resumed run."""
+    def value(self, name: str, compute: Callable[[], Any], *, of: Path | None = None) -> Any:
+        """A JSON value, computed once (by all processes together) and read back by a resumed run.
+
+        Args:
+            of: the file that it was measured on; if that has gone beside a plan that was not written, measure again.
+        """
         path = self.folder / f"{name}.json"
-        text = processes().from_first(path.read_text(encoding="utf-8") if path.exists() else None)
+        text = path.read_text(encoding="utf-8") if path.exists() else None
+        if text not in (None, "null") and of is not None and not of.exists():
+            text = None
+        text = processes().from_first(text)
         if text is None:
             text = processes().from_first(json.dumps(compute()))  # equal to the last bit everywhere
             if processes().first:

@@ -23,7 +23,7 @@ from halfbyte.core.errors import HalfbyteError
 if TYPE_CHECKING:
     from torch import nn
 
-CODE_CHARACTERS = 500_000
+CODE_CHARACTERS, PIECE = 500_000, 2000  # characters of code, and of each text in a mixture until the next one's turn
 CUTS = {"calib": (0.0, 0.50), "search": (0.50, 0.60), "valid": (0.60, 0.70), "eval": (0.72, 1.0)}
 
 
@@ -35,15 +35,18 @@ class Text:
         name: what was really used ("pydoc", "wikitext2", a path).
         parts: ``calib``, ``search``, ``valid`` and ``eval`` text.
         note: empty, or why another source than the one asked for was used.
+        mixed: digests of the ``search`` parts of the texts that it is a mixture of.
     """
 
     name: str
     parts: dict[str, str]
     note: str = ""
+    mixed: tuple[str, ...] = ()
 
     def record(self) -> dict[str, str]:
-        """Name, note and digest of each part, for the plan and for reports."""
+        """Name, note and digest of each part, for the plan and for reports; ``search`` has those of mixed texts too."""
         digests = {part: hashlib.sha256(text.encode()).hexdigest()[:16] for part, text in self.parts.items()}
+        digests["search"] = ",".join((digests["search"], *self.mixed))
         return {"name": self.name, "note": self.note, **digests}
 
 
@@ -120,12 +123,19 @@ def _code() -> Text:
 
 
 def _mixed(texts: Sequence[Text]) -> Text:
-    """Of every part as much from each text as the shortest has."""
+    """Of every part as much from each text as the shortest has, a piece of each in turn."""
     parts = {}
     for part in CUTS:
         shortest = min(len(text.parts[part]) for text in texts)
-        parts[part] = "\n".join(text.parts[part][:shortest] for text in texts)
-    return Text(",".join(text.name for text in texts), parts, "; ".join(text.note for text in texts if text.note))
+        starts = range(0, shortest, PIECE)
+        pieces = [text.parts[part][at : min(at + PIECE, shortest)] for at in starts for text in texts]
+        parts[part] = "\n".join(pieces)
+    return Text(
+        ",".join(text.name for text in texts),
+        parts,
+        "; ".join(text.note for text in texts if text.note),
+        tuple(text.record()["search"] for text in texts),
+    )
 
 
 SOURCES: dict[str, Callable[[], Text]] = {"pydoc": _pydoc, "wikitext2": _wikitext2, "code": _code}
@@ -143,7 +153,7 @@ def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -
     """
     path = Path(name).expanduser()
     if "," in name and not path.exists():
-        names = [one.strip() for one in name.split(",") if one.strip()]
+        names = [one.strip() for one in name.split(",")]
         return _mixed([load_text(one, written_by_model=written_by_model) for one in names])
     if name == "auto":
         try:

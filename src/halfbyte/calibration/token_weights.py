@@ -21,6 +21,7 @@ from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.families import Family
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, linear
+from halfbyte.search.reference import token_chunks
 
 STAGE = "token weights"
 POWER = 0.5  # of the squared gradient
@@ -70,17 +71,17 @@ def _of_answers(source: SourceModel, hidden: torch.Tensor, generator: torch.Gene
     """The gradient of −log p(y) at the last block's output ``[windows, length, hidden]``, y drawn for each token."""
     norm = copy.deepcopy(source.model.get_submodule(source.family.final_norm)).to(hidden.device)
     head = linear(source.model, source.family.head).weight.detach().to(hidden.device)
-    found = torch.empty_like(hidden)
-    for window, into in zip(hidden, found, strict=True):
-        states = window.detach().requires_grad_(True)
+    found = []
+    for part in token_chunks(hidden.flatten(0, 1)):
+        states = part.detach().requires_grad_(True)
         with torch.enable_grad():
-            log_p = nn.functional.linear(norm(states), head).float().log_softmax(-1)  # [length, vocab]
-            chance = torch.rand(len(window), 1, generator=generator).to(log_p.device)
+            log_p = nn.functional.linear(norm(states), head).float().log_softmax(-1)  # [tokens, vocab]
+            chance = torch.rand(len(part), 1, generator=generator).to(log_p.device)
             drawn = torch.searchsorted(log_p.detach().exp().cumsum(-1), chance).clamp_max(log_p.shape[-1] - 1)
             log_p.gather(-1, drawn).sum().neg().backward()
         assert states.grad is not None
-        into.copy_(states.grad)
-    return found
+        found.append(states.grad)
+    return torch.cat(found).view_as(hidden)
 
 
 def _through(

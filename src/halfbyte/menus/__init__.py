@@ -323,10 +323,10 @@ def check_options(options: SearchOptions, target: Target) -> None:
         raise HalfbyteError(f"--refine: expected 0 or 1, got {options.refine}")
     if options.tune < 0:
         raise HalfbyteError(f"--tune: expected a number of steps, or 0 for none, got {options.tune}")
-    if options.tune and ("activations" not in menus_of(options, target) or options.fitness != "kl"):
+    if options.tune and ("types" in target.menus or options.fitness != "kl"):  # GGUF's A8 layers have other weights
         raise HalfbyteError(
-            "--tune: it fits W4 codes to the whole model's KL, and this search has none",
-            fix="search --spaces activations with --fitness kl, or leave it out",
+            "--tune: it fits the W4 codes of --target vllm or sim, with --fitness kl, to the whole model's KL",
+            fix="leave it out",
         )
     for flag in ("calib_tokens", "search_tokens", "ga_gen"):
         if getattr(options, flag) < 0:
@@ -361,6 +361,6 @@ def _check_weights_from(options: SearchOptions) -> None:
         if got not in values:
             raise HalfbyteError(
                 f"--{flag}: does not go with --weights_from, whose codes stay as they are, "
-                f"expected {' or '.join(values)}, got {got}",
+                f"expected {' or '.join(map(str, values))}, got {got}",
                 fix="leave it out",
             )

@@ -35,7 +35,8 @@ from halfbyte.workdir import Workdir
 
 TUNED_CODES = "codes-tuned.safetensors"
 FISHER_WINDOWS = 4  # of calibration text, for loss gradients
-PREPARED_AS = 6.5  # forward passes that preparation takes as long as, per calibration token, ...
+WEIGHED_AS = 4.0  # forward passes that weighing calibration tokens takes as long as
+PREPARED_AS = 2.5  # the same for preparation, per calibration token, ...
 CODES_AS = 20_000.0  # ... and tokens of forward passes for what does not depend on the text
 TUNED_AS = 8.0  # forward passes that a step of tuning takes as long as, per token of the step
 FRONT = tuple(step / 10 for step in range(11))  # budgets of a front, from the cheapest plan to the dearest
@@ -72,7 +73,8 @@ class ActivationMenu(Menu):
 
     def effort(self) -> dict[str, float]:
         calib = 1.0 * self.options.calib_tokens
-        work = {"transforms and W4 codes": PREPARED_AS * calib + CODES_AS}
+        weighs = self.recipe.quantiser.looks_at_inputs and self.options.weights_from is None
+        work = {"transforms and W4 codes": (PREPARED_AS + WEIGHED_AS * weighs) * calib + CODES_AS}
         if self.gradients:
             work["loss gradients"] = 1.2 * FISHER_WINDOWS * self.options.ctx
         if self.options.tune:
@@ -162,7 +164,7 @@ class ActivationMenu(Menu):
                 return None
             return asdict(Refinement.between(TUNED, before[""], scorer.losses([found.genome])[0]))
 
-        measured = model.workdir.value(path.stem, measure)
+        measured = model.workdir.value(path.stem, measure, of=path)
         if measured is None:
             report(TUNE_STAGE, 1, 1, "nothing was gained: the search's weights stay")
             return found
@@ -191,8 +193,9 @@ class ActivationMenu(Menu):
         source, tokens, device = model.source, model.windows["tune"], self.setting.device
         report(TUNE_STAGE, 0, self.options.tune, f"{tokens.numel()} tokens of calibration text")
         try:
-            answers = reference(source.model, source.family, tokens, device=device)
-            text = Judged(tokens, self._transformed(answers, source))
+            answers = self._transformed(reference(source.model, source.family, tokens, device=device), source)
+            text = Judged(tokens, replace(answers, projected=answers.projected.cpu(), final=None))
+            del answers
             self._simulate_(source, self.prepared.codes, packed=True)
             return tuned_codes(
                 source,
@@ -278,6 +281,7 @@ class ActivationMenu(Menu):
                     device=self.setting.exact_device,
                     packed=self.packed,
                     checkpoint=model.checkpoint,
+                    seed=self.options.seed,
                 )
                 save_prepared(workdir, made)
         for path in (workdir.codes, workdir.folder / PREPARED):
@@ -351,7 +355,14 @@ def _memory_modes(setting: Setting) -> tuple[bool, bool]:
 
     def need(*, gradients: bool, packed: bool) -> MemoryEstimate:
         return estimate_search(
-            origin.config, origin.family, setting.dtype, tokens, options.ctx, gradients=gradients, packed=packed
+            origin.config,
+            origin.family,
+            setting.dtype,
+            tokens,
+            options.ctx,
+            gradients=gradients,
+            packed=packed,
+            weighs_tokens=setting.recipe.quantiser.looks_at_inputs and options.weights_from is None,
         )
 
     fisher = options.fitness == "fisher"

@@ -14,7 +14,7 @@ import torch
 from halfbyte.calibration.imatrix import importance_for
 from halfbyte.core.distributed import processes
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_space, sha256
+from halfbyte.core.files import check_space, sha256, whole_file
 from halfbyte.core.progress import report
 from halfbyte.menus import Menu, Model, Setting, Written
 from halfbyte.models.estimate import MemoryEstimate, check_memory, estimate_load, estimate_types, fits
@@ -154,7 +154,9 @@ class TypeMenu(Menu):
         refined = self._refine(model, best, "", before[""])
         for ftype, point in found.front.items():
             if point.genome == best.genome:
-                front[ftype] = refined
+                front[ftype] = replace(
+                    point, refinement=refined.refinement, validation_scores=refined.validation_scores
+                )
                 continue
             model = model.loaded_anew(self.setting)
             front[ftype] = self._refine(model, point, ftype, before[ftype])
@@ -171,9 +173,11 @@ class TypeMenu(Menu):
                 return None
             return asdict(Refinement.between(REFINED, before, scorer.losses([(0,) * len(types)])[0]))
 
-        measured = model.workdir.value(path.stem, measure)
+        measured = model.workdir.value(path.stem, measure, of=path)
         if measured is None:
-            report(REFINE_STAGE, 1, 1, "too little memory on the device: the search's weights stay")
+            report(
+                REFINE_STAGE, 1, 1, "too little memory on the device: the search's weights stay as they are, rounded"
+            )
             return found
         refinement = Refinement(**measured)
         report(REFINE_STAGE, 1, 1, refinement.said)
@@ -290,7 +294,8 @@ class TypeMenu(Menu):
         path = _encoded_path(workdir, ftype, refined=found.refined)
         if found.refined:
             if not path.exists():  # the point of the front that is the winner
-                shutil.copyfile(_encoded_path(workdir, "", refined=True), path)
+                with whole_file(path) as partial:
+                    shutil.copyfile(_encoded_path(workdir, "", refined=True), partial)
         else:
             rows = {(name, str(kind)): self.encoded.rows(name, str(kind)) for name, kind in found.choice.items()}
             save_encoded(path, rows, self.encoded.extra)

@@ -68,6 +68,7 @@ def estimate_search(
     *,
     gradients: bool = False,
     packed: bool = False,
+    weighs_tokens: bool = True,
 ) -> MemoryEstimate:
     """Estimate from the configuration alone; no weights are read.
 
@@ -76,6 +77,7 @@ def estimate_search(
         ctx: tokens per window.
         gradients: the loss is differentiated (``--fitness fisher``), so every block's activations are kept.
         packed: the simulation keeps its codes packed, and an embedding of its own stays on the host, without gradients.
+        weighs_tokens: all hidden states of the calibration text are kept first, to see what each token counts.
     """
     sizes = _sizes(config, family, dtype)
     on_host = 0 if gradients else sizes.embedding
@@ -88,7 +90,7 @@ def estimate_search(
     running += (dtype.itemsize + 4) * tokens * config.hidden_size  # first hidden states, what is known of the reference
     running += sizes.unit if packed else 0
     simulation = sizes.codes + sizes.outside if packed else sizes.codes + sizes.decoded
-    states = dtype.itemsize * tokens * config.hidden_size * (config.num_hidden_layers + 1)  # to see what tokens count
+    states = dtype.itemsize * tokens * config.hidden_size * (config.num_hidden_layers + 1) if weighs_tokens else 0
     return MemoryEstimate(
         device=weights + running,
         running=running,

@@ -278,7 +278,7 @@ def _encode_top(
     parameters = {f"{family.final_norm}.{name}": value for name, value in norm.named_parameters()}  # R1 makes it plain
     for menu in menus:
         is_read = menu.name == family.head or is_tied(model, family)
-        columns = importance.get(menu.name, measured) if is_read else torch.ones_like(measured)
+        columns = importance.get(menu.name, measured).to(device) if is_read else torch.ones_like(measured)
         weight = linear(model, menu.name).weight
         made = encode_rows(weight, menu.types, columns, known if is_read else None, where=menu.name, plain=plain)
         rows = {(menu.name, kind): rows for kind, (rows, _) in made.items()}

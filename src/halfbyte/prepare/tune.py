@@ -205,13 +205,14 @@ class _Tuning:
             name: PackedWeight(self.known.weights[name].packed, layer.scales().cpu(), layer.packed.grid)
             for name, layer in self.layers.items()
         }
-        others = {name: value.detach().cpu() for name, value in self.free.items() if not name.endswith(".change")}
+        fitted = {name: value for name, value in self.free.items() if not name.endswith(".change")}
+        others = {name: value.detach().to("cpu", copy=True) for name, value in fitted.items()}
         return replace(self.known, weights=weights, parameters={**self.known.parameters, **others})
 
     def inputs(self, text: Judged) -> _Inputs:
-        """What the blocks are called with, all windows at once."""
-        found = capture(self.model, self.family, text.tokens, device=self.head.device, batch=len(text.tokens))
-        return _Inputs(found.hidden[0], found.kwargs, text.answers)
+        """What the blocks are called with; what else they get, such as a mask, is the same for all windows."""
+        found = capture(self.model, self.family, text.tokens, device=self.head.device)
+        return _Inputs(torch.cat(found.hidden), found.kwargs, text.answers)
 
     @torch.no_grad()
     def mean_kl(self, text: _Inputs) -> float:

@@ -56,6 +56,7 @@ def prepare_(
     device: torch.device,
     packed: bool = False,
     checkpoint: CheckpointCodes | None = None,
+    seed: int = 0,
 ) -> Prepared:
     """Transform and quantise ``source.model`` in place; it becomes its W4 simulation, where it was.
 
@@ -68,6 +69,7 @@ def prepare_(
         tokens: calibration text, int64 ``[windows, length]``.
         packed: blocks that are done keep their codes packed: on the host the same tensors as in the result.
         checkpoint: codes and other parameters that are taken over; the recipe then has no transforms.
+        seed: of what :func:`halfbyte.calibration.token_weights.token_weights` draws.
 
     Raises:
         HalfbyteError: values that are not finite, or codes that cannot be packed, with the layer's name; or a
@@ -78,7 +80,7 @@ def prepare_(
         check_packable(layer.in_features, where=layer.name)
     expected = original_answers(source, tokens, device=device) if checkpoint is not None else None
     weighed = recipe.quantiser.looks_at_inputs and checkpoint is None
-    counts = token_weights(source, tokens, device=device) if weighed else {}
+    counts = token_weights(source, tokens, device=device, seed=seed) if weighed else {}
     if checkpoint is None:
         fold_ends_(source, recipe, device)
     else:

@@ -91,8 +91,13 @@ def write_type_reports(output: Path, plan: Plan, rows: Sequence[Mapping[str, Any
     yield write_text(history, json.dumps(_history(plan, found), indent=1))
     if not found.front:
         return
+    tried = any(point.refinement for point in found.front.values())
+
+    def refined(point: Found) -> dict[str, float]:
+        return {"kl_refined": _refined(point)} if tried else {}
+
     points = [
-        {"ftype": ftype, "bytes": point.cost, **_validated(point), "kl_refined": _refined(point)}
+        {"ftype": ftype, "bytes": point.cost, **_validated(point), **refined(point)}
         for ftype, point in sorted(found.front.items(), key=lambda item: item[1].cost)
     ]
     numbers, picture = (beside(output, kind) for kind in TYPE_FRONT_REPORTS)

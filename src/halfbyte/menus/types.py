@@ -154,9 +154,7 @@ class TypeMenu(Menu):
         refined = self._refine(model, best, "", before[""])
         for ftype, point in found.front.items():
             if point.genome == best.genome:
-                front[ftype] = replace(
-                    point, refinement=refined.refinement, validation_scores=refined.validation_scores
-                )
+                front[ftype] = point.with_refinement(refined.refinement) if refined.refinement else point
                 continue
             model = model.loaded_anew(self.setting)
             front[ftype] = self._refine(model, point, ftype, before[ftype])
@@ -175,9 +173,8 @@ class TypeMenu(Menu):
 
         measured = model.workdir.value(path.stem, measure, of=path)
         if measured is None:
-            report(
-                REFINE_STAGE, 1, 1, "too little memory on the device: the search's weights stay as they are, rounded"
-            )
+            stay = "rounded weights" if self._rounds else "the search's weights"
+            report(REFINE_STAGE, 1, 1, f"too little memory on the device: {stay} stay")
             return found
         refinement = Refinement(**measured)
         report(REFINE_STAGE, 1, 1, refinement.said)

@@ -185,7 +185,7 @@ def _draw_front(
     )
     refined = [point["kl_refined"] for point in points if "kl_refined" in point]  # of all or of none
     if refined:
-        axes.plot(places, refined, color=LINE_COLOURS[1], marker="s", label="the same, refined")
+        axes.plot(places, refined, color=LINE_COLOURS[1], marker="s", label="search, refined")
     axes.axvline(chosen, color="#555555", linestyle=":", label="the plan")
     axes.set_xlabel(axis)
     axes.set_ylabel("KL on the validation text, nats per token")

@@ -72,7 +72,7 @@ class Model:
 
     Attributes:
         source: the model, unquantised, in main memory.
-        windows: ``calib``, ``search`` and ``valid`` text, int64 ``[windows, length]``.
+        windows: ``calib``, ``search`` and ``valid`` text, and ``tune`` if asked for, int64 ``[windows, length]``.
         reference: the unquantised model's answers on search and validation text.
         workdir: where intermediate results are kept.
         checkpoint: whose codes are taken over, in the process that prepares the model.
@@ -97,8 +97,8 @@ class Model:
 class Menu(Searchable):
     """One problem of a search: its units, the formats that each may have, and what a choice of them costs and loses.
 
-    Used in this order: made from the options, :meth:`check`, :meth:`prepare`, :meth:`search`, :meth:`refine`,
-    :meth:`release`, then the plan and files.
+    Used in this order: made from the options, :meth:`check`, :meth:`prepare`, :meth:`search`, :meth:`to_refine`,
+    :meth:`release`, :meth:`refine`, then the plan and files.
 
     Args:
         setting: options, target, model that is not read yet.

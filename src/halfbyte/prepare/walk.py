@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
-from halfbyte.calibration.token_weights import token_weights
 from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
@@ -21,6 +20,7 @@ from halfbyte.prepare.checkpoint import check_same_model, original_answers, take
 from halfbyte.prepare.folding import changed_ends, fold_block_, fold_ends_
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.simulation import become_simulation_
+from halfbyte.prepare.token_weights import token_weights
 from halfbyte.prepare.units import QuantisedUnit, quantise_unit
 from halfbyte.quant.int4 import GroupedWeight, check_packable
 from halfbyte.quant.quant_linear import SharedInput, pack_linear_, replace_linear_, set_activation_bits_
@@ -69,7 +69,7 @@ def prepare_(
         tokens: calibration text, int64 ``[windows, length]``.
         packed: blocks that are done keep their codes packed: on the host the same tensors as in the result.
         checkpoint: codes and other parameters that are taken over; the recipe then has no transforms.
-        seed: of what :func:`halfbyte.calibration.token_weights.token_weights` draws.
+        seed: of what :func:`halfbyte.prepare.token_weights.token_weights` draws.
 
     Raises:
         HalfbyteError: values that are not finite, or codes that cannot be packed, with the layer's name; or a

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from halfbyte.calibration import token_weights as module
-from halfbyte.calibration.token_weights import token_weights
 from halfbyte.models.loading import find, load
+from halfbyte.prepare import token_weights as module
+from halfbyte.prepare.token_weights import token_weights
 from halfbyte.quant.quantisers import InputMoments
 
 CPU = torch.device("cpu")

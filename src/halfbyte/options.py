@@ -170,7 +170,7 @@ class SearchOptions(ModelOptions):
     )
     tune: int = option(
         0,
-        "fit scales and norms of a W4 plan to the whole model's KL, by so many steps of gradient descent (96 are "
+        "fit scales and norms of a plan for vllm or sim to the whole model's KL, by so many steps of descent (96 are "
         "enough; minutes on a GPU), and keep that if it loses less; 0: do not",
         SEARCH,
         metavar="N",

@@ -32,6 +32,7 @@ from halfbyte.models.modules import is_tied, vocabulary
 from halfbyte.options import SearchOptions
 from halfbyte.pipeline import TUNE_TOKENS
 from halfbyte.plan import Codes
+from halfbyte.prepare import token_weights
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.simulation import become_simulation_
 from halfbyte.prepare.tune import Judged, tuned_codes
@@ -80,6 +81,7 @@ def options_of() -> argparse.Namespace:
     )
     parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="also tune; 96 is what results.md has")
     parser.add_argument("--tune_columns", nargs="+", choices=COLUMNS[1:], default=COLUMNS[1:], metavar="COLUMN")
+    parser.add_argument("--power", type=float, default=token_weights.POWER, help="of token weights; 0: all alike")
     parser.add_argument("--calib_tokens", type=int, default=32768)
     parser.add_argument("--search_tokens", type=int, default=2048)
     parser.add_argument("--ctx", type=int, default=512)
@@ -92,6 +94,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         self.options, self.device = options, resolve_device(options.device)
+        token_weights.POWER = options.power
         loaded, ctx = load_model(options.model, options.text), options.ctx
         source = loaded.source
         self.calib = loaded.windows("calib", ctx, max(1, options.calib_tokens // ctx))
@@ -109,6 +112,7 @@ class Bench:
             **loaded.made_by,
             "calib_tokens": self.calib.numel(),
             "search_tokens": self.search.numel(),
+            "power": options.power,
             "scored_tokens": self.original.tokens,
             "ppl": self.original.ppl,
             "device": device_name(self.device),

@@ -21,6 +21,7 @@ from accuracy import RECIPES, Bench
 from common import Row, Rows, arguments, load_model, parse, run
 
 from halfbyte.models.loading import SourceModel
+from halfbyte.prepare import token_weights
 from halfbyte.prepare.candidates import TensorMenu, encode_candidates_, menus_of
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.refine import refine_types_
@@ -39,6 +40,7 @@ def options_of() -> argparse.Namespace:
     parser = arguments(__doc__)
     parser.add_argument("--shares", nargs="+", type=float, default=[0.0, 0.125, 0.25, 0.5], metavar="X", help="β")
     parser.add_argument("--bits", type=float, default=4.5, help="of the types, per weight")
+    parser.add_argument("--power", type=float, default=token_weights.POWER, help="of token weights; 0: all alike")
     parser.add_argument("--calib_tokens", type=int, default=8192)
     parser.add_argument("--search_tokens", type=int, default=1024)
     parser.add_argument("--ctx", type=int, default=512)

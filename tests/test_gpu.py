@@ -12,6 +12,7 @@ import torch
 from halfbyte import cli
 from halfbyte.models.layers import layers_of, units_of
 from halfbyte.plan import load_plan
+from halfbyte.prepare import tune
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.walk import load_prepared_, prepare_, save_prepared
 from halfbyte.quant.affine import fake_quantise, fake_quantise_rows
@@ -249,7 +250,9 @@ def test_packed_codes_are_decoded_alike(shape, dtype):
     assert same_bits(found[0].cpu(), decode_packed(packed.cpu(), scales.cpu(), dtype))
 
 
-def test_a_plan_in_bf16_is_tuned(tiny_folder, tmp_path):
+def test_a_plan_in_bf16_is_tuned(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "RATE", 5e-3)  # as tests/test_tune.py has it
+    monkeypatch.setattr(tune, "BATCH_TOKENS", 256)
     arguments = ["--model_id", str(tiny_folder("qwen2")), "--target", "sim", "--device", "cuda", "--dtype", "bf16"]
-    assert cli.run("search", [*arguments, *QUICK, "--tune", "4", "--output", str(tmp_path / "plan.json")]) == 0
-    assert "refinement" in load_plan(tmp_path / "plan.json").search
+    assert cli.run("search", [*arguments, *QUICK, "--tune", "24", "--output", str(tmp_path / "plan.json")]) == 0
+    assert load_plan(tmp_path / "plan.json").search["refinement"]["what"] == "tuned"

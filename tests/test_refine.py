@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from halfbyte import pipeline
 from halfbyte.calibration.text import cut, load_text
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.menus import types
@@ -12,7 +13,7 @@ from halfbyte.models.loading import find, load
 from halfbyte.plan import load_plan
 from halfbyte.prepare.simulation import become_types_, load_for_plan, load_types
 from halfbyte.search.run import Refinement
-from tests.searches import SMALLEST, run
+from tests.searches import SMALLEST, run, same
 
 CPU = torch.device("cpu")
 TYPES = {"spaces": "types", "bpw": 4.6, "transforms": "smooth", "calib_tokens": 2048, "search_tokens": 512}
@@ -72,6 +73,22 @@ def test_every_point_of_a_front_is_refined(tiny_folder, tmp_path, monkeypatch):
         source = load_for_plan(plan := load_plan(beside), str(folder), device="cpu", dtype="fp32")
         become_types_(source, plan.tensors, load_types(beside))
         assert validation_kl(source, folder) == pytest.approx(point.refinement.after, rel=1e-2)
+
+
+def test_weights_that_have_gone_are_made_again(tiny_folder, tmp_path, monkeypatch):
+    """As kill -9 leaves it between the move of the weights and the plan."""
+    folder, path = tiny_folder("qwen2"), tmp_path / "plan.json"
+    whole = run(folder, tmp_path / "whole.json", "gguf", **TYPES).plan
+
+    def full(*_) -> None:
+        raise HalfbyteError("disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "save_plan", full)
+        with pytest.raises(HalfbyteError, match="disk is full"):
+            run(folder, path, "gguf", **TYPES)
+    (tmp_path / ".plan.json.work" / "types-refined.safetensors").unlink()
+    assert same(run(folder, path, "gguf", **TYPES, resume=True).plan, whole)
 
 
 def test_too_little_memory_keeps_what_the_search_has(tiny_folder, tmp_path, monkeypatch):

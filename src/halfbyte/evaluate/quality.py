@@ -195,8 +195,8 @@ def evaluation_text(name: str, searched: str | None) -> tuple[str, str]:
     """
     text = load_text(name)
     file = Path(text.name)
-    known = text.record()["search"] in (searched or "").split(",") or text.record()["search"] == searched
-    if known or text.name in SOURCES or not file.exists():
+    own = text.record()["search"].partition(",")[0]
+    if text.name in SOURCES or not file.exists() or own in (searched or "").split(","):
         return f"{text.name} (eval part)", text.parts["eval"]
     return text.name, file.read_text(encoding="utf-8")
 

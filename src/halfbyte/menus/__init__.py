@@ -7,8 +7,8 @@ which menus a search has, and what it refuses before any work.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -25,7 +25,7 @@ from halfbyte.plan import Plan, check_suffix
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.search.genetic import GeneticSettings
 from halfbyte.search.reference import Reference
-from halfbyte.search.run import Found, Searchable, search_menu
+from halfbyte.search.run import Found, Refinement, Searchable, search_menu
 from halfbyte.targets import Target
 from halfbyte.workdir import Workdir
 
@@ -220,6 +220,31 @@ class Menu(Searchable):
             before: from :meth:`to_refine`; the model that was searched has been released since.
         """
         return found
+
+    def judged(
+        self,
+        found: Found,
+        what: str,
+        before: np.ndarray,
+        losses: Callable[[], np.ndarray | None],
+        workdir: Workdir,
+        file: Path,
+    ) -> Found | None:
+        """``found`` with what was done to its weights, kept or not; None if it could not be done. Measured once.
+
+        Args:
+            what: :data:`halfbyte.search.run.REFINED` or ``TUNED``.
+            before: losses on the validation text, ``[windows, segments]``.
+            losses: makes the weights and measures the same of them; None if there are none.
+            file: of the work folder, where the weights are.
+        """
+
+        def measure() -> dict[str, object] | None:
+            after = losses()
+            return None if after is None else asdict(Refinement.between(what, before, after))
+
+        measured = workdir.value(file.stem, measure, of=file)
+        return None if measured is None else found.with_refinement(Refinement(**measured))
 
     def release(self) -> None:
         """Let go of the model once :meth:`search` is over, so that another menu has room for its own."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ from halfbyte.report.search_reports import ACTIVATION_REPORTS, FRONT_REPORTS, be
 from halfbyte.search.evaluator import KLEvaluator
 from halfbyte.search.problem import Genome, Problem
 from halfbyte.search.reference import Reference, reference
-from halfbyte.search.run import TUNED, Found, Refinement
+from halfbyte.search.run import TUNED, Found
 from halfbyte.search.sensitivity import activation_problem, output_gradient_power, rule_genome, unit_errors, unit_ratios
 from halfbyte.workdir import Workdir
 
@@ -158,19 +157,14 @@ class ActivationMenu(Menu):
         """Tune the plan's scales, norms and biases."""
         path = _codes_of(model.workdir, refined=True)
 
-        def measure() -> dict[str, Any] | None:
+        def losses() -> np.ndarray | None:
             scorer = self._tuned(model, found, path)
-            if scorer is None:
-                return None
-            return asdict(Refinement.between(TUNED, before[""], scorer.losses([found.genome])[0]))
+            return None if scorer is None else scorer.losses([found.genome])[0]
 
-        measured = model.workdir.value(path.stem, measure, of=path)
-        if measured is None:
-            report(TUNE_STAGE, 1, 1, "nothing was gained: the search's weights stay")
-            return found
-        refinement = Refinement(**measured)
-        report(TUNE_STAGE, 1, 1, refinement.said)
-        return found.with_refinement(refinement)
+        judged = self.judged(found, TUNED, before[""], losses, model.workdir, path)
+        failed = "nothing was gained: the search's weights stay"
+        report(TUNE_STAGE, 1, 1, judged.refinement.said if judged and judged.refinement else failed)
+        return judged or found
 
     def _tuned(self, model: Model, found: Found, path: Path) -> KLEvaluator | None:
         """Write tuned codes to ``path``; what measures them on the validation text. None if nothing was gained."""

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from halfbyte.quant.ggml.encoded import Encoded, save_encoded
 from halfbyte.quant.quant_linear import set_parameters_
 from halfbyte.report.search_reports import TYPE_FRONT_REPORTS, TYPE_REPORTS, beside, write_type_reports
 from halfbyte.search.problem import Genome, Problem, pruned
-from halfbyte.search.run import REFINED, Found, Refinement
+from halfbyte.search.run import REFINED, Found
 from halfbyte.search.type_evaluator import MixedTypes, TypeEvaluator
 from halfbyte.targets.gguf_files.size import budget_bytes_of, ftype_types, ftype_within
 from halfbyte.transforms import TRANSFORMS
@@ -165,20 +165,15 @@ class TypeMenu(Menu):
         types = {name: str(kind) for name, kind in found.choice.items()}
         path = _encoded_path(model.workdir, ftype, refined=True)
 
-        def measure() -> dict[str, Any] | None:
+        def losses() -> np.ndarray | None:
             scorer = self._refined(model, types, path)
-            if scorer is None:
-                return None
-            return asdict(Refinement.between(REFINED, before, scorer.losses([(0,) * len(types)])[0]))
+            return None if scorer is None else scorer.losses([(0,) * len(types)])[0]
 
-        measured = model.workdir.value(path.stem, measure, of=path)
-        if measured is None:
-            stay = "rounded weights" if self._rounds else "the search's weights"
-            report(REFINE_STAGE, 1, 1, f"too little memory on the device: {stay} stay")
-            return found
-        refinement = Refinement(**measured)
-        report(REFINE_STAGE, 1, 1, refinement.said)
-        return found.with_refinement(refinement)
+        judged = self.judged(found, REFINED, before, losses, model.workdir, path)
+        stay = "rounded weights" if self._rounds else "the search's weights"
+        failed = f"too little memory on the device: {stay} stay"
+        report(REFINE_STAGE, 1, 1, judged.refinement.said if judged and judged.refinement else failed)
+        return judged or found
 
     def _refined(self, model: Model, types: Mapping[str, str], path: Path) -> TypeEvaluator | None:
         """Encode the mixture into ``path``; what measures it on the validation text, if memory was enough."""

@@ -23,7 +23,7 @@ from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import blocks, linear
 from halfbyte.plan import Codes
-from halfbyte.quant.int4 import GroupedWeight, PackedWeight, ScaleRule
+from halfbyte.quant.int4 import PackedWeight, ScaleRule, decode_packed
 from halfbyte.quant.quant_linear import Bits, QuantLinear, set_activation_bits_
 from halfbyte.search.reference import CHUNK_TOKENS, CHUNK_TOKENS_ELSEWHERE, Reference
 
@@ -121,11 +121,13 @@ class _TunedLinear(nn.Module):
         known = self.packed.scales
         return self.rule.fitted(self.rule.rounded(known.float() * (1 + self.change.detach())), known=known)
 
-    def decoded(self) -> torch.Tensor:
-        """The weight that inputs are multiplied with, fp32 ``[out, in]``."""
-        codes = self.packed.unpack()
-        weight = GroupedWeight(codes.codes, self.scales(), codes.bits, codes.grid)
-        return self.scheme.rule.decoded(weight, self.a_bits) if isinstance(self.a_bits, int) else weight.decode()
+    def decoded(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight that inputs are multiplied with, ``[out, in]`` in ``dtype``, and its scales, fp16."""
+        scales, packed = self.scales(), self.packed
+        if isinstance(self.a_bits, int) and self.a_bits in self.scheme.rule.own_weights:
+            codes = PackedWeight(packed.packed, scales, packed.grid).unpack()
+            return self.scheme.rule.decoded(codes, self.a_bits).to(dtype), scales
+        return decode_packed(packed.packed, scales, dtype, grid=packed.grid), scales
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., out]
         """As :meth:`QuantLinear.forward`."""
@@ -142,15 +144,16 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, change: torch.Tensor, layer: _TunedLinear) -> torch.Tensor:
         ctx.save_for_backward(x)
         ctx.layer = layer
-        return x @ layer.decoded().to(x.dtype).T
+        return x @ layer.decoded(x.dtype)[0].T
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
         (x,), layer, gradient = ctx.saved_tensors, ctx.layer, gradients[0]
+        weight, scales = layer.decoded(x.dtype)
         of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # [out, in]
-        known = layer.packed.decode().view(*layer.change.shape, -1)  # [out, groups, weights of a group]
-        of_change = (of_weight.view_as(known).float() * known).sum(-1)
-        return gradient @ layer.decoded().to(x.dtype), of_change, None
+        of_scaled = (of_weight.mul_(weight)).view(*scales.shape, -1).sum(-1, dtype=torch.float32)  # times the scale
+        ratio = torch.where(scales == 0, torch.zeros_like(scales), layer.packed.scales / scales)
+        return gradient @ weight, of_scaled * ratio.float(), None
 
 
 @dataclass(frozen=True)
@@ -227,9 +230,9 @@ class _Tuning:
             hidden = self._saving(self._call, block, f"{self.family.blocks}.{index}.", hidden, text.kwargs)
         norm = self.model.get_submodule(self.family.final_norm)
         final = self._call(norm, f"{self.family.final_norm}.", hidden, {}).flatten(0, 1)
-        there = windows.to(text.answers.negentropy.device)
         projected, negentropy = (
-            values[there].flatten(0, 1).to(final.device) for values in (text.answers.projected, text.answers.negentropy)
+            values[windows.to(values.device)].flatten(0, 1).to(final.device)
+            for values in (text.answers.projected, text.answers.negentropy)
         )
         size = CHUNK_TOKENS.get(final.device.type, CHUNK_TOKENS_ELSEWHERE)
         parts = zip(projected.split(size), negentropy.split(size), final.split(size), strict=True)

@@ -2,7 +2,8 @@
 
     halfbyte search | export [gguf] | export vllm | compare | simulate | eval | imatrix | doctor
 
-Exit codes: 0 done, 2 something the user can put right (one line on standard error, Ctrl-C included).
+Exit codes: 0 done, 2 something the user can put right (Ctrl-C and SIGTERM included), 1 a bug of ours. For 2 and 1 there
+is one line on standard error; that of a bug names a file with the traceback.
 """
 
 from __future__ import annotations
@@ -11,18 +12,23 @@ import io
 import json
 import logging
 import os
+import signal
 import sys
+import tempfile
+import threading
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halfbyte import __version__
 from halfbyte.arguments import parse
-from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output, write_text
+from halfbyte.core.errors import HalfbyteError, first_line
+from halfbyte.core.files import cache_folder, write_text
 from halfbyte.core.progress import listening
 from halfbyte.options import (
     CommandOptions,
@@ -175,41 +181,83 @@ COMMANDS: dict[str, tuple[type[CommandOptions], Callable[[Any, Drawing], Answer]
 
 def run(command: str, arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run one command; returns the exit code. This is what the four scripts call."""
-    options_type, work = COMMANDS[command]
-    options = parse(options_type, sys.argv[1:] if arguments is None else arguments, prog=prog, about=str(work.__doc__))
-    from halfbyte.report.terminal import Drawing
+    with _ends_by_signal():
+        return _run(command, sys.argv[1:] if arguments is None else arguments, prog)
 
-    draw = Drawing()
+
+def _run(command: str, arguments: Sequence[str], prog: str | None) -> int:
+    options_type, work = COMMANDS[command]
     started = time.monotonic()
+    draw: Drawing | None = None
     try:
+        options = parse(options_type, arguments, prog=prog, about=str(work.__doc__))
+        from halfbyte.report.terminal import Drawing
+
+        draw = Drawing()
         _quiet_libraries()
-        _check_json(options)
         with listening(draw.report):
             answer = work(options, draw)
         draw.finish()
         if not draw.quiet:
             _tell(answer, options.json)
+        return 0
     except HalfbyteError as error:
-        return _failed(draw, f"error: {error}")
+        line, code = f"error: {error}", 2
     except KeyboardInterrupt:
         again = "; go on with --resume" if command == "search" else ""
         seconds = time.monotonic() - started
-        return _failed(draw, f"interrupted after {seconds:.0f} s, no partial output is left{again}")
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        return _failed(draw, "error: out of memory; use --dtype bf16, fewer tokens or a smaller model")
-    return 0
+        line, code = f"interrupted after {seconds:.0f} s, no partial output is left{again}", 2
+    except BrokenPipeError:  # whoever read the output has gone; what was to be written is there
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it stays open to the end
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        line, code = f"error: {where}{error.strerror or error}; check the disk, its space and permissions", 2
+    except Exception as error:  # noqa: BLE001 - the one place where what nobody foresaw becomes a line
+        if _out_of_memory(error):
+            line, code = "error: out of memory; use --dtype bf16, fewer tokens or a smaller model", 2
+        else:
+            line, code = f"error: this is a bug of halfbyte: {first_line(error)}; report it with {_saved(error)}", 1
+    return _failed(draw, line, code)
 
 
-def _check_json(options: CommandOptions) -> None:
-    """Refuse, before any work, a ``--json`` file that exists, cannot be written, or is another output too."""
-    if options.json is None:
+@contextmanager
+def _ends_by_signal() -> Iterator[None]:
+    """SIGTERM, and SIGHUP where it is, end the command as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
-    check_output(options.json, force=options.force)
-    output = getattr(options, "output", None)
-    if output is not None and Path(options.json).resolve() == Path(output).resolve():
-        raise HalfbyteError(f"{options.json}: two outputs in one file", fix="give --json another name")
+
+    def interrupt(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # once is enough
+        raise KeyboardInterrupt
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {name: signal.getsignal(getattr(signal, name)) for name in names}
+    ours = [name for name in names if before[name] == signal.SIG_DFL]  # nohup ignores SIGHUP: that stays
+    for name in ours:
+        signal.signal(getattr(signal, name), interrupt)
+    try:
+        yield
+    finally:
+        for name in ours:
+            signal.signal(getattr(signal, name), before[name])
+
+
+def _saved(error: Exception) -> Path | str:
+    """Where the traceback is kept."""
+    text = f"halfbyte {__version__}, {sys.argv}\n" + "".join(traceback.format_exception(error))
+    name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    for folder in (cache_folder() / "errors", Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(
+                f"halfbyte {__version__}, {sys.argv}\n{text}", encoding="utf-8", errors="replace"
+            )
+        except OSError:
+            continue
+        return folder / name
+    return f"this: {text.splitlines()[-1]}"
 
 
 def _tell(answer: Answer, record: str | None) -> None:
@@ -222,17 +270,19 @@ def _tell(answer: Answer, record: str | None) -> None:
         print(f"wrote {path}")
 
 
-def _failed(draw: Drawing, line: str) -> int:
-    draw.finish()
-    print(line, file=sys.stderr)
-    return 2
+def _failed(draw: Drawing | None, line: str, code: int) -> int:
+    if draw is not None:
+        draw.finish()
+    with suppress(OSError):
+        print(" ".join(line.split()), file=sys.stderr)
+    return code
 
 
 def _out_of_memory(error: Exception) -> bool:
     """Memory ran out, of the host or of the device."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return "allocate" in str(error)
+    return isinstance(error, RuntimeError) and "allocate" in str(error)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

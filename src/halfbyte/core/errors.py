@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 def first_line(error: BaseException, limit: int = 160) -> str:
     """The first line of an exception's message that says something, else its type."""
@@ -20,3 +23,30 @@ class HalfbyteError(Exception):
     def __init__(self, text: str, *, fix: str | None = None) -> None:
         self.text, self.fix = " ".join(text.split()), fix
         super().__init__(" ".join(f"{text}; {fix}".split()) if fix else self.text)
+
+
+@contextmanager
+def reading(where: object, what: str, *, problem: str = "cannot be read", fix: str | None = None) -> Iterator[None]:
+    """Turn whatever a library raises over a file that it was given into one line.
+
+    Args:
+        where: the file or folder.
+        what: it holds, for the message ("tokenizer").
+        problem: what a failure means.
+
+    Raises:
+        HalfbyteError: ``where: WHAT PROBLEM``, with the first line of what the library said, or that it is missing.
+    """
+    try:
+        yield
+    except (HalfbyteError, MemoryError):
+        raise
+    except FileNotFoundError as error:
+        raise HalfbyteError(f"{where}: {what} is missing", fix=fix) from error
+    except OSError as error:
+        said = error.strerror or first_line(error)
+        raise HalfbyteError(f"{where}: {what} cannot be read, got {said}", fix=fix) from error
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise HalfbyteError(f"{where}: {what} {problem}, got {first_line(error)}", fix=fix) from error

@@ -5,12 +5,16 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from halfbyte.core.errors import HalfbyteError
 
@@ -18,25 +22,48 @@ MODELS = Path("models")  # where files of models go by default
 DEMO_NAME = "SmolLM2-135M-Instruct"  # what ``--model_id demo`` is
 
 
-def check_output(path: str | Path, *, force: bool = False) -> Path:
-    """Refuse, before any work, an output that exists (without ``force``) or a folder that cannot be written.
+MANIFEST = "halfbyte.json"  # of a folder that halfbyte wrote: among other things the names of its files
+OWNER = ".owner"  # of a scratch folder: locked as long as its process lives
+TOO_YOUNG = 10.0  # seconds after which a scratch folder has its lock
 
-    Missing parent folders are created.
+
+def check_output(path: str | Path, *, force: bool = False) -> Path:
+    """Refuse, before any work, an output that exists (without ``force``) or cannot be written.
+
+    Raises:
+        HalfbyteError: that it does, or why it cannot; a device or a folder is never replaced.
     """
     path = Path(path)
-    if path.is_dir():
-        raise HalfbyteError(f"{path}: output is a folder, expected a file name")
-    if path.exists() and not force:
-        raise HalfbyteError(f"{path}: output already exists", fix="choose another name or pass --force")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
+        if path.is_dir():
+            raise HalfbyteError(f"{path}: output is a folder, expected a file name")
+        if os.path.lexists(path):
+            if not force:
+                raise HalfbyteError(f"{path}: output already exists", fix="choose another name or pass --force")
+            if path.exists() and not path.is_file():
+                raise HalfbyteError(f"{path}: output is no plain file", fix="choose another name")
+        writable_ancestor(path)
+    except OSError as error:
+        raise HalfbyteError(
+            f"{path}: cannot be written, got {error.strerror or error}", fix="choose another name"
+        ) from error
+    return path
+
+
+def writable_ancestor(path: Path) -> None:
+    """Refuse a path under whose folder, or the next one above that exists, nothing can be made.
+
+    Raises:
+        HalfbyteError: why not.
+    """
+    folder = next(above for above in path.absolute().parents if os.path.lexists(above))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         raise HalfbyteError(
-            f"{path.parent}: folder cannot be written, got {error.strerror or error}", fix="choose another --output"
+            f"{folder}: folder cannot be written, got {error.strerror or error}", fix="choose another --output"
         ) from error
-    return path
 
 
 @contextmanager
@@ -61,29 +88,65 @@ def whole_file(path: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what a killed process left half-written of ``path``, which nobody may be writing now."""
-    for partial in path.parent.glob(f".{glob.escape(path.name)}.[0-9]*.partial{path.suffix}"):
-        partial.unlink(missing_ok=True)
+    """Remove what killed processes left half-written of ``path``, which nobody may be writing now.
+
+    A folder that was moved aside to be replaced, and never was, goes back.
+    """
+    name = glob.escape(path.name)
+    for old in sorted(path.parent.glob(f".{name}.[0-9]*.old")):
+        if os.path.lexists(path):
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(path)
+    for partial in path.parent.glob(f".{name}.[0-9]*.partial{glob.escape(path.suffix)}"):
+        _remove(partial)
+    for partial in path.parent.glob(f".{name}.[0-9]*.partial"):
+        _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def check_output_folder(path: str | Path, *, force: bool = False) -> Path:
     """Refuse, before any work, an output folder that exists (without ``force``) or that cannot be made.
 
-    With ``force`` only what an export left is replaced: files without folders among them, ``config.json`` one of them.
+    With ``force`` a folder is replaced that is empty or holds only what halfbyte wrote there, as its ``halfbyte.json``
+    says.
+
+    Raises:
+        HalfbyteError: why not.
     """
     path = Path(os.path.abspath(path))
-    if path.is_file():
+    if os.path.lexists(path) and not path.is_dir():
         raise HalfbyteError(f"{path}: output is a file, expected the name of a folder")
-    if path.exists():
+    if path.is_dir():
         if not force:
             raise HalfbyteError(f"{path}: output already exists", fix="choose another name or pass --force")
-        inside = list(path.iterdir())
-        if inside and not ((path / "config.json").is_file() and all(entry.is_file() for entry in inside)):
+        try:
+            strangers = sorted({entry.name for entry in path.iterdir()} - written_names(path))
+        except OSError as error:
+            raise HalfbyteError(f"{path}: folder cannot be read, got {error.strerror or error}") from error
+        if strangers or path.is_symlink() or os.path.ismount(path):
             raise HalfbyteError(
-                f"{path}: will not replace a folder that holds other things than a model", fix="choose another name"
+                f"{path}: will not replace a folder that holds what halfbyte did not write, got "
+                f"{', '.join(strangers[:3]) or 'a link or a mount point'}",
+                fix="choose another name",
             )
-    check_output(path.with_name(f"{path.name}.new"), force=True)  # the folder above: there, and writable
+    writable_ancestor(path)
     return path
+
+
+def written_names(folder: Path) -> set[str]:
+    """Names of the files in a folder that halfbyte wrote; none if it did not write the folder."""
+    try:
+        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        return {MANIFEST, *(name for name in found if (folder / name).is_file())}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return set()
 
 
 @contextmanager
@@ -119,6 +182,28 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+@contextmanager
+def scratch_folder(within: Path | None = None) -> Iterator[Path]:
+    """A folder of this process alone, removed when it is closed; those of processes that were killed go too.
+
+    Args:
+        within: where it is made; by default where the system has temporary files.
+    """
+    place = Path(tempfile.gettempdir()) if within is None else within
+    for other in place.glob("halfbyte-*"):
+        with suppress(OSError, Timeout):  # of somebody else, or in use
+            owner = other / OWNER
+            if owner.is_file() and time.time() - owner.stat().st_mtime > TOO_YOUNG:
+                with FileLock(owner, timeout=0):
+                    shutil.rmtree(other, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix="halfbyte-", dir=place))
+    try:
+        with FileLock(folder / OWNER):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def check_space(path: str | Path, nbytes: int) -> None:
     """Refuse, before writing, what does not fit on the disk of ``path``."""
     free = shutil.disk_usage(Path(path).parent).free
@@ -138,7 +223,10 @@ def _umask() -> int:
 def write_error(error: OSError, path: str | Path) -> HalfbyteError:
     """What an operating-system error while writing ``path`` means for the user."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return HalfbyteError(f"{path}: disk is full", fix="free some space or write elsewhere; nothing was kept")
+        return HalfbyteError(
+            f"{path}: disk is full, so it was not written",
+            fix="free some space and run the command again (a search goes on with --resume), or write elsewhere",
+        )
     return HalfbyteError(
         f"{path}: cannot be written, got {error.strerror or error}", fix="check the path and its permissions"
     )

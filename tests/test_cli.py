@@ -247,4 +247,4 @@ def test_doctor(tiny_folder, here, capsys):
     report = json.loads(Path("d.json").read_text())
     assert "8-bit activations" in report["llama.cpp"]
     assert "weights" in report["model"]
-    assert cli.main(["doctor", "--model_id", "no/such/model/x"]) == 0
+    assert cli.main(["doctor", "--model_id", "no/such/model/x"]) == 2

@@ -62,7 +62,7 @@ def test_bad_values(tiny_folder, here, capsys):
         (["--transforms", "rotated"], "unknown transform"),
         (["--transforms", "smooth,online"], "the target gguf cannot run this transform"),
         (["--alpha", "2"], "--alpha: out of range, expected 0 to 1, or auto, got 2"),
-        (["--ga_pop", "0"], "must be positive"),
+        (["--ga_pop", "0"], "--ga_pop: out of range, expected 2 to 100,000, got 0"),
         (["--calib", "nowhere.txt"], "no such text"),
         (["--group_size", "16"], "Q4_0 blocks need groups of 32"),
         (["--json", "mixed_precision_config.pt"], "two outputs in one file"),

@@ -113,9 +113,9 @@ def test_a_front_of_budgets(tiny_folder, tmp_path):
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"pareto": True, "fitness": "mse"}, "a front needs the whole model's KL"),
+        ({"pareto": True, "fitness": "mse"}, "--pareto: it needs the whole model's KL"),
         ({"target_compression": 0.4}, r"expected 0\.5 \(all A4\) to 1 \(all A8\), got 0\.4"),
-        ({"ga_gen": -1}, "--ga_gen: must be positive"),
+        ({"ga_gen": -1}, "--ga_gen: out of range"),
         ({"spaces": "activations,types"}, "the target sim does not have this, expected activations, got types"),
         ({"transforms": "smooth,r9"}, "unknown transform"),
         ({"output": "plan.txt"}, "unknown plan format"),
@@ -189,5 +189,5 @@ def test_a_kl_that_is_asked_for_is_that_of_the_file(tiny_folder, tmp_path):
         assert plan.file["validation"]["plan"] <= limit
         found[limit] = plan.file["nbytes"]
     assert found[0.004] > found[0.02]
-    with pytest.raises(HalfbyteError, match="--max_kl: it stands for a budget"):
+    with pytest.raises(HalfbyteError, match="--max_kl, --ftype: one excludes the other"):
         run(tiny_folder("qwen2"), tmp_path / "p.json", "gguf", max_kl=0.1, ftype="Q4_K_M")

@@ -129,7 +129,7 @@ def test_bits_out_of_range(saved):
     data["layers"][NAME]["a_bits"] = 5
     other = path.with_name("other.json")
     other.write_text(json.dumps(data))
-    with pytest.raises(HalfbyteError, match="activation bits out of range"):
+    with pytest.raises(HalfbyteError, match="a_bits: value error, expected 4, 8 or 16 bits, got 5"):
         load_plan(other, with_codes=False)
 
 

@@ -127,5 +127,5 @@ def test_where_nothing_depends_on_the_choice_nothing_is_made_anew(name, more, ti
 
 
 def test_what_is_refused(tiny_folder, tmp_path):
-    with pytest.raises(HalfbyteError, match="--refine: expected 0 or 1, got 2"):
+    with pytest.raises(HalfbyteError, match="--refine: out of range, expected 0 to 1, got 2"):
         run(tiny_folder("llama"), tmp_path / "plan.json", "sim", refine=2)

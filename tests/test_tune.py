@@ -149,7 +149,7 @@ def test_values_that_are_not_finite_end_it_with_a_name(tiny_folder, tmp_path, mo
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"tune": -1}, "--tune: expected a number of steps"),
+        ({"tune": -1}, "--tune: out of range"),
         ({"tune": 8, "fitness": "mse"}, "--tune: it fits the W4 codes"),
         ({"tune": 8, "weights_from": "."}, "--tune: does not go with --weights_from"),
     ],

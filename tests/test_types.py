@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from halfbyte.arguments import parse_size
 from halfbyte.calibration.imatrix import make_imatrix
 from halfbyte.calibration.imatrix_file import read_imatrix, write_imatrix
 from halfbyte.core.errors import HalfbyteError
@@ -20,7 +21,6 @@ from halfbyte.options import EvalOptions, ExportOptions, ImatrixOptions, Simulat
 from halfbyte.plan import load_plan
 from halfbyte.prepare.simulation import become_types_, load_for_plan, load_types
 from halfbyte.targets.gguf_files.export import export_gguf
-from halfbyte.targets.gguf_files.size import parse_size
 from tests.command_line import changed
 from tests.searches import SMALLEST, run
 
@@ -128,9 +128,9 @@ def test_a_front_is_a_plan_for_every_size(tiny_folder, here):
         ({"size": "300kB"}, "the matrices do not fit, expected at least"),
         ({"bpw": 2}, "the matrices do not fit"),
         ({"size": "4 apples"}, "not a size"),
-        ({"size": "1GB", "bpw": 5}, "two budgets"),
-        ({"size": "1GB", "ftype": "Q5_K_M"}, "two budgets"),
-        ({"bpw": 5, "ftype": "Q5_K_M"}, "two budgets"),
+        ({"size": "1GB", "bpw": 5}, "one excludes the other"),
+        ({"size": "1GB", "ftype": "Q5_K_M"}, "one excludes the other"),
+        ({"bpw": 5, "ftype": "Q5_K_M"}, "one excludes the other"),
         ({"bpw": 40}, "out of range"),
         ({"ftype": "Q4_K_XL"}, "unknown file type"),
         ({"target": "sim"}, "the target sim does not have this"),
@@ -200,10 +200,10 @@ def test_values_that_no_type_holds(tiny_folder, here, tmp_path_factory):
     ("text", "size"), [("123", 123), ("4.36GiB", int(4.36 * 2**30)), ("700 MB", 700_000_000), ("1.5kib", 1536)]
 )
 def test_sizes(text, size):
-    assert parse_size(text) == size
+    assert parse_size(text, "--size") == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-3MB", "1e9", "3 XB"])
 def test_no_sizes(text):
     with pytest.raises(HalfbyteError, match="not a size"):
-        parse_size(text)
+        parse_size(text, "--size")

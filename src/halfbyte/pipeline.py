@@ -6,18 +6,18 @@ load → reference → for each menu of the target: prepare → losses of single
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from halfbyte.calibration.text import Text, cut, load_text, write_with
+from halfbyte.calibration.text import Text, cut, load_text, text_files, write_with
 from halfbyte.core.distributed import processes
 from halfbyte.core.environment import device_name, peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output, remove_leftovers
+from halfbyte.core.guard import Touched, guarded
 from halfbyte.core.progress import report
 from halfbyte.menus import Menu, Model, Setting, check_options, menus_of, weights_of
 from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
@@ -29,7 +29,7 @@ from halfbyte.plan import Plan, save_plan
 from halfbyte.prepare.tune import BATCH_TOKENS
 from halfbyte.search.reference import reference
 from halfbyte.search.run import Found
-from halfbyte.targets import TARGETS
+from halfbyte.targets import TARGETS, Target
 from halfbyte.workdir import RECORD, Workdir, refuse_waiting, work_folder
 
 TUNE_TOKENS = 1 << 17  # of text at most: 2 GB of a 7B's answers
@@ -71,9 +71,18 @@ def search(options: SearchOptions) -> SearchResult:
     device = _own_device(resolve_device(options.device))
     options = with_tokens(options, device)
     kinds = menus_of(options, target)
+    if not processes().first:
+        return _searched(options, target, kinds, device)
+    if not options.resume and not options.force:
+        refuse_waiting(Path(options.output))
+    with guarded(_touched(options, list(kinds.values())), json=options.json, force=options.force):
+        return _searched(options, target, kinds, device)
+
+
+def _searched(
+    options: SearchOptions, target: Target, kinds: Mapping[str, Callable[[Setting], Menu]], device: torch.device
+) -> SearchResult:
     output = Path(options.output)
-    if processes().first:
-        _check_outputs(options, output, list(kinds.values()))
     dtype = resolve_dtype(options.dtype, device)
     origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
     setting = Setting(options, target, origin, device, dtype)
@@ -173,8 +182,6 @@ def _write(
             path.unlink()
         raise
     files = [*plans, *(there for _, there in moved), *reports]
-    for path in files:
-        remove_leftovers(path)
     return plan, outcomes, files
 
 
@@ -187,15 +194,17 @@ def _checkpoint(setting: Setting, source: SourceModel) -> CheckpointCodes | None
     return CheckpointCodes(folder, source, setting.recipe.scale_rule)
 
 
-def _check_outputs(options: SearchOptions, output: Path, kinds: Sequence[type[Menu]]) -> None:
-    """Refuse to overwrite what was not given up."""
-    check_output(output, force=options.force)
+def _touched(options: SearchOptions, kinds: Sequence[type[Menu]]) -> Touched:
+    """What the search reads and writes."""
+    output = Path(options.output)
+    beside = [path for kind in kinds for path in kind.output_paths(output, front=options.pareto)]
     unfinished = options.resume and (work_folder(output) / RECORD).exists()
-    for kind in kinds:
-        for path in kind.output_paths(output, front=options.pareto):
-            check_output(path, force=options.force or unfinished)
-    if not options.resume and not options.force:
-        refuse_waiting(output)
+    return Touched(
+        inputs=[options.model_id, *text_files(options.calib), *filter(None, (options.weights_from, options.imatrix))],
+        outputs=[output, *beside],
+        kept=beside if unfinished else [],
+        work=work_folder(output),
+    )
 
 
 def _own_device(device: torch.device) -> torch.device:

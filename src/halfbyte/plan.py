@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+
+from annotated_types import Ge, Interval
+from pydantic import AfterValidator
 
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.files import sha256, whole_file
+from halfbyte.core.schema import NOTHING_ELSE, parsed
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +27,20 @@ if TYPE_CHECKING:
     from halfbyte.quant.int4 import PackedWeight
 
 PLAN_VERSION = 2
-ACTIVATION_BITS = (4, 8, 16)
+WIDTHS = (4, 8, 16)  # of weights and of activations, in bits
+
+
+def _one_of(value: int) -> int:
+    if value not in WIDTHS:
+        raise ValueError("expected 4, 8 or 16 bits")
+    return value
+
+
+Width: TypeAlias = Annotated[int, AfterValidator(_one_of)]
+Positive: TypeAlias = Annotated[int, Interval(ge=1, le=2**31)]
+Count: TypeAlias = Annotated[int, Interval(ge=0, le=2**31)]
+Finite: TypeAlias = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]
+Share: TypeAlias = Annotated[float, Interval(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -44,18 +62,20 @@ class LayerPlan:
         note: empty, or why something differs from what was asked ("group 64: 128 does not divide 576").
     """
 
-    w_bits: int
-    a_bits: int
-    group_size: int
+    __pydantic_config__ = NOTHING_ELSE
+
+    w_bits: Width
+    a_bits: Width
+    group_size: Positive
     a_symmetric: bool = False
     note: str = ""
-    a4_clip: float = 1.0
+    a4_clip: Share = 1.0
     rotated: bool = False
-    rank: int = 0
-    rotation_block: int = 0
+    rank: Count = 0
+    rotation_block: Count = 0
     arithmetic: str = "per_token"
-    a_group: int = 0
-    a_scale: float = 0.0
+    a_group: Count = 0
+    a_scale: Annotated[Finite, Ge(0)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,13 +101,15 @@ class Plan:
         file: how those were found: transforms, bytes, losses, and the digest of the encoded matrices beside the plan.
     """
 
+    __pydantic_config__ = NOTHING_ELSE
+
     model_id: str
     fingerprint: str
     target: str
     granularity: str
     layers: Mapping[str, LayerPlan]
-    budget_asked: float
-    budget_reached: float
+    budget_asked: Finite
+    budget_reached: Finite
     transforms: tuple[str, ...] = ()
     weights: str = "rtn"
     text: Mapping[str, Any] = field(default_factory=dict)
@@ -133,18 +155,7 @@ class Plan:
                 f"{where}: plan version is not readable, expected {PLAN_VERSION}, got {data.get('version')}",
                 fix="make the plan again with mixed_precision_ptq.py",
             )
-        try:
-            layers = {str(name): LayerPlan(**entry) for name, entry in data["layers"].items()}
-            rest = {key: value for key, value in data.items() if key not in ("layers", "transforms")}
-            plan = cls(layers=layers, transforms=tuple(data.get("transforms", ())), **rest)
-        except (TypeError, AttributeError) as error:
-            raise HalfbyteError(f"{where}: plan is damaged, got {error}", fix="run the search again") from error
-        for name, entry in plan.layers.items():
-            if entry.a_bits not in ACTIVATION_BITS:
-                raise HalfbyteError(
-                    f"{where}, {name}: activation bits out of range, expected 4, 8 or 16, got {entry.a_bits}"
-                )
-        return plan
+        return parsed(cls, data, where=where, fix="run the search again")
 
 
 SUFFIXES = (".pt", ".json")
@@ -187,6 +198,11 @@ def types_path(path: str | Path) -> Path:
     return Path(path).with_suffix(".types.safetensors")
 
 
+def plan_files(path: str | Path) -> list[Path]:
+    """The files that a plan may consist of."""
+    return [Path(path), codes_path(path), types_path(path)]
+
+
 def save_codes(path: str | Path, codes: Codes) -> str:
     """Write ``codes`` to ``path`` (a ``.safetensors`` name); returns the file's sha256."""
     from halfbyte.quant.ggml.encoded import save_tensors
@@ -223,8 +239,9 @@ def load_codes(path: str | Path) -> Codes:
         for name in handle.keys():  # noqa: SIM118 - not a dict
             layer, _, kind = name.rpartition(".")
             if kind in grids:
-                scales = handle.get_tensor(f"{layer}.scales")
-                codes.weights[layer] = PackedWeight(handle.get_tensor(name), scales, grids[kind])
+                packed, scales = handle.get_tensor(name), handle.get_tensor(f"{layer}.scales")
+                _check_codes(packed, scales, f"{path}, {layer}")
+                codes.weights[layer] = PackedWeight(packed, scales, grids[kind])
             elif name.endswith(".basis"):
                 first = name.removesuffix(".basis")
                 codes.low_rank[first] = LowRank(handle.get_tensor(name), handle.get_tensor(f"{first}.gain"))
@@ -233,6 +250,25 @@ def load_codes(path: str | Path) -> Codes:
             elif not name.endswith((".scales", ".gain")):
                 codes.parameters[name] = handle.get_tensor(name)
     return codes
+
+
+def _check_codes(packed: torch.Tensor, scales: torch.Tensor, where: str) -> None:
+    """Refuse codes and scales that are no weight, and scales that are not finite."""
+    import torch
+
+    fits = packed.dim() == scales.dim() == 2 and len(packed) == len(scales) and 0 not in scales.shape
+    if (
+        not fits
+        or 2 * packed.shape[1] % scales.shape[1]
+        or (packed.dtype, scales.dtype) != (torch.uint8, torch.float16)
+    ):
+        raise HalfbyteError(
+            f"{where}: codes and scales do not fit, expected uint8 [out, in / 2] and float16 [out, groups], got "
+            f"{list(packed.shape)} and {list(scales.shape)}",
+            fix="search again",
+        )
+    if not bool(scales.isfinite().all()):
+        raise HalfbyteError(f"{where}: scales are not finite, got NaN or Inf", fix="search again")
 
 
 def save_plan(path: str | Path, plan: Plan) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from halfbyte.core.distributed import processes
-from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError, reading
 from halfbyte.core.files import write_text
 
 RECORD, CODES = "settings.json", "codes.safetensors"
@@ -31,6 +33,18 @@ def refuse_waiting(output: Path) -> None:
         raise HalfbyteError(
             f"{work_folder(output)}: an interrupted search is waiting",
             fix="go on with it: --resume; or start over: --force",
+        )
+
+
+def _check_ours(folder: Path) -> None:
+    """Refuse a work folder that no search has made."""
+    if not os.path.lexists(folder):
+        return
+    made = folder.is_dir() and not folder.is_symlink()
+    if not made or ((names := os.listdir(folder)) and RECORD not in names and any(name[0] != "." for name in names)):
+        raise HalfbyteError(
+            f"{folder}: will not replace what is no work folder of halfbyte",
+            fix="move it away, or choose another --output",
         )
 
 
@@ -56,8 +70,10 @@ class Workdir:
     def _open(self, settings: dict[str, Any], *, resume: bool) -> bool:
         """Whether there is something to go on with; otherwise the folder is empty."""
         record = self.folder / RECORD
+        _check_ours(self.folder)
         if resume and record.exists():
-            before = json.loads(record.read_text(encoding="utf-8"))
+            with reading(record, "work file", fix="start over with --force"):
+                before = dict(json.loads(record.read_text(encoding="utf-8")))
             changed = [key for key in settings if before.get(key) != settings[key]]
             if changed:
                 raise HalfbyteError(
@@ -78,14 +94,14 @@ class Workdir:
             of: the file that it was measured on; if that has gone beside a plan that was not written, measure again.
         """
         path = self.folder / f"{name}.json"
-        text = path.read_text(encoding="utf-8") if path.exists() else None
+        text = read_kept(path)
         if text not in (None, "null") and of is not None and not of.exists():
             text = None
         text = processes().from_first(text)
         if text is None:
             text = processes().from_first(json.dumps(compute()))  # equal to the last bit everywhere
             if processes().first:
-                write_text(path, text)
+                write_kept(path, text)
         return json.loads(text)
 
     @property
@@ -110,3 +126,21 @@ class Workdir:
         waiting = failed is not None and (self.codes.exists() or self.candidates.exists())
         if not (waiting if processes().first else self.shared):
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def write_kept(path: Path, text: str) -> None:
+    """Keep a text for a resumed run, below its digest."""
+    write_text(path, f"{_digest(text)}\n{text}")
+
+
+def read_kept(path: Path) -> str | None:
+    """A text that was kept; None if there is none or it is damaged: then what it says is computed again."""
+    try:
+        digest, _, text = path.read_text(encoding="utf-8").partition("\n")
+    except (OSError, ValueError):
+        return None
+    return text if digest == _digest(text) else None

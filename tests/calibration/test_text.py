@@ -30,7 +30,7 @@ def test_auto_says_what_it_used(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "reachable", lambda: False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     text = load_text("auto")
-    assert text.name == "pydoc"
+    assert text.name == "pydoc,code"
     assert "wikitext2 was not available" in text.note
 
 

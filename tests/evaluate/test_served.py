@@ -212,7 +212,7 @@ def test_an_allocator_of_our_own_is_not_passed_on(monkeypatch):
 
 
 def test_one_thing_at_a_time(here, capsys):
-    fails(capsys, cli.run("eval", ["--served", "a", "--gguf", "b"]), match="one at a time")
+    fails(capsys, cli.run("eval", ["--served", "a", "--gguf", "b"]), match="one excludes the other")
     fails(capsys, cli.run("eval", ["--served", "a"]), match="a: no such model")
 
 

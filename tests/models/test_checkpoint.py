@@ -229,7 +229,7 @@ def test_folders_that_are_none(tiny, folders, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder, match in [
         (tmp_path / "none", "no such folder"),
-        (tmp_path / "empty", "config.json: file is missing"),
+        (tmp_path / "empty", "config.json: file of the checkpoint is missing"),
         (original, "the checkpoint is not quantised"),
         (broken, "shard is truncated or corrupt"),
         (lacking, "y.safetensors: shard is missing"),

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.imatrix_file import Importance, check_for, read_imatrix, write_imatrix
-from halfbyte.calibration.text import cut, load_text
+from halfbyte.calibration.text import cut, load_text, text_files
 from halfbyte.calibration.walk import block_copy, call_block, capture
 from halfbyte.core.environment import resolve_device, resolve_dtype
-from halfbyte.core.files import check_output
+from halfbyte.core.guard import Touched, guarded
 from halfbyte.core.progress import report
 from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.layers import layers_of
@@ -28,7 +28,15 @@ def make_imatrix(options: ImatrixOptions) -> Importance:
     Raises:
         HalfbyteError: anything the user can put right.
     """
-    path = check_output(options.output, force=options.force)
+    path = Path(options.output)
+    touched = Touched(inputs=[options.model_id, *text_files(options.calib)], outputs=[path])
+    with guarded(touched, json=options.json, force=options.force):
+        made = _measured(options)
+        write_imatrix(path, made)
+    return made
+
+
+def _measured(options: ImatrixOptions) -> Importance:
     device = resolve_device(options.device)
     origin = find(options.model_id, trust_remote_code=options.trust_remote_code)
     source = load(origin, device=torch.device("cpu"), dtype=resolve_dtype(options.dtype, device))
@@ -37,9 +45,7 @@ def make_imatrix(options: ImatrixOptions) -> Importance:
     count = max(1, options.calib_tokens // options.ctx)
     tokens = torch.tensor(cut(ids, options.ctx, count, spread=True, where=f"{text.name} (calib part)"))
     batch = windows_at_once(device, options.ctx)
-    made = measure_importance(source, tokens, device=device, batch=batch, text=text.name)
-    write_imatrix(path, made)
-    return made
+    return measure_importance(source, tokens, device=device, batch=batch, text=text.name)
 
 
 def importance_for(source: SourceModel, path: str | Path, names: Sequence[str]) -> dict[str, torch.Tensor]:

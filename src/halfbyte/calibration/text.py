@@ -52,7 +52,10 @@ class Text:
 
 def split(text: str) -> dict[str, str]:
     """Cut one text at line ends into disjoint parts (shares in ``CUTS``)."""
-    lines = text.splitlines(keepends=True)
+    longest = max(PIECE, len(text) // 50)
+    lines = []
+    for line in text.splitlines(keepends=True):  # a text without line ends is cut where it happens to be
+        lines += [line] if len(line) <= longest else [line[at : at + PIECE] for at in range(0, len(line), PIECE)]
     ends, total = [], 0
     for line in lines:
         total += len(line)
@@ -104,11 +107,14 @@ def _wikitext2() -> Text:
 
 def _file(path: Path) -> Text:
     try:
-        return Text(str(path), split(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise HalfbyteError(f"{path}: not a UTF-8 text file") from error
     except OSError as error:
         raise HalfbyteError(f"{path}: text cannot be read, got {error.strerror or error}") from error
+    if not text.strip():
+        raise HalfbyteError(f"{path}: the text is empty, expected more than spaces and line ends")
+    return Text(str(path), split(text))
 
 
 def _code() -> Text:
@@ -142,7 +148,9 @@ SOURCES: dict[str, Callable[[], Text]] = {"pydoc": _pydoc, "wikitext2": _wikitex
 
 
 def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -> Text:
-    """The text called ``name``: ``auto`` (wikitext2, else pydoc, and says so), a source, ``self``, or a file.
+    """The text called ``name``: ``auto``, a source, ``self``, or a file.
+
+    ``auto`` is a mixture of general text (wikitext2; where that cannot be had pydoc, and it says so) and code.
 
     Args:
         name: see above; several, joined by commas, are mixed.
@@ -157,9 +165,10 @@ def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -
         return _mixed([load_text(one, written_by_model=written_by_model) for one in names])
     if name == "auto":
         try:
-            return _wikitext2()
+            general = _wikitext2()
         except HalfbyteError as error:
-            return Text("pydoc", _pydoc().parts, note=f"wikitext2 was not available ({error.text})")
+            general = Text("pydoc", _pydoc().parts, note=f"wikitext2 was not available ({error.text})")
+        return _mixed([general, _code()])
     if name == "self":
         if written_by_model is None:
             raise HalfbyteError("--calib self: no model to write the text")
@@ -169,6 +178,12 @@ def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -
     if not path.exists():
         raise HalfbyteError(f"{name}: no such text, expected auto, self, {', '.join(SOURCES)} or a file")
     return _file(path)
+
+
+def text_files(name: str) -> list[str]:
+    """The files among the texts that ``name`` stands for."""
+    found = [name] if Path(name).expanduser().exists() else [one.strip() for one in name.split(",")]
+    return [os.path.expanduser(one) for one in found if one not in ("auto", "self", *SOURCES)]
 
 
 def write_with(model: nn.Module, tokenizer: Any, *, seed: int, samples: int = 24, length: int = 384) -> str:

@@ -11,14 +11,16 @@ from typing import Any
 
 import torch
 
-from halfbyte.calibration.text import scored_tokens
+from halfbyte.arguments import checked_path
+from halfbyte.calibration.text import scored_tokens, text_files
 from halfbyte.core.environment import cores, cpu_name
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import download_command, f16_gguf, mixed_gguf, q4km_gguf
+from halfbyte.core.files import download_command, f16_gguf, mixed_gguf, q4km_gguf, scratch_folder
+from halfbyte.core.guard import Touched, guarded
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
 from halfbyte.evaluate.measure_served import ServedRequest, check_folder, measure_served, serve_python
-from halfbyte.evaluate.quality import LogitsFile, Quality, evaluation_text, measure, scratch_folder, windows_of
+from halfbyte.evaluate.quality import LogitsFile, Quality, evaluation_text, measure, windows_of
 from halfbyte.evaluate.worker import Measured, OriginalRequest, Request, measure_apart
 from halfbyte.models.gguf_file import halfbyte_keys
 from halfbyte.models.loading import load_tokenizer
@@ -106,14 +108,24 @@ def compare(options: CompareOptions) -> Comparison:
     Raises:
         HalfbyteError: nothing could be measured.
     """
-    for flag in ("ctx", "chunks", "max_tokens", "tensor_parallel"):
-        if getattr(options, flag) < 1:
-            raise HalfbyteError(f"--{flag}: must be positive, got {getattr(options, flag)}")
     plan = _plan_at_hand(options)
     model_id = options.model_id or (plan.model_id if plan else DEFAULT_MODEL)
+    with guarded(_touched(options, model_id), json=options.json, force=options.force):
+        return _compared(options, plan, model_id)
+
+
+def _touched(options: CompareOptions, model_id: str) -> Touched:
+    """What is read, and made where it is missing: the original and its Q4_K_M as files."""
+    q4km, mixed = options.q4km_path or q4km_gguf(model_id), options.mixed_path or mixed_gguf(model_id)
+    inputs = [options.config, model_id, q4km, mixed, *folders_of(options.served), *text_files(options.text)]
+    made = () if options.skip_original else (f16_gguf(model_id),)
+    return Touched(inputs=inputs, shared=made)
+
+
+def _compared(options: CompareOptions, plan: Plan | None, model_id: str) -> Comparison:
     text_name, text = evaluation_text(options.text, plan.text.get("search") if plan else None)
     with scratch_folder() as folder, torch.no_grad():
-        runs = _Runs(options, model_id, text_name, plan.hash if plan else None, Path(folder))
+        runs = _Runs(options, model_id, text_name, plan.hash if plan else None, folder)
         runs.text_file.write_text(text, encoding="utf-8")
         rows = list(runs.rows())
     if all(row.missing for row in rows):
@@ -130,6 +142,11 @@ def compare(options: CompareOptions) -> Comparison:
         machine=f"{cpu_name()}, {cores()} cores",
         versions={name: _version(name) for name in PACKAGES},
     )
+
+
+def folders_of(served: str | None) -> list[str]:
+    """The folders that ``--served`` names."""
+    return [checked_path(folder, "--served") for folder in (served or "").split(",") if folder.strip()]
 
 
 def _plan_at_hand(options: CompareOptions) -> Plan | None:
@@ -175,9 +192,8 @@ class _Runs:
         how_to_make = f"make it with: python export_gguf_official.py --output {mixed}"
         row = self._compared(self._gguf(MIXED, mixed, how_to_make))
         yield replace(row, note=self._other_plan(mixed) if row.measured else "")
-        for folder in (self.options.served or "").split(","):
-            if folder:
-                yield self._served(folder)
+        for folder in folders_of(self.options.served):
+            yield self._served(folder)
 
     def _original(self, f16: Path) -> CompareRow:
         request = OriginalRequest(

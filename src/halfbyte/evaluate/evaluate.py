@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibration.text import scored_tokens
+from halfbyte.calibration.text import scored_tokens, text_files
 from halfbyte.core.environment import cores, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import sha256
+from halfbyte.core.files import scratch_folder, sha256
+from halfbyte.core.guard import Touched, guarded
 from halfbyte.core.progress import report
 from halfbyte.evaluate.measure_served import (
     ServedRequest,
@@ -26,7 +27,6 @@ from halfbyte.evaluate.quality import (
     live,
     measure,
     model_logits,
-    scratch_folder,
     windows_for,
     windows_of,
 )
@@ -36,7 +36,7 @@ from halfbyte.models.gguf_file import halfbyte_keys
 from halfbyte.models.loading import SourceModel, find, load, load_tokenizer, made_with
 from halfbyte.models.modules import vocabulary
 from halfbyte.options import DEFAULT_MODEL, EvalOptions
-from halfbyte.plan import Plan, codes_path, load_codes, load_plan
+from halfbyte.plan import Plan, codes_path, load_codes, load_plan, plan_files
 from halfbyte.prepare.simulation import become_simulation_, become_types_, check_same_model, load_types, plan_bits
 from halfbyte.quant.quant_linear import set_activation_bits_
 
@@ -99,11 +99,18 @@ def evaluate(options: EvalOptions) -> Evaluation:
     """
     _check(options)
     plan = load_plan(options.config) if options.config else None
+    model_id = options.model_id or (plan.model_id if plan else DEFAULT_MODEL)
+    inputs = [model_id, *(plan_files(options.config) if options.config else ())]
+    inputs += [path for path in (options.gguf, options.served) if path]
+    touched = Touched(inputs=[*inputs, *text_files(options.text)])
+    with guarded(touched, json=options.json, force=options.force):
+        return _evaluated(options, plan, model_id)
+
+
+def _evaluated(options: EvalOptions, plan: Plan | None, model_id: str) -> Evaluation:
     known = _known(options, plan)
     text_name, text = evaluation_text(options.text, known.text_search)
-    model_id = options.model_id or (plan.model_id if plan else DEFAULT_MODEL)
-    with scratch_folder() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         elsewhere: Measured | None = None  # another engine comes before torch takes memory
         if options.gguf:
             elsewhere = _in_llamacpp(options, folder, text_name, text)
@@ -136,14 +143,10 @@ def evaluate(options: EvalOptions) -> Evaluation:
 
 def _check(options: EvalOptions) -> None:
     """Refuse, before any work, what cannot be evaluated."""
-    if sum(bool(what) for what in (options.config, options.gguf, options.served)) > 1:
-        raise HalfbyteError("--config, --gguf, --served: one at a time, expected a plan, a GGUF file or a folder")
     if options.gguf and not Path(options.gguf).is_file():
         raise HalfbyteError(f"{options.gguf}: no such file, expected a GGUF file")
     if options.served:
         check_folder(options.served)
-    if options.tensor_parallel < 1:
-        raise HalfbyteError(f"--tensor_parallel: must be positive, got {options.tensor_parallel}")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,8 @@ from transformers import PretrainedConfig
 from halfbyte.calibration.text import first_scored, scored_tokens
 from halfbyte.core.environment import variables_of_others
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_space
+from halfbyte.core.files import check_space, scratch_folder
+from halfbyte.core.schema import read_json
 from halfbyte.engines.served import serve_worker
 from halfbyte.engines.served.serve_worker import Job, Speed
 from halfbyte.evaluate.quality import prompt_ids
@@ -134,7 +134,7 @@ def check_same_shape(folder: str, reference: PretrainedConfig, model_id: str) ->
     Raises:
         HalfbyteError: naming the first difference.
     """
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(folder) / "config.json", "model configuration")
     for key in SAME:
         expected = getattr(reference, key, None)
         if key in config and expected is not None and config[key] != expected:
@@ -149,7 +149,7 @@ def record_of(folder: str) -> dict[str, Any]:
     """What the export noted of the folder: ``fingerprint``, ``plan``, ``text_search``; ``vllm``, the first version that
     runs it; ``emulated_below``, see :class:`Job`. Empty for other folders."""
     path = Path(folder) / RECORD
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path, "record of the export") if path.is_file() else {}
 
 
 def measure_served(request: ServedRequest) -> Measured:
@@ -160,7 +160,7 @@ def measure_served(request: ServedRequest) -> Measured:
     """
     tokenizer: Any = load_tokenizer(request.folder, where=request.folder)
     prompt = prompt_ids(tokenizer, request.prompt) if request.max_tokens else []
-    vocabulary = json.loads((Path(request.folder) / "config.json").read_text(encoding="utf-8")).get("vocab_size", 0)
+    vocabulary = read_json(Path(request.folder) / "config.json", "model configuration").get("vocab_size", 0)
     check_space(request.logits_file, 4 * len(request.windows) * scored_tokens(request.ctx) * vocabulary)
     job = Job(
         folder=request.folder,
@@ -222,8 +222,8 @@ def run_job(job: Job, python: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     Raises:
         HalfbyteError: vLLM's own words.
     """
-    with tempfile.TemporaryDirectory(prefix="halfbyte-") as scratch:
-        path = Path(scratch) / "job.json"
+    with scratch_folder() as scratch:
+        path = scratch / "job.json"
         absolute = replace(job, folder=os.path.abspath(job.folder))  # vLLM takes a short path for a hub id
         path.write_text(json.dumps(asdict(absolute)), encoding="utf-8")
         try:

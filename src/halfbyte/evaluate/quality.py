@@ -7,7 +7,6 @@ token of each window is replaced by BOS. Of each window the predictions from pos
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from halfbyte.calibration.text import SOURCES, first_scored, load_text, scored
-from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError, reading
 from halfbyte.core.files import check_space, write_error
 from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
@@ -104,11 +103,6 @@ def live(token_windows: Sequence[Sequence[int]], logits_of: LogitsOf, stage: str
         logits = logits_of(window)
         report(stage, done, len(token_windows), f"window {done}")
         yield logits
-
-
-def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for logits files, removed when it is closed."""
-    return tempfile.TemporaryDirectory(prefix="halfbyte-")
 
 
 def kl_per_token(reference_logits: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -221,7 +215,8 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     if not tokenizer.chat_template:
         return tokenizer(prompt).input_ids
     messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    with reading(tokenizer.name_or_path, "chat template"):
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
 def sample_text(source: SourceModel, prompt: str, max_tokens: int) -> str:

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibration.text import scored_tokens
+from halfbyte.calibration.text import scored_tokens, text_files
+from halfbyte.core.files import scratch_folder
+from halfbyte.core.guard import Touched, guarded
 from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import (
     LogitsFile,
@@ -18,13 +20,12 @@ from halfbyte.evaluate.quality import (
     measure,
     model_logits,
     sample_text,
-    scratch_folder,
     windows_for,
 )
 from halfbyte.models.loading import SourceModel, made_with
 from halfbyte.models.modules import vocabulary
 from halfbyte.options import SimulateOptions
-from halfbyte.plan import Plan, codes_path, load_codes, load_plan
+from halfbyte.plan import Plan, codes_path, load_codes, load_plan, plan_files
 from halfbyte.prepare.simulation import become_simulation_, become_types_, load_for_plan, load_types, plan_bits
 from halfbyte.quant.quant_linear import set_activation_bits_
 
@@ -74,6 +75,12 @@ def simulate(options: SimulateOptions) -> SimulationResult:
         HalfbyteError: anything the user can put right.
     """
     plan = load_plan(options.config)
+    inputs = [*plan_files(options.config), options.model_id or plan.model_id, *text_files(options.text)]
+    with guarded(Touched(inputs=inputs), json=options.json, force=options.force):
+        return _simulated(options, plan)
+
+
+def _simulated(options: SimulateOptions, plan: Plan) -> SimulationResult:
     text_name, text = evaluation_text(options.text, plan.text.get("search"))
     report("load model", 0, 1, options.model_id or plan.model_id)
     source = load_for_plan(
@@ -82,7 +89,7 @@ def simulate(options: SimulateOptions) -> SimulationResult:
     windows = windows_for(source, text, options.ctx, options.chunks, where=text_name)
     report("load model", 1, 1, f"text {text_name}, {len(windows)} windows of {options.ctx}")
     with scratch_folder() as folder:
-        rows = list(_rows(options, plan, source, windows, Path(folder)))
+        rows = list(_rows(options, plan, source, windows, folder))
     return SimulationResult(rows, plan, text_name, made_with(source))
 
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import IO, Any
 
@@ -72,6 +76,8 @@ def run_command(
             encoding="utf-8",
             errors="replace",
             env={**(environment or os.environ), "PYTHONIOENCODING": "utf-8", "PYTHONUTF8": "1"},
+            stdin=subprocess.PIPE,  # never written to: it closes when this process ends, however that happens
+            start_new_session=True,  # with processes of its own, vLLM's for instance, which end with it
         )
         assert process.stdout is not None
         try:
@@ -85,17 +91,31 @@ def run_command(
                 elif "result" in message:
                     result = message["result"]
             code = process.wait()
+        except BaseException:
+            _end(process, signal.SIGTERM)  # it removes what it was writing
+            raise
         finally:
             try:
-                process.wait(timeout=CLEAN_UP_SECONDS)  # interrupted too: it removes what it was writing
+                process.wait(timeout=CLEAN_UP_SECONDS)
             except subprocess.TimeoutExpired:
-                process.kill()
+                pass
+            finally:
+                _end(process, getattr(signal, "SIGKILL", signal.SIGTERM))
                 process.wait()
         said = _all_of(noise)
         if result is None:
             last = ([line for line in said.splitlines() if line.strip()] or ["no message"])[-1]
             raise WorkerError(f"{where}: measurement crashed, got exit code {code}: {last[:200]}", said)
     return result, said
+
+
+def _end(process: subprocess.Popen[str], number: int) -> None:
+    """Send a signal to a worker and to what it has started."""
+    with suppress(OSError):  # all of them have ended
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, number)
+        else:
+            process.terminate()
 
 
 def _all_of(noise: IO[str]) -> str:
@@ -118,6 +138,7 @@ def serve(work: Work) -> None:
         sys.stdout.write(json.dumps(message) + "\n")
         sys.stdout.flush()
 
+    end_with_parent()
     try:
         with listening(lambda progress: send({"progress": vars(progress)})):
             send({"result": work(json.loads(sys.argv[1]))})
@@ -125,6 +146,24 @@ def serve(work: Work) -> None:
         send({"error": str(error)})
     except KeyboardInterrupt:
         send({"error": "interrupted"})
+
+
+def end_with_parent() -> None:
+    """Interrupt this process when the one that started it has ended; SIGTERM interrupts it too."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    def watch() -> None:
+        with suppress(OSError, ValueError):
+            while os.read(0, 1):  # nothing comes until the other end closes
+                pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(CLEAN_UP_SECONDS)
+        os._exit(2)
+
+    signal.signal(signal.SIGTERM, interrupt)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 GGUF_WORKER, ORIGINAL_WORKER = "halfbyte.evaluate.measure_gguf", "halfbyte.evaluate.measure_original"

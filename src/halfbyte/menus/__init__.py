@@ -334,31 +334,15 @@ def check_options(options: SearchOptions, target: Target) -> None:
             f"--target_compression: budget is out of range, expected {low / 8:g} (all A{low}) to {high / 8:g} "
             f"(all A{high}), got {options.target_compression}"
         )
-    if options.max_kl < 0:
-        raise HalfbyteError(f"--max_kl: must be positive, got {options.max_kl:g}")
-    budgets = (options.target_compression, options.size, options.bpw, options.ftype, options.pareto)
-    if options.max_kl and (any(budgets) or options.fitness != "kl"):
-        raise HalfbyteError(
-            "--max_kl: it stands for a budget, of the whole model's KL", fix="leave the other flags out"
-        )
-    for flag in ("ga_pop", "group_size", "ctx"):
-        if getattr(options, flag) < 1:
-            raise HalfbyteError(f"--{flag}: must be positive, got {getattr(options, flag)}")
-    if options.refine not in (0, 1):
-        raise HalfbyteError(f"--refine: expected 0 or 1, got {options.refine}")
-    if options.tune < 0:
-        raise HalfbyteError(f"--tune: expected a number of steps, or 0 for none, got {options.tune}")
     if options.tune and ("types" in target.menus or options.fitness != "kl"):  # GGUF's A8 layers have other weights
         raise HalfbyteError(
             "--tune: it fits the W4 codes of --target vllm or sim, with --fitness kl, to the whole model's KL",
             fix="leave it out",
         )
-    for flag in ("calib_tokens", "search_tokens", "ga_gen"):
-        if getattr(options, flag) < 0:
-            raise HalfbyteError(f"--{flag}: must be positive, or 0 for what the machine can do", fix="leave it out")
     check_suffix(Path(options.output))
-    if options.pareto and options.fitness != "kl":
-        raise HalfbyteError("--pareto: a front needs the whole model's KL", fix="leave --fitness at kl")
+    if (options.pareto or options.max_kl) and options.fitness != "kl":
+        flag = "pareto" if options.pareto else "max_kl"
+        raise HalfbyteError(f"--{flag}: it needs the whole model's KL", fix="leave --fitness at kl")
     target.check_options(options)
     target.recipe_for(options)
     target.transforms(options, tied=False)

@@ -14,9 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
-from halfbyte.core.errors import HalfbyteError, first_line
+from halfbyte.core.errors import HalfbyteError, first_line, reading
 from halfbyte.core.files import sha256
 from halfbyte.core.progress import report
+from halfbyte.core.schema import read_json
 from halfbyte.models.checkpoint_format import (
     CheckpointFormat,
     check_order,
@@ -60,10 +61,8 @@ class QuantisedFolder:
             )
         raw = self._json(CONFIG)
         self.format = self._format(raw)
-        try:
+        with reading(self.path / CONFIG, "model configuration"):
             self.config: PretrainedConfig = AutoConfig.from_pretrained(self.path)
-        except (OSError, ValueError, KeyError) as error:
-            raise HalfbyteError(f"{self.path / CONFIG}: no readable model config, got {first_line(error)}") from error
         self.files = self._shards()
         self._handles: dict[str, safe_open] = {}
         for file in self.files:
@@ -84,12 +83,7 @@ class QuantisedFolder:
 
     def _json(self, name: str) -> dict[str, Any]:
         path = self.path / name
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise HalfbyteError(f"{path}: file is missing", fix="download the checkpoint again") from error
-        except ValueError as error:
-            raise HalfbyteError(f"{path}: not readable as JSON, got {first_line(error)}") from error
+        return read_json(path, "file of the checkpoint", fix="download the checkpoint again")
 
     def _format(self, raw: dict[str, Any]) -> CheckpointFormat:
         if raw.get("quantization_config"):

@@ -7,10 +7,7 @@ from typing import Any
 
 from gguf import GGUFReader
 
-from halfbyte.core.errors import HalfbyteError, first_line
-
-# What gguf-py raises on a damaged file; a tensor that ends after the file is a ValueError.
-_DAMAGED = (ValueError, IndexError, KeyError, OverflowError, TypeError, AttributeError)
+from halfbyte.core.errors import HalfbyteError, reading
 
 
 def check_magic(path: Path) -> None:
@@ -37,14 +34,8 @@ def open_gguf(path: Path) -> GGUFReader:
         HalfbyteError: missing, unreadable, not GGUF, or shorter than its header says.
     """
     check_magic(path)
-    try:
+    with reading(path, "GGUF file", problem="is truncated or corrupt", fix="export or download it again"):
         return GGUFReader(path)
-    except _DAMAGED as error:
-        raise HalfbyteError(
-            f"{path}: GGUF file is truncated or corrupt, got {first_line(error)}", fix="export or download it again"
-        ) from error
-    except OSError as error:  # it can be opened, but not mapped
-        raise HalfbyteError(f"{path}: cannot be read, got {error.strerror or error}") from error
 
 
 def halfbyte_keys(path: str | Path) -> dict[str, Any]:

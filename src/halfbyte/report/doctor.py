@@ -12,6 +12,7 @@ import torch
 from halfbyte.core import environment as hub
 from halfbyte.core.environment import available_memory, cores, cpu_name, device_name, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.guard import Touched, guarded
 from halfbyte.models.estimate import MemoryEstimate, estimate_load, estimate_search, estimate_types, with_tokens
 from halfbyte.models.loading import find, stored_dtype
 from halfbyte.options import DoctorOptions, SearchOptions
@@ -37,7 +38,16 @@ class Finding:
 
 
 def examine(options: DoctorOptions) -> list[Finding]:
-    """Everything worth knowing before a search starts. A model that cannot be found is a finding, not an error."""
+    """Everything worth knowing before a search starts. That the default model cannot be found is a finding, no error.
+
+    Raises:
+        HalfbyteError: the device or the model that was asked for is not there.
+    """
+    with guarded(Touched(inputs=[options.model_id]), json=options.json, force=options.force):
+        return _examined(options)
+
+
+def _examined(options: DoctorOptions) -> list[Finding]:
     device = resolve_device(options.device)
     found = [
         Finding("system", f"{platform.system()} {platform.release()}, Python {platform.python_version()}"),
@@ -65,6 +75,8 @@ def _memory(model_id: str, device: torch.device) -> list[Finding]:
     try:
         origin = find(model_id)
     except HalfbyteError as error:
+        if model_id != DoctorOptions().model_id:  # somebody asked for this one
+            raise
         return [Finding("model", str(error))]
     model = (origin.config, origin.family, resolve_dtype("auto", device))
     defaults = with_tokens(SearchOptions(), device)

@@ -13,12 +13,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from halfbyte.core.distributed import processes
-from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import write_text
 from halfbyte.core.progress import report
 from halfbyte.search.genetic import Generation, GeneticAlgorithm, GeneticResult, GeneticSettings
 from halfbyte.search.problem import Genome, Problem
 from halfbyte.search.validate import TIE_Z, choose, paired_difference, two_rungs
+from halfbyte.workdir import read_kept, write_kept
 
 FINALISTS = 6  # genomes of the search that are validated, beside its starts
 STEPS = 1000  # of progress per generation
@@ -265,7 +264,7 @@ def _breed(
 
     def save(state: dict[str, Any]) -> None:
         if processes().first:
-            write_text(state_file, json.dumps(state))
+            write_kept(state_file, json.dumps(state))
 
     algorithm = GeneticAlgorithm(problem, settings, seed, list(starts.values()))
     result = algorithm.run(score, state=_saved(state_file, resume=resume), save=save, on_generation=progress.ended)
@@ -275,14 +274,8 @@ def _breed(
 
 def _saved(state_file: Path, *, resume: bool) -> dict[str, Any] | None:
     """The state that the first process finds, in every process."""
-    there = resume and state_file.exists()
-    text = processes().from_first(state_file.read_text(encoding="utf-8") if there else None)
-    if text is None:
-        return None
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise HalfbyteError(f"{state_file}: search state is damaged", fix="start again without --resume") from error
+    text = processes().from_first(read_kept(state_file) if resume else None)
+    return None if text is None else json.loads(text)
 
 
 class _Generations:

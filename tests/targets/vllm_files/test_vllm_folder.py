@@ -237,12 +237,10 @@ def test_existing_outputs(plain, here, capsys):
     assert cli.main(arguments) == 0
     capsys.readouterr()
     fails(capsys, cli.main(arguments), match="output already exists")
-    Path("out/old.txt").write_text("")
     assert cli.main([*arguments, "--force"]) == 0
-    assert not Path("out/old.txt").exists()
     capsys.readouterr()
-    (Path("out") / "mine").mkdir()
-    fails(capsys, cli.main([*arguments, "--force"]), match="will not replace a folder that holds other things")
+    (Path("out") / "mine.txt").write_text("")
+    fails(capsys, cli.main([*arguments, "--force"]), match="what halfbyte did not write, got mine.txt")
     Path("file").write_text("")
     fails(capsys, cli.main([*arguments[:-2], "file"]), match="output is a file")
     assert {path.name for path in here.iterdir()} == {"out", "file"}

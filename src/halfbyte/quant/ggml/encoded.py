@@ -57,7 +57,7 @@ def open_tensors(path: str | Path, what: str, *, missing: str) -> Iterator[safe_
         yield safe_open(path, framework="pt")
     except FileNotFoundError as error:
         raise HalfbyteError(f"{path}: {what} is missing", fix=missing) from error
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise HalfbyteError(
             f"{path}: {what} is truncated or corrupt, got {first_line(error)}", fix="search again"
         ) from error

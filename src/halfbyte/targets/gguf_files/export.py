@@ -12,14 +12,15 @@ import torch
 
 from halfbyte.calibration.text import pydoc_text
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output, mixed_gguf, whole_file
+from halfbyte.core.files import mixed_gguf, whole_file
+from halfbyte.core.guard import Touched, guarded
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
 from halfbyte.engines.llamacpp import Engine
 from halfbyte.evaluate.quality import kl_per_token, same_top, windows_for
 from halfbyte.models.loading import SourceModel
 from halfbyte.options import ExportOptions
-from halfbyte.plan import Plan, codes_path, load_codes, load_plan
+from halfbyte.plan import Plan, codes_path, load_codes, load_plan, plan_files
 from halfbyte.prepare.folding import TransformedBlocks
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.simulation import become_simulation_, become_types_, load_for_plan, load_types, need_activations
@@ -64,9 +65,15 @@ def export_gguf(options: ExportOptions) -> ExportResult:
         HalfbyteError: anything the user can put right, or a check that failed; a file appears only once it is checked.
     """
     plan = load_plan(options.config)
-    path = check_output(options.output or mixed_gguf(options.model_id or plan.model_id), force=options.force)
+    path = Path(options.output or mixed_gguf(options.model_id or plan.model_id))
     if path.suffix != ".gguf":
         raise HalfbyteError(f"{path}: unknown file format, expected a name that ends in .gguf")
+    touched = Touched(inputs=[*plan_files(options.config), options.model_id or plan.model_id], outputs=[path])
+    with guarded(touched, json=options.json, force=options.force):
+        return _exported(options, plan, path)
+
+
+def _exported(options: ExportOptions, plan: Plan, path: Path) -> ExportResult:
     if plan.target != "gguf":
         raise HalfbyteError(
             f"{options.config}: the plan was made for another target, expected gguf, got {plan.target}",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from math import prod
 
+from halfbyte.arguments import parse_size
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied
@@ -13,23 +13,9 @@ from halfbyte.prepare.candidates import TensorMenu
 from halfbyte.quant.ggml.ftypes import FILE_TYPES, Shape, tensor_type
 from halfbyte.targets.gguf_files.writer import header_bytes
 
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 ALIGNMENT = 32  # of a tensor's data in the file
 FLOATS = ("F16", "BF16")  # file types that quantise nothing
 METADATA = 2048  # for what the export says about itself
-
-
-def parse_size(text: str) -> int:
-    """``4.36GiB``, ``700MB`` or plain bytes, in bytes.
-
-    Raises:
-        HalfbyteError: not a size.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    unit = UNITS.get(match[2].upper()) if match else None
-    if match is None or unit is None:
-        raise HalfbyteError(f"--size: not a size, expected such as 4.36GiB, 700MB or bytes, got {text}")
-    return int(float(match[1]) * unit)
 
 
 def around(source: SourceModel, menus: Sequence[TensorMenu]) -> int:
@@ -74,12 +60,10 @@ def budget_bytes_of(source: SourceModel, menus: Sequence[TensorMenu], *, size: s
         ftype: otherwise the size of llama.cpp's file of this type, with what the export says about itself.
 
     Raises:
-        HalfbyteError: more than one of them is said, or something that is none.
+        HalfbyteError: something that is none.
     """
-    if sum(map(bool, (size, bpw, ftype))) > 1:
-        raise HalfbyteError("--size, --bpw, --ftype: two budgets", fix="say one of them only")
     if size:
-        left = parse_size(size) - around(source, menus)
+        left = parse_size(size, "--size") - around(source, menus)
         if left <= 0:
             raise HalfbyteError(f"--size: no room for weights, expected over {around(source, menus)} bytes")
         return left

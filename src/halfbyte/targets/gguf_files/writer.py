@@ -6,7 +6,6 @@ Source of the container: the GGUF specification (ggml, docs/gguf.md), written wi
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output, check_space, whole_file
+from halfbyte.core.files import check_output, check_space, scratch_folder, whole_file
 from halfbyte.core.progress import report
 from halfbyte.models.gguf_file import open_gguf
 from halfbyte.models.gguf_source import halves_from_pairs
@@ -98,8 +97,8 @@ def header_bytes(source: SourceModel) -> int:
     """
     reader = open_gguf(source.origin.gguf_file) if source.origin.gguf_file else None
     plans = plan_tensors(source, {}, {}, TensorTypes("F16", "F16"), rope_frequency_factors(source.config))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "header"
+    with scratch_folder() as folder:
+        path = folder / "header"
         _write_header(path, source, reader, plans, {})
         return path.stat().st_size
 

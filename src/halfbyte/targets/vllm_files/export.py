@@ -7,13 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from halfbyte.arguments import parse_size
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output_folder, check_space, mixed_folder, whole_folder, write_text
+from halfbyte.core.files import MANIFEST, check_space, mixed_folder, whole_folder, write_text
+from halfbyte.core.guard import Touched, guarded
 from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied
 from halfbyte.options import VllmExportOptions
-from halfbyte.plan import Codes, Plan, codes_path, load_codes, load_plan
+from halfbyte.plan import Codes, Plan, codes_path, load_codes, load_plan, plan_files
 from halfbyte.prepare.simulation import load_for_plan, need_activations
 from halfbyte.report.model_card import model_card
 from halfbyte.targets import Target
@@ -59,8 +61,17 @@ def export_vllm(options: VllmExportOptions, on: Callable[[str, int], Target]) ->
     """
     plan = load_plan(options.config)
     model_id = options.model_id or plan.model_id
-    path = check_output_folder(options.output or mixed_folder(model_id), force=options.force)
-    target = target_of(plan, options.config, on)
+    path = Path(options.output or mixed_folder(model_id))
+    shard_bytes = parse_size(options.shard_size, "--shard_size")
+    touched = Touched(inputs=[*plan_files(options.config), model_id], folder=path)
+    with guarded(touched, json=options.json, force=options.force):
+        return _exported(options, plan, path, target_of(plan, options.config, on), shard_bytes)
+
+
+def _exported(
+    options: VllmExportOptions, plan: Plan, path: Path, target: GPUTarget, shard_bytes: int
+) -> VllmExportResult:
+    model_id = options.model_id or plan.model_id
     report("load model", 0, 1, model_id)
     source = load_for_plan(
         plan, options.model_id, device="cpu", dtype="stored", trust_remote_code=options.trust_remote_code, packed=True
@@ -74,13 +85,14 @@ def export_vllm(options: VllmExportOptions, on: Callable[[str, int], Target]) ->
         groups[target.group(entry)] = groups.get(target.group(entry), 0) + 1
     checked, difference, skipped = 0, None, "the check was skipped"
     with whole_folder(path) as folder:
-        write_tensors(folder, entries, options.shard_size)
+        write_tensors(folder, entries, shard_bytes)
         write_text(
             folder / "README.md",
             model_card(plan, groups, target.how_to_run, target.tags, source.family.blocks, nbytes, model_id),
         )
         _write_tokenizer(folder, source)
         _write_config(folder, source, plan, codes, target)
+        _write_manifest(folder, plan, target)
         if options.check:
             check_tensors(folder, entries, codes, target.packed_name, target.unpack)
             checked = len(entries)
@@ -104,16 +116,21 @@ def target_of(plan: Plan, where: object, on: Callable[[str, int], Target]) -> GP
     return target
 
 
-def _write_config(folder: Path, source: SourceModel, plan: Plan, codes: Codes, target: GPUTarget) -> None:
-    """Write what halfbyte wants to know again, then ``config.json``: without it nothing loads the folder."""
+def _write_manifest(folder: Path, plan: Plan, target: GPUTarget) -> None:
+    """Write what halfbyte wants to know again, with the names of all files: such a folder may be replaced."""
     about = {
+        "files": sorted(file.name for file in folder.iterdir()),
         "fingerprint": plan.fingerprint,
         "plan": plan.hash,
         "text_search": plan.text.get("search"),
         "vllm": target.engine,
         "emulated_below": target.emulated_below,
     }
-    write_text(folder / "halfbyte.json", json.dumps(about))
+    write_text(folder / MANIFEST, json.dumps(about))
+
+
+def _write_config(folder: Path, source: SourceModel, plan: Plan, codes: Codes, target: GPUTarget) -> None:
+    """Write ``config.json``: without it nothing loads the folder."""
     config = json.loads(source.config.to_json_string())
     config["architectures"] = config.get("architectures") or [type(source.model).__name__]
     untied = f"{source.family.head}.weight" in codes.parameters

@@ -40,7 +40,7 @@ def arguments(
     if device:
         parser.add_argument("--device", default="auto", help="auto, cuda, mps or cpu")
     if text is not None:
-        help_text = "auto (wikitext2, else pydoc), wikitext2, pydoc, or a file"
+        help_text = "auto (wikitext2, else pydoc, mixed with code), wikitext2, pydoc, code, a file, or a list"
         parser.add_argument("--text", default=text, help=help_text)
     parser.add_argument("--json", help="also write the rows here, after each one")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are in the --json file already")

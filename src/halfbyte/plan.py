@@ -17,6 +17,7 @@ from pydantic import AfterValidator
 
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.files import sha256, whole_file
+from halfbyte.core.registry import known_names
 from halfbyte.core.schema import NOTHING_ELSE, parsed
 
 if TYPE_CHECKING:
@@ -155,9 +156,42 @@ class Plan:
                 f"{where}: plan version is not readable, expected {PLAN_VERSION}, got {data.get('version')}",
                 fix="make the plan again with mixed_precision_ptq.py",
             )
-        return parsed(cls, data, where=where, fix="run the search again")
+        plan = parsed(cls, data, where=where, fix="run the search again")
+        _check_names(plan, where)
+        return plan
 
 
+@dataclass(frozen=True)
+class _File:
+    """What :attr:`Plan.file` has at least, where types were searched."""
+
+    sha256: str
+    transforms: list[str]
+    validation: dict[str, float]
+
+
+def _check_names(plan: Plan, where: object) -> None:
+    """Refuse names of things that this version does not know."""
+    transforms = list(plan.transforms)
+    if plan.tensors:
+        transforms += parsed(_File, dict(plan.file), where=f"{where}, file", fix="run the search again").transforms
+    weights = [] if plan.weights.startswith(ADOPTED) else [plan.weights]
+    for key, names, package in (
+        ("target", [plan.target], "halfbyte.targets"),
+        ("transforms", transforms, "halfbyte.transforms"),
+        ("weights", weights, "halfbyte.quant.quantisers"),
+        ("arithmetic", [entry.arithmetic for entry in plan.layers.values()], "halfbyte.quant.arithmetics"),
+    ):
+        known = known_names(package)
+        unknown = [name for name in names if name.replace("_", "-") not in known]
+        if unknown:
+            raise HalfbyteError(
+                f"{where}, {key}: unknown name, expected {', '.join(known)}, got {unknown[0]!r}",
+                fix="run the search again",
+            )
+
+
+ADOPTED = "from "  # begins the name of a plan's weights where they are the codes of a checkpoint
 SUFFIXES = (".pt", ".json")
 CHANNEL_SCALES = "|channel_scales"  # after a layer's name, in a codes file
 

@@ -127,7 +127,7 @@ def test_of_no_tokens():
 
 def test_what_is_no_importance_matrix(tmp_path):
     path, ones = tmp_path / "i", np.ones((1, 4), np.float32)
-    with pytest.raises(HalfbyteError, match=r"cannot be read.*No such file"):
+    with pytest.raises(HalfbyteError, match="importance matrix is missing"):
         read_imatrix(path)
     one = np.ones((1, 1), np.float32)
     for tensors in (

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from gguf import GGUFReader, GGUFWriter
 
-from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError, reading
 from halfbyte.core.files import whole_file
 from halfbyte.models.gguf_file import open_gguf
 
@@ -121,12 +121,10 @@ def read_imatrix(path: str | Path) -> Importance:
         HalfbyteError: the file is missing, damaged or no importance matrix, or values are negative or not finite.
     """
     path = Path(path)
-    try:
+    with reading(path, "importance matrix", fix=FIX):
         with open(path, "rb") as handle:
             is_gguf = handle.read(4) == b"GGUF"
         return _from_gguf(open_gguf(path), path) if is_gguf else _from_dat(path.read_bytes(), path)
-    except OSError as error:
-        raise HalfbyteError(f"{path}: cannot be read, got {error.strerror or error}") from error
 
 
 def _from_gguf(reader: GGUFReader, path: Path) -> Importance:

@@ -41,9 +41,9 @@ def reading(where: object, what: str, *, problem: str = "cannot be read", fix: s
         yield
     except (HalfbyteError, MemoryError):
         raise
-    except FileNotFoundError as error:
-        raise HalfbyteError(f"{where}: {what} is missing", fix=fix) from error
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and str(error.filename) == str(where):
+            raise HalfbyteError(f"{where}: {what} is missing", fix=fix) from error
         said = error.strerror or first_line(error)
         raise HalfbyteError(f"{where}: {what} cannot be read, got {said}", fix=fix) from error
     except Exception as error:

@@ -38,7 +38,18 @@ def open_gguf(path: Path) -> GGUFReader:
         return GGUFReader(path)
 
 
+def gguf_keys(path: Path) -> dict[str, Any]:
+    """All metadata of a GGUF file.
+
+    Raises:
+        HalfbyteError: as :func:`open_gguf`.
+    """
+    fields = open_gguf(path).fields.items()
+    with reading(path, "GGUF file", problem="is truncated or corrupt", fix="export or download it again"):
+        return {key: field.contents() for key, field in fields}
+
+
 def halfbyte_keys(path: str | Path) -> dict[str, Any]:
     """What halfbyte wrote into a file it exported, without the prefix: ``plan.hash`` and so on."""
-    fields = open_gguf(Path(path)).fields.items()
-    return {key.removeprefix("halfbyte."): field.contents() for key, field in fields if key.startswith("halfbyte.")}
+    found = gguf_keys(Path(path)).items()
+    return {key.removeprefix("halfbyte."): value for key, value in found if key.startswith("halfbyte.")}

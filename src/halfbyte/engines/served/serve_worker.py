@@ -16,8 +16,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -161,6 +164,14 @@ def report(job: Job, done: int, total: int, note: str) -> None:
     send({"progress": {"stage": job.stage, "done": done, "total": total, "note": note}})
 
 
+def end_with_parent() -> None:
+    """Wait until the process that started this one closes its end of standard input; then end, with all it started."""
+    with suppress(OSError):
+        while os.read(0, 1):
+            pass
+    os.killpg(os.getpgrp(), signal.SIGKILL)  # it began a session of its own
+
+
 def own_words(error: BaseException) -> str:
     """What an exception says, on one line, without the frame that pydantic puts around it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -283,6 +294,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
     os.environ["NO_COLOR"] = "1"
+    threading.Thread(target=end_with_parent, daemon=True).start()
     values = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     speed = values.pop("speed", None)
     job = Job(**values, speed=Speed(**speed) if speed else None)

@@ -20,7 +20,7 @@ from halfbyte.engines.llamacpp import Engine
 from halfbyte.evaluate.quality import kl_per_token, same_top, windows_for
 from halfbyte.models.loading import SourceModel
 from halfbyte.options import ExportOptions
-from halfbyte.plan import Plan, codes_path, load_codes, load_plan, plan_files
+from halfbyte.plan import ADOPTED, Plan, codes_path, load_codes, load_plan, plan_files
 from halfbyte.prepare.folding import TransformedBlocks
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.simulation import become_simulation_, become_types_, load_for_plan, load_types, need_activations
@@ -31,7 +31,6 @@ from halfbyte.targets.gguf_files.tensors import EncodedRows, TensorRow
 from halfbyte.targets.gguf_files.writer import check_gguf, write_gguf
 
 CHECK_TOKENS = 256
-ADOPTED = "from "  # begins the name of a plan's weights where they are the codes of a checkpoint
 A8_TYPE = "Q8_0"  # of an A8 layer's weights in a tiered file
 LARGEST_KL = 0.05  # nats; llama.cpp rounds activations per block of 32, the simulation per token: see docs/methods.md
 

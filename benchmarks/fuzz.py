@@ -18,6 +18,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import struct
 import tempfile
@@ -40,6 +41,8 @@ from halfbyte.report.tables import markdown_table
 QUICK = ["--device", "cpu", "--ctx", "32", "--calib_tokens", "64", "--search_tokens", "64", "--ga_pop", "2"]
 QUICK += ["--ga_gen", "1", "--calib", "pydoc", "--weights", "rtn", "--transforms", "none", "--refine", "0"]
 SCORED = ["--ctx", "16", "--chunks", "1", "--text", "pydoc", "--device", "cpu"]
+NOBODY = 65534  # the user of that name
+REFUSED = "refused"  # exit code 2, which is right
 FAULTS = ("bug", "several lines", "false success", "foreign file", "left over", "code run")
 STRANGE: tuple[Any, ...] = (None, True, -1, 0, 1, 2**70, 0.5, "", "x", "a/b", [], {}, [[]], float("nan"), 1e400)
 WORDS = (
@@ -72,11 +75,15 @@ class Case:
     Attributes:
         command, arguments: what is run.
         damaged: whether exit code 0 would be wrong.
+        largest_file: bytes that a file may have while it runs, as if the disk were full then.
+        as_nobody: it is run as another user; only root can do that, others run it as they are.
     """
 
     command: str
     arguments: list[str]
     damaged: bool = False
+    largest_file: int | None = None
+    as_nobody: bool = False
 
 
 @dataclass
@@ -278,6 +285,32 @@ def text_case(world: World, chance: random.Random) -> Case:
     )
 
 
+def disk_case(world: World, chance: random.Random) -> Case:
+    """A disk that is full at any byte."""
+    spaces = chance.choice((["activations"], ["types", "--bpw", "9"]))
+    case = chance.choice(
+        (
+            Case("search", ["--model_id", "model", "--output", "new.json", "--spaces", *spaces, *QUICK]),
+            Case("export", ["--config", "plan.json", "--output", "new.gguf", "--no-check", "--json", "new.json"]),
+            Case("imatrix", ["--model_id", "model", "--output", "new.gguf", "--ctx", "32", "--calib_tokens", "64"]),
+        )
+    )
+    case.largest_file = int(10 ** chance.uniform(0, 6))
+    return case
+
+
+def permissions_case(world: World, chance: random.Random) -> Case:
+    """Files and folders that may not be read or written, as another user."""
+    inside = [path for path in (world.folder, *world.folder.rglob("*")) if not path.is_symlink()]
+    for path in inside:
+        path.chmod(0o777 if path.is_dir() else 0o666)
+    for path in chance.sample(inside, k=min(len(inside), chance.randint(1, 3))):
+        path.chmod(chance.choice((0o000, 0o444, 0o555)))
+    case = outputs_case(world, chance) if world.folder.stat().st_mode & 0o200 else text_case(world, chance)
+    case.as_nobody = True
+    return case
+
+
 KINDS: dict[str, Callable[[World, random.Random], Case]] = {
     "flags": flags_case,
     "models": model_case,
@@ -286,6 +319,8 @@ KINDS: dict[str, Callable[[World, random.Random], Case]] = {
     "outputs": outputs_case,
     "work": work_case,
     "texts": text_case,
+    "disk": disk_case,
+    "permissions": permissions_case,
 }
 
 
@@ -348,6 +383,22 @@ def within(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
+@contextlib.contextmanager
+def hindered(case: Case) -> Iterator[None]:
+    """As the case wants it."""
+    usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if case.largest_file is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (case.largest_file, usual[1]))
+        if case.as_nobody and os.geteuid() == 0:
+            os.seteuid(NOBODY)
+        yield
+    finally:
+        if case.as_nobody and os.geteuid() == NOBODY:
+            os.seteuid(0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+
+
 def interrupt(world: World, chance: random.Random) -> None:
     """Let a search of this model end early."""
     from halfbyte.core.progress import listening
@@ -387,7 +438,7 @@ def faults_of(world: World, case: Case) -> tuple[list[str], str]:
     out, err = io.StringIO(), io.StringIO()
     code: int | str
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), hindered(case):
             code = cli.main([*case.command.split(), *case.arguments])
     except SystemExit as stop:
         code = stop.code or 0
@@ -441,6 +492,7 @@ def main() -> int:
         os.environ["HALFBYTE_CACHE"] = str(Path(scratch) / "cache")
         template = Path(scratch) / "template"
         template.mkdir()
+        Path(scratch).chmod(0o755)  # another user passes through
         make_template(template)
         numbers = range(options.cases) if options.only is None else [options.only]
         for number in numbers:
@@ -455,6 +507,7 @@ def main() -> int:
                 found, said = faults_of(world, case)
             shutil.rmtree(world.folder, ignore_errors=True)
             ran[name] += 1
+            counts[name, REFUSED] += said.startswith("exit 2")
             for fault in found:
                 counts[name, fault] += 1
             if found or options.only is not None:
@@ -464,11 +517,12 @@ def main() -> int:
     made_by = {"seed": options.seed, "seconds": time.monotonic() - started}
     rows = Rows(options, made_by)
     for name in ran:
-        row: Row = {"kind": name, "cases": ran[name], **{fault: counts[name, fault] for fault in FAULTS}}
+        row: Row = {"kind": name, "cases": ran[name], **{what: counts[name, what] for what in (REFUSED, *FAULTS)}}
         rows.add(row)
-    total = {"kind": "all", "cases": sum(ran.values()), **{fault: sum(row[fault] for row in rows) for fault in FAULTS}}
-    print(markdown_table(["kind", "cases", *FAULTS], [[*row.values()] for row in [*rows, total]]))
-    return 1 if sum(counts.values()) else 0
+    columns = ["cases", REFUSED, *FAULTS]
+    total = {"kind": "all", **{what: sum(row[what] for row in rows) for what in columns}}
+    print(markdown_table(["kind", *columns], [[*row.values()] for row in [*rows, total]]))
+    return 1 if any(total[fault] for fault in FAULTS) else 0
 
 
 if __name__ == "__main__":

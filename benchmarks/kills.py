@@ -90,7 +90,7 @@ def main() -> int:
                         process.send_signal(number)
                         kills += 1
                     code, said = ended(process)
-                    if code == 0:
+                    if code == 0 or (code == 2 and "output already exists" in said):  # killed when all was written
                         break
                     stopped = code == -signal.SIGKILL or (code == 2 and "interrupted after" in said)
                     if "Traceback" in said or not (stopped or code == -signal.SIGTERM):  # before our handler is there

@@ -85,6 +85,21 @@ def test_a_killed_process_loses_one_generation_at_most(folder, whole, tmp_path):
     assert not list(tmp_path.glob(".*"))  # no work folder, no half-written file
 
 
+def test_killed_when_all_was_written(folder, tmp_path):
+    """What is left then goes with the next run, which says that the plan is there."""
+    output, work = tmp_path / "plan.json", tmp_path / ".plan.json.work"
+    run(folder, output, "sim", **PLAIN)
+    there = sorted(path.name for path in tmp_path.iterdir())
+    work.mkdir()
+    (work / "settings.json").write_text("{}")
+    (tmp_path / ".plan.lock").write_text("1\nnowhere\n")
+    with pytest.raises(HalfbyteError, match="output already exists"):
+        run(folder, output, "sim", **PLAIN, resume=True)
+    left = set(there) ^ {path.name for path in tmp_path.iterdir()}
+    assert left <= {".plan.lock"}  # of another machine, which may be alive
+    assert not work.exists()
+
+
 def test_a_plan_that_cannot_be_written_can_be_resumed(folder, tmp_path, monkeypatch):
     """Codes that have moved beside the plan move back: without it they would be a stranger's."""
     output, unwritten = tmp_path / "plan.json", []

@@ -115,7 +115,7 @@ def test_an_interrupted_worker_ends(tmp_path):
         ("search", ["--size", "9" * 400], "--size: not a size"),
         ("search", ["--output", ""], "--output: expected the name of a file or folder, got an empty one"),
         ("search", ["--output", "x" * 300 + ".pt"], "--output: name is too long"),
-        ("search", ["--output", "~nobody-has-this-name/x.pt"], "--output: whose folder this is is not known"),
+        ("search", ["--output", "~nobody-has-this-name/x.pt"], "--output: no user has this home folder"),
         ("search", ["--model_id", "a\0b"], "--model_id: not a text"),
         ("search", ["--calib", os.fsdecode(b"\xff")], "--calib: not a text"),
         ("export vllm", ["--shard_size", "5 bananas"], "--shard_size: not a size"),

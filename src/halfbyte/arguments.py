@@ -111,7 +111,7 @@ def checked_path(value: str, where: str) -> str:
         raise HalfbyteError(f"{where}: expected the name of a file or folder, got an empty one")
     found = os.path.expanduser(value)
     if found.startswith("~"):
-        raise HalfbyteError(f"{where}: whose folder this is is not known, got {value}")
+        raise HalfbyteError(f"{where}: no user has this home folder, got {value}")
     longest = max(len(part.encode()) for part in found.split(os.sep))
     if longest > LONGEST_NAME or len(found.encode()) > LONGEST_PATH:
         raise HalfbyteError(

@@ -30,7 +30,7 @@ from halfbyte.prepare.tune import BATCH_TOKENS
 from halfbyte.search.reference import reference
 from halfbyte.search.run import Found
 from halfbyte.targets import TARGETS, Target
-from halfbyte.workdir import RECORD, Workdir, refuse_waiting, work_folder
+from halfbyte.workdir import RECORD, Workdir, refuse_waiting, remove_if_done, work_folder
 
 TUNE_TOKENS = 1 << 17  # of text at most: 2 GB of a 7B's answers
 WINDOWS = 2  # that a text is cut into at least: a search looks at part of them first
@@ -75,6 +75,8 @@ def search(options: SearchOptions) -> SearchResult:
         return _searched(options, target, kinds, device)
     if not options.resume and not options.force:
         refuse_waiting(Path(options.output))
+    if options.resume and not options.force:
+        remove_if_done(Path(options.output))
     with guarded(_touched(options, list(kinds.values())), json=options.json, force=options.force):
         return _searched(options, target, kinds, device)
 

@@ -36,6 +36,13 @@ def refuse_waiting(output: Path) -> None:
         )
 
 
+def remove_if_done(output: Path) -> None:
+    """Remove the work folder of a search that was killed when its plan, which is written last, stood."""
+    folder = work_folder(output)
+    if output.is_file() and (folder / RECORD).is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _check_ours(folder: Path) -> None:
     """Refuse a work folder that no search has made."""
     if not os.path.lexists(folder):

@@ -57,19 +57,25 @@ def guarded(touched: Touched, *, json: str | None, force: bool) -> Iterator[None
     folders = [folder for folder in (touched.folder, touched.work) if folder is not None]
     _check_apart(outputs, folders)
     _check_inputs([*outputs, *folders], folders, [Path(path) for path in touched.inputs if os.path.lexists(path)])
-    for path in outputs:
-        check_output(path, force=force or path in touched.kept)
-    if touched.folder is not None:
-        check_output_folder(touched.folder, force=force)
     everything = [*outputs, *folders, *touched.shared]
-    alone = [_lock_of(path, folder=False) for path in (*touched.outputs[:1], *outputs[len(touched.outputs) :])]
-    alone += [_lock_of(path, folder=False) for path in touched.shared]
+    alone = (*touched.outputs[:1], *outputs[len(touched.outputs) :], *touched.shared)
+    locks = list(dict.fromkeys(_lock_of(path, folder=False) for path in alone))
     if touched.folder is not None:
-        alone.append(_lock_of(touched.folder, folder=True))
+        locks.append(_lock_of(touched.folder, folder=True))
+    try:
+        for path in outputs:
+            check_output(path, force=force or path in touched.kept)
+        if touched.folder is not None:
+            check_output_folder(touched.folder, force=force)
+    except HalfbyteError:
+        for lock in (lock for lock in locks if os.path.lexists(lock)):  # of a run that was killed when all was written
+            with suppress(HalfbyteError), _locked(lock):
+                pass
+        raise
     made = [folder for path in everything for folder in _make_parents(path)]
     try:
         with ExitStack() as stack:
-            for lock in dict.fromkeys(alone):
+            for lock in locks:
                 stack.enter_context(_locked(lock))
             for path in everything:
                 remove_leftovers(path)

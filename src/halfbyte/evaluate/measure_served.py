@@ -124,7 +124,7 @@ def check_folder(folder: str) -> None:
     """
     if not (Path(folder) / "config.json").is_file():
         raise HalfbyteError(
-            f"{folder}: no such model, expected a folder with a config.json", fix="halfbyte export vllm"
+            f"{folder}: no such model, expected a folder with a config.json", fix="make one with halfbyte export vllm"
         )
 
 

@@ -405,7 +405,7 @@ def _budget(source: SourceModel, options: SearchOptions) -> tuple[int, list[Tens
     smallest, largest = (sum(menu.nbytes(menu.types[end]) for menu in menus) for end in (0, -1))
     if budget < smallest:
         raise HalfbyteError(
-            f"the matrices do not fit, expected at least {smallest} bytes for them (all at their largest take "
+            f"--size: the matrices do not fit, expected at least {smallest} bytes for them (all at their largest take "
             f"{largest}), got {budget}",
             fix="allow a larger file",
         )

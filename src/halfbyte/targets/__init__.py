@@ -148,7 +148,9 @@ class Target(ABC):
         Raises:
             HalfbyteError: the target has no files, or a check failed.
         """
-        raise HalfbyteError(f"a plan for {self.name} runs in PyTorch only", fix="search with --target gguf or vllm")
+        raise HalfbyteError(
+            f"{self.name}: plans for this target run in PyTorch only", fix="search with --target gguf or vllm"
+        )
 
 
 TARGETS: Registry[Target] = Registry("target", "halfbyte.targets", "TARGET")

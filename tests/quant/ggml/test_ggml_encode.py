@@ -176,5 +176,7 @@ def test_any_bytes_decode_alike(type_name):
 
 def test_blocks_are_checked():
     for wrong in (torch.zeros(2, 143, dtype=torch.uint8), torch.zeros(144, dtype=torch.uint8), torch.zeros(2, 144)):
-        with pytest.raises(HalfbyteError, match=r"not rows of Q4_K blocks, expected uint8 \[rows, a multiple of 144\]"):
+        with pytest.raises(
+            HalfbyteError, match=r"Q4_K: not rows of its blocks, expected uint8 \[rows, a multiple of 144\]"
+        ):
             decode_tensor(wrong, "Q4_K")

@@ -78,7 +78,9 @@ def test_what_does_not_fit_is_refused():
     codes = codes_of(blocks, "Q4_K")
     with pytest.raises(HalfbyteError, match=r"no grid of codes.*IQ3_S"):
         grid_of(blocks, "IQ3_S")
-    with pytest.raises(HalfbyteError, match=r"not rows of Q4_K blocks, expected uint8 \[rows, a multiple of 144\]"):
+    with pytest.raises(
+        HalfbyteError, match=r"Q4_K: not rows of its blocks, expected uint8 \[rows, a multiple of 144\]"
+    ):
         codes_of(blocks[:, :-1], "Q4_K")
     for wrong in (codes[:, :-1], codes.int(), codes[:1]):
         with pytest.raises(HalfbyteError, match=r"codes do not fit the Q4_K rows, expected torch.uint8 \[2, 256\]"):

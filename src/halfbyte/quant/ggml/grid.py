@@ -178,12 +178,12 @@ def with_codes(blocks: Tensor, type_name: str, codes: Tensor) -> Tensor:
     shape = [len(blocks), grid.in_features(blocks)]
     if codes.dtype != torch.uint8 or list(codes.shape) != shape:
         raise HalfbyteError(
-            f"codes do not fit the {type_name} rows, expected torch.uint8 {shape}, "
+            f"{type_name}: codes do not fit the rows, expected torch.uint8 {shape}, "
             f"got {codes.dtype} {list(codes.shape)}"
         )
     if grid.bits < 8 and codes.numel() and int(codes.max()) >> grid.bits:
         raise HalfbyteError(
-            f"codes are too large for {type_name}, expected up to {2**grid.bits - 1}, got {int(codes.max())}"
+            f"{type_name}: codes are too large, expected up to {2**grid.bits - 1}, got {int(codes.max())}"
         )
     rest = codes.reshape(len(changed), grid.sizes[0]) ^ grid.flipped
     for plane in grid.planes:
@@ -209,7 +209,7 @@ def _table(values: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _grid(type_name: str) -> Grid:
     if type_name not in GRIDS:
-        raise HalfbyteError(f"type has no grid of codes, expected {' or '.join(GRIDS)}, got {type_name!r}")
+        raise HalfbyteError(f"{type_name}: type has no grid of codes, expected {' or '.join(GRIDS)}, got {type_name!r}")
     return GRIDS[type_name]
 
 

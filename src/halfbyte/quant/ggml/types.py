@@ -195,7 +195,7 @@ def check_rows(blocks: torch.Tensor, type_name: str, block_bytes: int) -> None:
     """
     if blocks.dtype != torch.uint8 or blocks.ndim != 2 or blocks.shape[1] % block_bytes:
         raise HalfbyteError(
-            f"not rows of {type_name} blocks, expected uint8 [rows, a multiple of {block_bytes}], "
+            f"{type_name}: not rows of its blocks, expected uint8 [rows, a multiple of {block_bytes}], "
             f"got {blocks.dtype} {list(blocks.shape)}"
         )
 

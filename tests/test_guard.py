@@ -52,7 +52,7 @@ def test_an_output_that_is_an_input(tmp_path):
     other = tmp_path / "other"
     other.symlink_to(model)
     for output in (model / "model.safetensors", model / "new.pt", other / "new.pt"):
-        refused("would be written over", outputs=[output], inputs=[str(model)])
+        refused("would be written into", outputs=[output], inputs=[str(model)])
     refused("would be written over", folder=model, inputs=[str(model)])
     refused("holds .*, which is read", folder=tmp_path, inputs=[str(model)])
     refused("would be written over", inputs=[model / "model.safetensors"], json_file=str(model / "model.safetensors"))

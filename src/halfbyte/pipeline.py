@@ -17,7 +17,7 @@ from halfbyte.calibration.text import Text, cut, load_text, text_files, write_wi
 from halfbyte.core.distributed import processes
 from halfbyte.core.environment import device_name, peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.guard import Touched, guarded
+from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.core.progress import report
 from halfbyte.menus import Menu, Model, Setting, check_options, menus_of, weights_of
 from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
@@ -202,7 +202,11 @@ def _touched(options: SearchOptions, kinds: Sequence[type[Menu]]) -> Touched:
     beside = [path for kind in kinds for path in kind.output_paths(output, front=options.pareto)]
     unfinished = options.resume and (work_folder(output) / RECORD).exists()
     return Touched(
-        inputs=[options.model_id, *text_files(options.calib), *filter(None, (options.weights_from, options.imatrix))],
+        inputs=[
+            *model_files(options.model_id),
+            *text_files(options.calib),
+            *filter(None, (options.weights_from, options.imatrix)),
+        ],
         outputs=[output, *beside],
         kept=beside if unfinished else [],
         work=work_folder(output),

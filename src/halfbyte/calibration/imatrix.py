@@ -13,7 +13,7 @@ from halfbyte.calibration.imatrix_file import Importance, check_for, read_imatri
 from halfbyte.calibration.text import cut, load_text, text_files
 from halfbyte.calibration.walk import block_copy, call_block, capture
 from halfbyte.core.environment import resolve_device, resolve_dtype
-from halfbyte.core.guard import Touched, guarded
+from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.core.progress import report
 from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.layers import layers_of
@@ -29,7 +29,7 @@ def make_imatrix(options: ImatrixOptions) -> Importance:
         HalfbyteError: anything the user can put right.
     """
     path = Path(options.output)
-    touched = Touched(inputs=[options.model_id, *text_files(options.calib)], outputs=[path])
+    touched = Touched(inputs=[*model_files(options.model_id), *text_files(options.calib)], outputs=[path])
     with guarded(touched, json=options.json, force=options.force):
         made = _measured(options)
         write_imatrix(path, made)

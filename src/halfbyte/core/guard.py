@@ -97,6 +97,11 @@ def real(path: StrPath) -> Path:
     return Path(os.path.realpath(path))
 
 
+def model_files(model_id: str) -> list[str]:
+    """What is read of a model, if it is on this machine: ``demo`` is none of the user's files, whatever they have."""
+    return [] if model_id == "demo" else [model_id]
+
+
 def _same(one: Path, other: Path) -> bool:
     if real(one) == real(other):
         return True
@@ -116,9 +121,13 @@ def _check_apart(outputs: Sequence[Path], folders: Sequence[Path]) -> None:
 def _check_inputs(written: Iterable[Path], folders: Sequence[Path], inputs: Sequence[Path]) -> None:
     for path in written:
         for source in inputs:
-            if _same(path, source) or (source.is_dir() and inside(path, source)):
+            if _same(path, source):
                 raise HalfbyteError(
                     f"{path}: would be written over {source}, which is read", fix="choose another name for the output"
+                )
+            if source.is_dir() and inside(path, source):
+                raise HalfbyteError(
+                    f"{path}: would be written into {source}, which is read", fix="choose another folder for the output"
                 )
             if path in folders and inside(source, path):
                 raise HalfbyteError(f"{path}: holds {source}, which is read", fix="choose another name for the output")

@@ -16,7 +16,7 @@ from halfbyte.calibration.text import scored_tokens, text_files
 from halfbyte.core.environment import cores, cpu_name
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import download_command, f16_gguf, mixed_gguf, q4km_gguf, scratch_folder
-from halfbyte.core.guard import Touched, guarded
+from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
 from halfbyte.evaluate.measure_served import ServedRequest, check_folder, measure_served, serve_python
@@ -117,7 +117,14 @@ def compare(options: CompareOptions) -> Comparison:
 def _touched(options: CompareOptions, model_id: str) -> Touched:
     """What is read, and made where it is missing: the original and its Q4_K_M as files."""
     q4km, mixed = options.q4km_path or q4km_gguf(model_id), options.mixed_path or mixed_gguf(model_id)
-    inputs = [options.config, model_id, q4km, mixed, *folders_of(options.served), *text_files(options.text)]
+    inputs = [
+        options.config,
+        *model_files(model_id),
+        q4km,
+        mixed,
+        *folders_of(options.served),
+        *text_files(options.text),
+    ]
     made = () if options.skip_original else (f16_gguf(model_id),)
     return Touched(inputs=inputs, shared=made)
 

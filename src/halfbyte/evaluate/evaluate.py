@@ -10,7 +10,7 @@ from halfbyte.calibration.text import scored_tokens, text_files
 from halfbyte.core.environment import cores, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import scratch_folder, sha256
-from halfbyte.core.guard import Touched, guarded
+from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.core.progress import report
 from halfbyte.evaluate.measure_served import (
     ServedRequest,
@@ -100,7 +100,7 @@ def evaluate(options: EvalOptions) -> Evaluation:
     _check(options)
     plan = load_plan(options.config) if options.config else None
     model_id = options.model_id or (plan.model_id if plan else DEFAULT_MODEL)
-    inputs = [model_id, *(plan_files(options.config) if options.config else ())]
+    inputs = [*model_files(model_id), *(plan_files(options.config) if options.config else ())]
     inputs += [path for path in (options.gguf, options.served) if path]
     touched = Touched(inputs=[*inputs, *text_files(options.text)])
     with guarded(touched, json=options.json, force=options.force):

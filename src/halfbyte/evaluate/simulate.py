@@ -10,7 +10,7 @@ from typing import Any
 
 from halfbyte.calibration.text import scored_tokens, text_files
 from halfbyte.core.files import scratch_folder
-from halfbyte.core.guard import Touched, guarded
+from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import (
     LogitsFile,
@@ -75,7 +75,8 @@ def simulate(options: SimulateOptions) -> SimulationResult:
         HalfbyteError: anything the user can put right.
     """
     plan = load_plan(options.config)
-    inputs = [*plan_files(options.config), options.model_id or plan.model_id, *text_files(options.text)]
+    model = model_files(options.model_id or plan.model_id)
+    inputs = [*plan_files(options.config), *model, *text_files(options.text)]
     with guarded(Touched(inputs=inputs), json=options.json, force=options.force):
         return _simulated(options, plan)
 

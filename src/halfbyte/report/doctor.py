@@ -12,7 +12,7 @@ import torch
 from halfbyte.core import environment as hub
 from halfbyte.core.environment import available_memory, cores, cpu_name, device_name, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.guard import Touched, guarded
+from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.models.estimate import MemoryEstimate, estimate_load, estimate_search, estimate_types, with_tokens
 from halfbyte.models.loading import find, stored_dtype
 from halfbyte.options import DoctorOptions, SearchOptions
@@ -43,7 +43,7 @@ def examine(options: DoctorOptions) -> list[Finding]:
     Raises:
         HalfbyteError: the device or the model that was asked for is not there.
     """
-    with guarded(Touched(inputs=[options.model_id]), json=options.json, force=options.force):
+    with guarded(Touched(inputs=model_files(options.model_id)), json=options.json, force=options.force):
         return _examined(options)
 
 

@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused():
     for wrong in (codes[:, :-1], codes.int(), codes[:1]):
         with pytest.raises(HalfbyteError, match=r"Q4_K: codes do not fit the rows, expected torch.uint8 \[2, 256\]"):
             with_codes(blocks, "Q4_K", wrong)
-    with pytest.raises(HalfbyteError, match="too large for Q4_K, expected up to 15, got 16"):
+    with pytest.raises(HalfbyteError, match="codes are too large, expected up to 15, got 16"):
         with_codes(blocks, "Q4_K", torch.full_like(codes, 16))
 
 

@@ -13,7 +13,7 @@ import torch
 from halfbyte.calibration.text import pydoc_text
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import mixed_gguf, whole_file
-from halfbyte.core.guard import Touched, guarded
+from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
 from halfbyte.engines.llamacpp import Engine
@@ -67,7 +67,8 @@ def export_gguf(options: ExportOptions) -> ExportResult:
     path = Path(options.output or mixed_gguf(options.model_id or plan.model_id))
     if path.suffix != ".gguf":
         raise HalfbyteError(f"{path}: unknown file format, expected a name that ends in .gguf")
-    touched = Touched(inputs=[*plan_files(options.config), options.model_id or plan.model_id], outputs=[path])
+    model = model_files(options.model_id or plan.model_id)
+    touched = Touched(inputs=[*plan_files(options.config), *model], outputs=[path])
     with guarded(touched, json=options.json, force=options.force):
         return _exported(options, plan, path)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from halfbyte.arguments import parse_size
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import MANIFEST, check_space, mixed_folder, whole_folder, write_text
-from halfbyte.core.guard import Touched, guarded
+from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.core.progress import report
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied
@@ -63,7 +63,7 @@ def export_vllm(options: VllmExportOptions, on: Callable[[str, int], Target]) ->
     model_id = options.model_id or plan.model_id
     path = Path(options.output or mixed_folder(model_id))
     shard_bytes = parse_size(options.shard_size, "--shard_size")
-    touched = Touched(inputs=[*plan_files(options.config), model_id], folder=path)
+    touched = Touched(inputs=[*plan_files(options.config), *model_files(model_id)], folder=path)
     with guarded(touched, json=options.json, force=options.force):
         return _exported(options, plan, path, target_of(plan, options.config, on), shard_bytes)
 

@@ -102,6 +102,7 @@ def main() -> int:
                 if found != whole or there != expected:
                     faults += 1
                     print(f"{name}: another result, or left over: {set(there) ^ set(expected)}", flush=True)
+                shutil.rmtree(work)
             rows.add({"what": name, "kills": kills, "completed": runs, "faults": faults})
             print(f"{name}: {kills} kills in {runs} runs that were brought to an end, {faults} faults", flush=True)
             wrong += faults

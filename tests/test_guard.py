@@ -51,12 +51,13 @@ def test_an_output_that_is_an_input(tmp_path):
     (model / "model.safetensors").write_text("weights")
     other = tmp_path / "other"
     other.symlink_to(model)
-    for output in (model / "model.safetensors", model / "new.pt", other / "new.pt"):
+    for output in (model / "model.safetensors", model / "model.pt", other / "config.json"):
         refused("would be written into", outputs=[output], inputs=[str(model)])
     refused("would be written over", folder=model, inputs=[str(model)])
     refused("holds .*, which is read", folder=tmp_path, inputs=[str(model)])
     refused("would be written over", inputs=[model / "model.safetensors"], json_file=str(model / "model.safetensors"))
     assert (model / "model.safetensors").read_text() == "weights"
+    guard(inputs=[str(model)], outputs=[model / "plan.pt"])  # new, and nothing that a loader takes for its own
     guard(inputs=["Qwen/Qwen2.5-7B-Instruct"], outputs=[tmp_path / "plan.pt"])
 
 
@@ -90,7 +91,8 @@ def test_a_folder_with_strange_files_is_not_replaced(tmp_path):
 
 
 def test_folders_that_were_made_go_if_nothing_came_of_them(tmp_path):
-    guard(outputs=[tmp_path / "a" / "b" / "plan.pt"])
+    with pytest.raises(ValueError), guarded(Touched(outputs=[tmp_path / "a" / "p.pt"]), json=None, force=False):  # noqa: PT011
+        raise ValueError
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     refused("cannot be", outputs=[tmp_path / "file" / "plan.pt"])
@@ -127,6 +129,22 @@ def test_a_folder_that_was_moved_aside_comes_back(tmp_path):
     with guarded(Touched(folder=folder), json=None, force=False):
         assert (folder / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_locks_are_of_places_and_leftovers_of_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    guard(folder=tmp_path / "q", json_file="q.json")
+    guard(outputs=[tmp_path / "p.gguf"], json_file="p.json")
+    other = tmp_path / ".Qwen2.5-7B.123.old"
+    other.mkdir()
+    guard(folder=tmp_path / "Qwen2")
+    assert other.exists()
+
+
+def test_a_result_is_written_into_a_new_folder(tiny_folder, tmp_path):
+    record = tmp_path / "new" / "deep" / "r.json"
+    assert cli.run("doctor", ["--model_id", str(tiny_folder("qwen2")), "--json", str(record)]) == 0
+    assert json.loads(record.read_text())
 
 
 def test_scratch_folders_of_the_dead_go(tmp_path):

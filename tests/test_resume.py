@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import time
@@ -92,6 +93,10 @@ def test_killed_when_all_was_written(folder, tmp_path):
     there = sorted(path.name for path in tmp_path.iterdir())
     work.mkdir()
     (work / "settings.json").write_text("{}")
+    with pytest.raises(HalfbyteError, match="output already exists"):
+        run(folder, output, "sim", **PLAIN, resume=True)
+    assert work.exists()  # it is younger than the plan: that of another search
+    os.utime(work / "settings.json", (0, 0))
     (tmp_path / ".plan.lock").write_text("1\nnowhere\n")
     with pytest.raises(HalfbyteError, match="output already exists"):
         run(folder, output, "sim", **PLAIN, resume=True)

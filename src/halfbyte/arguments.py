@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
+from pathlib import PurePath
 from typing import Any, NoReturn, TypeVar
 
 from halfbyte.core.errors import HalfbyteError
@@ -112,7 +113,7 @@ def checked_path(value: str, where: str) -> str:
     found = os.path.expanduser(value)
     if found.startswith("~"):
         raise HalfbyteError(f"{where}: no user has this home folder, got {value}")
-    longest = max(len(part.encode()) for part in found.split(os.sep))
+    longest = max(len(part.encode()) for part in PurePath(found).parts or (found,))
     if longest > LONGEST_NAME or len(found.encode()) > LONGEST_PATH:
         raise HalfbyteError(
             f"{where}: name is too long, expected at most {LONGEST_NAME} bytes and {LONGEST_PATH} with its folders, "

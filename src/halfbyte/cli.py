@@ -8,6 +8,7 @@ is one line on standard error; that of a bug names a file with the traceback.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -166,6 +167,7 @@ def doctor(options: DoctorOptions, draw: Drawing) -> Answer:
     return Answer(doctor_summary(findings), {finding.topic: finding.text for finding in findings})
 
 
+OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EFBIG)
 ALIASES = {"export gguf": "export"}
 COMMANDS: dict[str, tuple[type[CommandOptions], Callable[[Any, Drawing], Answer]]] = {
     "search": (SearchOptions, search),
@@ -207,12 +209,10 @@ def _run(command: str, arguments: Sequence[str], prog: str | None) -> int:
         again = "; go on with --resume" if command == "search" else ""
         seconds = time.monotonic() - started
         line, code = f"interrupted after {seconds:.0f} s, no partial output is left{again}", 2
-    except BrokenPipeError:  # whoever read the output has gone; what was to be written is there
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - it stays open to the end
-        return 0
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        line, code = f"error: {where}{error.strerror or error}; check the disk, its space and permissions", 2
+        where, ours = (f"{error.filename}: " if error.filename else ""), error.filename or error.errno in OF_THE_DISK
+        hint = "; check the disk, its space and permissions" if ours else ""
+        line, code = f"error: {where}{error.strerror or first_line(error)}{hint}", 2
     except Exception as error:  # noqa: BLE001 - the one place where what nobody foresaw becomes a line
         if _out_of_memory(error):
             line, code = "error: out of memory; use --dtype bf16, fewer tokens or a smaller model", 2
@@ -246,15 +246,16 @@ def _ends_by_signal() -> Iterator[None]:
 
 def _saved(error: Exception) -> Path | str:
     """Where the traceback is kept."""
-    text = f"halfbyte {__version__}, {sys.argv}\n" + "".join(traceback.format_exception(error))
+    text = f"halfbyte {__version__}, {sys.argv}\n{''.join(traceback.format_exception(error))}"
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    for folder in (cache_folder() / "errors", Path(tempfile.gettempdir())):
+    for place in (lambda: cache_folder() / "errors", lambda: Path(tempfile.gettempdir())):
         try:
+            folder = place()
             folder.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(
                 f"halfbyte {__version__}, {sys.argv}\n{text}", encoding="utf-8", errors="replace"
             )
-        except OSError:
+        except (OSError, RuntimeError):  # the latter: a user without a home
             continue
         return folder / name
     return f"this: {text.splitlines()[-1]}"
@@ -265,9 +266,13 @@ def _tell(answer: Answer, record: str | None) -> None:
     if record is not None:
         write_text(record, json.dumps(answer.record, indent=1, default=str))
         files.append(Path(record))
-    print(answer.text)
-    for path in files:
-        print(f"wrote {path}")
+    try:
+        print(answer.text)
+        for path in files:
+            print(f"wrote {path}")
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has gone; what was to be written is there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _failed(draw: Drawing | None, line: str, code: int) -> int:

@@ -39,7 +39,8 @@ def refuse_waiting(output: Path) -> None:
 def remove_if_done(output: Path) -> None:
     """Remove the work folder of a search that was killed when its plan, which is written last, stood."""
     folder = work_folder(output)
-    if output.is_file() and (folder / RECORD).is_file():
+    record = folder / RECORD
+    if output.is_file() and record.is_file() and output.stat().st_mtime >= record.stat().st_mtime:
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -23,6 +23,13 @@ DEMO_NAME = "SmolLM2-135M-Instruct"  # what ``--model_id demo`` is
 
 
 MANIFEST = "halfbyte.json"  # of a folder that halfbyte wrote: among other things the names of its files
+EXPORTED = (
+    ".json",
+    ".safetensors",
+    ".jinja",
+    ".model",
+    ".txt",
+)  # suffixes of its files in versions that did not name them
 OWNER = ".owner"  # of a scratch folder: locked as long as its process lives
 TOO_YOUNG = 10.0  # seconds after which a scratch folder has its lock
 
@@ -92,16 +99,13 @@ def remove_leftovers(path: Path) -> None:
 
     A folder that was moved aside to be replaced, and never was, goes back.
     """
-    name = glob.escape(path.name)
-    for old in sorted(path.parent.glob(f".{name}.[0-9]*.old")):
-        if os.path.lexists(path):
-            shutil.rmtree(old, ignore_errors=True)
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+\.(old|partial)({re.escape(path.suffix)})?")
+    there = path.parent.iterdir() if path.parent.is_dir() else ()
+    for left in sorted(left for left in there if pattern.fullmatch(left.name)):
+        if ".old" in left.name[-4 - len(path.suffix) :] and not os.path.lexists(path):
+            left.rename(path)
         else:
-            old.rename(path)
-    for partial in path.parent.glob(f".{name}.[0-9]*.partial{glob.escape(path.suffix)}"):
-        _remove(partial)
-    for partial in path.parent.glob(f".{name}.[0-9]*.partial"):
-        _remove(partial)
+            _remove(left)
 
 
 def _remove(path: Path) -> None:
@@ -143,7 +147,11 @@ def check_output_folder(path: str | Path, *, force: bool = False) -> Path:
 def written_names(folder: Path) -> set[str]:
     """Names of the files in a folder that halfbyte wrote; none if it did not write the folder."""
     try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        record = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if "files" not in record and {"plan", "fingerprint"} <= set(record):  # versions before this one named no files
+            found = [path.name for path in folder.iterdir() if path.suffix in EXPORTED or path.name == "README.md"]
+        else:
+            found = record["files"]
         return {MANIFEST, *(name for name in found if (folder / name).is_file())}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return set()

@@ -20,6 +20,9 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, check_output_folder, remove_leftovers, writable_ancestor
 
 StrPath = str | os.PathLike[str]
+# how names in a model folder begin that loading it looks for
+LOADED = ("model", "pytorch_model", "config", "generation_config", "tokenizer", "vocab", "merges", "added_tokens")
+LOADED += ("special_tokens", "chat_template", "adapter")
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,18 @@ def guarded(touched: Touched, *, json: str | None, force: bool) -> Iterator[None
     _check_inputs([*outputs, *folders], folders, [Path(path) for path in touched.inputs if os.path.lexists(path)])
     everything = [*outputs, *folders, *touched.shared]
     alone = (*touched.outputs[:1], *outputs[len(touched.outputs) :], *touched.shared)
-    locks = list(dict.fromkeys(_lock_of(path, folder=False) for path in alone))
+    locks = [_lock_of(path, path.stem) for path in alone]
     if touched.folder is not None:
-        locks.append(_lock_of(touched.folder, folder=True))
-    try:
+        locks.append(_lock_of(touched.folder, touched.folder.name))
+
+    def check() -> None:
         for path in outputs:
             check_output(path, force=force or path in touched.kept)
         if touched.folder is not None:
             check_output_folder(touched.folder, force=force)
+
+    try:
+        check()
     except HalfbyteError:
         for lock in (lock for lock in locks if os.path.lexists(lock)):  # of a run that was killed when all was written
             with suppress(HalfbyteError), _locked(lock):
@@ -75,15 +82,17 @@ def guarded(touched: Touched, *, json: str | None, force: bool) -> Iterator[None
     made = [folder for path in everything for folder in _make_parents(path)]
     try:
         with ExitStack() as stack:
-            for lock in locks:
+            for lock in dict.fromkeys(locks):
                 stack.enter_context(_locked(lock))
+            check()  # once more: another run may have ended just now
             for path in everything:
                 remove_leftovers(path)
             yield
-    finally:
+    except BaseException:
         for folder in reversed(made):
             with suppress(OSError):  # it is not empty
                 folder.rmdir()
+        raise
 
 
 def inside(path: StrPath, folder: StrPath) -> bool:
@@ -125,7 +134,7 @@ def _check_inputs(written: Iterable[Path], folders: Sequence[Path], inputs: Sequ
                 raise HalfbyteError(
                     f"{path}: would be written over {source}, which is read", fix="choose another name for the output"
                 )
-            if source.is_dir() and inside(path, source):
+            if source.is_dir() and inside(path, source) and (os.path.lexists(path) or path.name.startswith(LOADED)):
                 raise HalfbyteError(
                     f"{path}: would be written into {source}, which is read", fix="choose another folder for the output"
                 )
@@ -149,9 +158,9 @@ def _make_parents(path: Path) -> list[Path]:
     return made
 
 
-def _lock_of(path: Path, *, folder: bool) -> Path:
-    """The lock of an output; that of a file is one with those of the same stem, which are written beside it."""
-    return path.with_name(f".{path.name if folder else path.stem}.lock")
+def _lock_of(path: Path, name: str) -> Path:
+    """The lock of an output; a file's is that of all files of the same stem, which are written beside it."""
+    return real(path.parent) / f".{name}.lock"
 
 
 @contextmanager
@@ -162,7 +171,7 @@ def _locked(lock: Path) -> Iterator[None]:
     except Timeout as error:
         raise HalfbyteError(
             f"{lock.parent / lock.stem[1:]}: another run is writing it now",
-            fix="wait until it has ended, or choose another name",
+            fix=f"wait until it has ended, or choose another name; if none runs on any machine, remove {lock}",
         ) from error
     except OSError as error:
         raise HalfbyteError(f"{lock}: cannot be written, got {error.strerror or error}") from error

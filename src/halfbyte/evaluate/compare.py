@@ -125,7 +125,8 @@ def _touched(options: CompareOptions, model_id: str) -> Touched:
         *folders_of(options.served),
         *text_files(options.text),
     ]
-    made = () if options.skip_original else (f16_gguf(model_id),)
+    f16 = f16_gguf(model_id)
+    made = () if options.skip_original or f16.exists() else (f16,)
     return Touched(inputs=inputs, shared=made)
 
 

@@ -163,7 +163,8 @@ def end_with_parent() -> None:
         os._exit(2)
 
     signal.signal(signal.SIGTERM, interrupt)
-    threading.Thread(target=watch, daemon=True).start()
+    if os.name == "posix":  # elsewhere a thread that waits for standard input can block the others
+        threading.Thread(target=watch, daemon=True).start()
 
 
 GGUF_WORKER, ORIGINAL_WORKER = "halfbyte.evaluate.measure_gguf", "halfbyte.evaluate.measure_original"

@@ -294,7 +294,8 @@ def main() -> None:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ["VLLM_LOGGING_STREAM"] = "ext://sys.stderr"
     os.environ["NO_COLOR"] = "1"
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    if os.name == "posix":
+        threading.Thread(target=end_with_parent, daemon=True).start()
     values = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     speed = values.pop("speed", None)
     job = Job(**values, speed=Speed(**speed) if speed else None)

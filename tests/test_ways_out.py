@@ -106,7 +106,7 @@ def test_an_interrupted_worker_ends(tmp_path):
 @pytest.mark.parametrize(
     ("command", "arguments", "match"),
     [
-        ("search", ["--seed", "-1"], "--seed: out of range, expected 0 to 4,294,967,295, got -1"),
+        ("search", ["--seed", "-1"], "--seed: out of range, expected 0 to 2,147,483,647, got -1"),
         ("search", ["--calib_tokens", "-1"], "--calib_tokens: out of range"),
         ("search", ["--ctx", "0"], "--ctx: out of range, expected 1 to 131,072, got 0"),
         ("search", ["--target_compression", "nan"], "--target_compression: out of range, expected 0 to 2, got nan"),

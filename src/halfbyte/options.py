@@ -15,7 +15,7 @@ DEFAULT_PLAN = "mixed_precision_config.pt"
 DEFAULT_PROMPT = "Explain in a few sentences what a binary search does."
 SERVE_PYTHON = "the Python that has vLLM; default: this one, else $HALFBYTE_SERVE_PYTHON"
 LONGEST_CTX, MANY_TOKENS = 131_072, 100_000_000  # tokens
-MANY, MANY_THREADS, MANY_GPUS, LARGEST_SEED = 100_000, 1024, 64, 2**32 - 1
+MANY, MANY_THREADS, MANY_GPUS, LARGEST_SEED = 100_000, 1024, 64, 2**31 - 1
 TOP_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 

@@ -39,7 +39,7 @@ def _one_of(value: int) -> int:
 
 Width: TypeAlias = Annotated[int, AfterValidator(_one_of)]
 Positive: TypeAlias = Annotated[int, Interval(ge=1, le=2**31)]
-Count: TypeAlias = Annotated[int, Interval(ge=0, le=2**31)]
+Count: TypeAlias = Annotated[int, Interval(ge=0, le=2**31 - 1)]
 Finite: TypeAlias = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]
 Share: TypeAlias = Annotated[float, Interval(gt=0, le=1)]
 
@@ -115,7 +115,7 @@ class Plan:
     weights: str = "rtn"
     text: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
+    seed: Count = 0
     versions: Mapping[str, str] = field(default_factory=dict)
     codes_sha256: str = ""
     version: int = PLAN_VERSION

@@ -95,7 +95,7 @@ def test_a_wrong_checksum_is_refused_and_not_kept(hub, tmp_path):
     assert python(hub, tmp_path, "-c", LOAD, ID).returncode == 0
 
 
-@pytest.mark.parametrize("status", [401, 500])
+@pytest.mark.parametrize("status", [401, 403])
 def test_what_the_hub_refuses_is_one_line(hub, tmp_path, status):
     hub.refused[ID] = status
     done = python(hub, tmp_path, "-m", "halfbyte", "doctor", "--model_id", ID)

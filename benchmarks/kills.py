@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 from common import Rows, parse, run
-from fuzz import make_template
+from fuzz_cases import make_template
 
 from halfbyte.core.files import sha256
 from halfbyte.plan import load_plan

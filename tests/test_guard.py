@@ -111,6 +111,11 @@ def test_another_run_is_told_and_a_dead_one_is_taken_over(tmp_path):
     finally:
         holder.kill()
         holder.wait()
+    output.write_text("a plan")
+    assert (tmp_path / ".plan.lock").exists()
+    refused("already exists", outputs=[output], force=False)
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]  # the lock of the dead has gone
+    output.unlink()
     for left in (".plan.pt.123.partial.pt", ".plan.pt.123.partial"):
         (tmp_path / left).write_text("half")
     guard(outputs=[output])
@@ -121,12 +126,12 @@ def test_a_folder_that_was_moved_aside_comes_back(tmp_path):
     folder = tmp_path / "out"
     (tmp_path / ".out.123.old").mkdir()
     (tmp_path / ".out.123.old" / "config.json").write_text("{}")
+    (tmp_path / ".out.123.old" / MANIFEST).write_text('{"files": ["config.json"]}')
     (tmp_path / ".out.123.partial").mkdir()
-    with pytest.raises(HalfbyteError), guarded(Touched(outputs=[folder / "x"]), json=None, force=False):
-        raise HalfbyteError("only to look")
     guard(folder=tmp_path / "elsewhere")
     assert not folder.exists()
-    with guarded(Touched(folder=folder), json=None, force=False):
+    refused("already exists", folder=folder, force=False)
+    with guarded(Touched(folder=folder), json=None, force=True):
         assert (folder / "config.json").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -73,10 +73,8 @@ def search(options: SearchOptions) -> SearchResult:
     kinds = menus_of(options, target)
     if not processes().first:
         return _searched(options, target, kinds, device)
-    if not options.resume and not options.force:
-        refuse_waiting(Path(options.output))
-    if options.resume and not options.force:
-        remove_if_done(Path(options.output))
+    if not options.force:
+        (remove_if_done if options.resume else refuse_waiting)(Path(options.output))
     with guarded(_touched(options, list(kinds.values())), json=options.json, force=options.force):
         return _searched(options, target, kinds, device)
 

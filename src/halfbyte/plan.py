@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from halfbyte.quant.int4 import PackedWeight
 
 PLAN_VERSION = 2
+ADOPTED = "from "  # begins the name of a plan's weights where they are the codes of a checkpoint
 WIDTHS = (4, 8, 16)  # of weights and of activations, in bits
 
 
@@ -191,7 +192,6 @@ def _check_names(plan: Plan, where: object) -> None:
             )
 
 
-ADOPTED = "from "  # begins the name of a plan's weights where they are the codes of a checkpoint
 SUFFIXES = (".pt", ".json")
 CHANNEL_SCALES = "|channel_scales"  # after a layer's name, in a codes file
 
@@ -290,12 +290,9 @@ def _check_codes(packed: torch.Tensor, scales: torch.Tensor, where: str) -> None
     """Refuse codes and scales that are no weight, and scales that are not finite."""
     import torch
 
-    fits = packed.dim() == scales.dim() == 2 and len(packed) == len(scales) and 0 not in scales.shape
-    if (
-        not fits
-        or 2 * packed.shape[1] % scales.shape[1]
-        or (packed.dtype, scales.dtype) != (torch.uint8, torch.float16)
-    ):
+    kinds = (packed.dtype, scales.dtype) == (torch.uint8, torch.float16)
+    rows = packed.dim() == scales.dim() == 2 and len(packed) == len(scales) and 0 not in scales.shape
+    if not (kinds and rows and 2 * packed.shape[1] % scales.shape[1] == 0):
         raise HalfbyteError(
             f"{where}: codes and scales do not fit, expected uint8 [out, in / 2] and float16 [out, groups], got "
             f"{list(packed.shape)} and {list(scales.shape)}",

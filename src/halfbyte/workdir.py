@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.core.distributed import processes
-from halfbyte.core.errors import HalfbyteError, reading
+from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import write_text
+from halfbyte.core.schema import read_json
 
 RECORD, CODES = "settings.json", "codes.safetensors"
 CANDIDATES = "candidates"  # folder of encoded matrices
@@ -80,8 +81,7 @@ class Workdir:
         record = self.folder / RECORD
         _check_ours(self.folder)
         if resume and record.exists():
-            with reading(record, "work file", fix="start over with --force"):
-                before = dict(json.loads(record.read_text(encoding="utf-8")))
+            before = read_json(record, "work file", fix="start over with --force")
             changed = [key for key in settings if before.get(key) != settings[key]]
             if changed:
                 raise HalfbyteError(

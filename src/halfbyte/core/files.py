@@ -19,17 +19,9 @@ from filelock import FileLock, Timeout
 from halfbyte.core.errors import HalfbyteError
 
 MODELS = Path("models")  # where files of models go by default
-DEMO_NAME = "SmolLM2-135M-Instruct"  # what ``--model_id demo`` is
-
-
+DEMO, DEMO_NAME = "demo", "SmolLM2-135M-Instruct"  # what ``--model_id`` calls it, and what it is
 MANIFEST = "halfbyte.json"  # of a folder that halfbyte wrote: among other things the names of its files
-EXPORTED = (
-    ".json",
-    ".safetensors",
-    ".jinja",
-    ".model",
-    ".txt",
-)  # suffixes of its files in versions that did not name them
+EXPORTED = (".json", ".safetensors", ".jinja", ".model", ".txt")  # its suffixes, in versions that named no files
 OWNER = ".owner"  # of a scratch folder: locked as long as its process lives
 TOO_YOUNG = 10.0  # seconds after which a scratch folder has its lock
 
@@ -100,11 +92,11 @@ def remove_leftovers(path: Path) -> None:
     A folder that was moved aside to be replaced, and never was, goes back.
     """
     pattern = re.compile(rf"\.{re.escape(path.name)}\.\d+\.(old|partial)({re.escape(path.suffix)})?")
-    there = path.parent.iterdir() if path.parent.is_dir() else ()
-    for left in sorted(left for left in there if pattern.fullmatch(left.name)):
-        if ".old" in left.name[-4 - len(path.suffix) :] and not os.path.lexists(path):
+    for left in sorted(path.parent.iterdir()) if path.parent.is_dir() else ():
+        found = pattern.fullmatch(left.name)
+        if found and found[1] == "old" and not os.path.lexists(path):
             left.rename(path)
-        else:
+        elif found:
             _remove(left)
 
 
@@ -263,7 +255,7 @@ def cache_folder() -> Path:
 
 def short_name(model_id: str) -> str:
     """``Qwen/Qwen2.5-7B-Instruct`` -> ``Qwen2.5-7B-Instruct``; of a file, its name without suffix."""
-    if model_id == "demo":
+    if model_id == DEMO:
         return DEMO_NAME
     path = Path(model_id)
     return path.stem if path.suffix == ".gguf" else path.name

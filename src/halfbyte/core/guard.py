@@ -17,7 +17,7 @@ from pathlib import Path
 from filelock import SoftFileLock, Timeout
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_output, check_output_folder, remove_leftovers, writable_ancestor
+from halfbyte.core.files import DEMO, check_output, check_output_folder, remove_leftovers
 
 StrPath = str | os.PathLike[str]
 # how names in a model folder begin that loading it looks for
@@ -48,7 +48,7 @@ class Touched:
 
 @contextmanager
 def guarded(touched: Touched, *, json: str | None, force: bool) -> Iterator[None]:
-    """Check everything, lock the outputs, remove what killed runs left of them, and let the command work.
+    """Lock the outputs, remove what killed runs left of them, check everything, and let the command work.
 
     Args:
         json: the ``--json`` file, one more output.
@@ -65,28 +65,19 @@ def guarded(touched: Touched, *, json: str | None, force: bool) -> Iterator[None
     locks = [_lock_of(path, path.stem) for path in alone]
     if touched.folder is not None:
         locks.append(_lock_of(touched.folder, touched.folder.name))
-
-    def check() -> None:
-        for path in outputs:
-            check_output(path, force=force or path in touched.kept)
-        if touched.folder is not None:
-            check_output_folder(touched.folder, force=force)
-
+    made: list[Path] = []
     try:
-        check()
-    except HalfbyteError:
-        for lock in (lock for lock in locks if os.path.lexists(lock)):  # of a run that was killed when all was written
-            with suppress(HalfbyteError), _locked(lock):
-                pass
-        raise
-    made = [folder for path in everything for folder in _make_parents(path)]
-    try:
+        for path in everything:
+            _make_parents(path, made)
         with ExitStack() as stack:
             for lock in dict.fromkeys(locks):
                 stack.enter_context(_locked(lock))
-            check()  # once more: another run may have ended just now
             for path in everything:
                 remove_leftovers(path)
+            for path in outputs:
+                check_output(path, force=force or path in touched.kept)
+            if touched.folder is not None:
+                check_output_folder(touched.folder, force=force)
             yield
     except BaseException:
         for folder in reversed(made):
@@ -108,7 +99,7 @@ def real(path: StrPath) -> Path:
 
 def model_files(model_id: str) -> list[str]:
     """What is read of a model, if it is on this machine: ``demo`` is none of the user's files, whatever they have."""
-    return [] if model_id == "demo" else [model_id]
+    return [] if model_id == DEMO else [model_id]
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -142,20 +133,17 @@ def _check_inputs(written: Iterable[Path], folders: Sequence[Path], inputs: Sequ
                 raise HalfbyteError(f"{path}: holds {source}, which is read", fix="choose another name for the output")
 
 
-def _make_parents(path: Path) -> list[Path]:
-    """Make the folders above an output; those that were not there."""
-    made = []
+def _make_parents(path: Path, made: list[Path]) -> None:
+    """Make the folders above an output; those that were not there are added to ``made``."""
     try:
         for folder in reversed(path.absolute().parents):
             if not folder.is_dir():
                 folder.mkdir(exist_ok=True)
                 made.append(folder)
-        writable_ancestor(path)
     except OSError as error:
         raise HalfbyteError(
-            f"{path}: its folder cannot be made, got {error.strerror or error}", fix="choose another name"
+            f"{path.parent}: folder cannot be written, got {error.strerror or error}", fix="choose another name"
         ) from error
-    return made
 
 
 def _lock_of(path: Path, name: str) -> Path:

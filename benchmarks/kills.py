@@ -1,6 +1,6 @@
 """Searches and exports that are killed at random moments: the same plan, and nothing left over, after they go on.
 
-    python benchmarks/kills.py [--kills 100] [--seed 0] [--json OUT]
+    python benchmarks/kills.py [--kills 100] [--work NAME ...] [--seed 0] [--json OUT]
 
 A search (with ``--resume``) or an export of the model of ``benchmarks/fuzz.py`` runs in a process of its own and gets
 kill -9 or SIGTERM after a random part of the time that an undisturbed run took, until one run comes to its end. Then
@@ -31,7 +31,7 @@ WORK = {
     "search, types": ("search", ["--spaces", "types", "--bpw", "9"]),
     "search, activations": ("search", ["--spaces", "activations"]),
     "search, tune": ("search", ["--target", "sim", "--tune", "8"]),
-    "export": ("export", ["--config", "../plan.json", "--no-check"]),
+    "export": ("export", ["--config", "../exported.json", "--no-check"]),
 }
 
 
@@ -51,6 +51,7 @@ def main() -> int:
     """Kill, and count what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--work", nargs="+", choices=list(WORK), default=list(WORK), metavar="NAME")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="also write the rows here")
     parser.add_argument("--force", action="store_true", help="overwrite existing files")
@@ -62,8 +63,13 @@ def main() -> int:
         base = Path(scratch)
         make_template(base)
         model = str(base / "model")
-        share = max(1, options.kills // len(WORK))
-        for name, (command, more) in WORK.items():
+        plan = ["--model_id", model, *SMALL, "--spaces", "activations", "--output", "exported.json"]
+        code, said = ended(start("search", plan, base))  # names the model by its whole path
+        if code != 0:
+            raise SystemExit(f"the plan to export cannot be made: {said}")
+        share = max(1, options.kills // len(options.work))
+        for name in options.work:
+            command, more = WORK[name]
             given = [*more, *(["--model_id", model, *SMALL] if command == "search" else [])]
             output = "plan.json" if command == "search" else "m.gguf"
             folder = base / "undisturbed"

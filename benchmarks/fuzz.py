@@ -19,6 +19,7 @@ import os
 import random
 import resource
 import shutil
+import subprocess
 import tempfile
 import time
 from collections import Counter
@@ -86,7 +87,7 @@ def faults_of(world: World, case: Case) -> tuple[list[str], str]:
     after = snapshot(world.folder)
     if code == 0 and case.damaged:
         found.append("false success")
-    kept = ("foreign.txt", "model/", "m.gguf", "i.gguf", ".new.json.work/foreign.txt")
+    kept = ("foreign.txt", "model/", "m.gguf", "i.gguf", ".new.json.work/foreign.txt", "served/foreign.txt")
     changed = [name for name in before if before[name] != after.get(name)]
     named = {word.rpartition("=")[2] for word in case.arguments} if "--force" in case.arguments else set()
     if any(name.startswith(kept) and (name not in named or name.startswith("model/")) for name in changed):
@@ -138,6 +139,8 @@ def main() -> int:
             with within(world.folder):
                 case = KINDS[name](world, chance)
                 found, said = faults_of(world, case)
+            if world.small.is_mount():
+                subprocess.run(["umount", str(world.small)], check=True)
             shutil.rmtree(world.folder, ignore_errors=True)
             ran[name] += 1
             counts[name, REFUSED] += said.startswith("exit 2")

@@ -7,7 +7,9 @@ import io
 import json
 import os
 import random
+import shutil
 import struct
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,6 +27,7 @@ from halfbyte.pipeline import search
 
 QUICK = ["--device", "cpu", "--ctx", "32", "--calib_tokens", "64", "--search_tokens", "64", "--ga_pop", "2"]
 QUICK += ["--ga_gen", "1", "--calib", "pydoc", "--weights", "rtn", "--transforms", "none", "--refine", "0"]
+ADA = ["--target", "vllm", "--hardware", "ada"]
 SCORED = ["--ctx", "16", "--chunks", "1", "--text", "pydoc", "--device", "cpu"]
 STRANGE: tuple[Any, ...] = (None, True, -1, 0, 1, 2**70, 0.5, "", "x", "a/b", [], {}, [[]], float("nan"), 1e400)
 WORDS = (
@@ -47,6 +50,7 @@ WORDS = (
     "~x",
     "/dev/null",
 )
+SMALL = "small"
 WORDS += ("a\nb", "ä", "\u202e", "%s", "{0}", "a" * 300, "/proc/self/mem", "*", "Q4_K_M", "gptq", "none", "--help")
 
 
@@ -70,7 +74,7 @@ class Case:
 
 @dataclass
 class World:
-    """What cases start from: a good model, a good plan, a good GGUF file, a good imatrix."""
+    """What cases start from: a good model, good plans, a good GGUF file, imatrix and folder for vLLM."""
 
     folder: Path
     template: Path
@@ -78,6 +82,11 @@ class World:
     @property
     def model(self) -> Path:
         return self.folder / "model"
+
+    @property
+    def small(self) -> Path:
+        """Where a small file system is mounted, if one is."""
+        return self.folder / SMALL
 
 
 def make_template(folder: Path) -> None:
@@ -109,6 +118,11 @@ def make_template(folder: Path) -> None:
             ("search", ["--model_id", "model", "--output", "types.json", "--spaces", "types", "--bpw", "9", *QUICK]),
             ("export", ["--config", "plan.json", "--output", "m.gguf", "--no-check"]),
             ("imatrix", ["--model_id", "model", "--output", "i.gguf", *QUICK[:6], "--calib", "pydoc"]),
+            (
+                "search",
+                ["--model_id", "model", "--output", "ada.json", "--target", "vllm", "--hardware", "ada", *QUICK],
+            ),
+            ("export vllm", ["--config", "ada.json", "--output", "served"]),
         ):
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
                 if cli.run(command, arguments) != 0:
@@ -241,6 +255,30 @@ def work_case(world: World, chance: random.Random) -> Case:
     return Case("search", [*arguments, chance.choice(("--resume", "--force"))])
 
 
+def served_case(world: World, chance: random.Random) -> Case:
+    """A folder for vLLM with one thing wrong, as what is measured, as a model and as an output; and a strange vLLM."""
+    served = world.folder / "served"
+    file = served / chance.choice([path.name for path in served.iterdir()])
+    change_json(file, chance) if file.suffix == ".json" and chance.random() < 0.7 else change_bytes(file, chance)
+    if chance.random() < 0.2:
+        (served / "foreign.txt").write_text("somebody's only copy")
+    python = world.folder / "python"  # answers as one that has vLLM, or in another way
+    answer = chance.choice(("echo 0.26.0", "echo", "exit 3", "kill -9 $$", "echo x >&2; exit 1", "printf '\\377\\n{'"))
+    python.write_text(f"#!/bin/sh\n{answer}\n")
+    python.chmod(0o755)
+    asked = ["--served", "served", "--serve_python", chance.choice(("./python", "python", "nothing"))]
+    files = ["--config", "ada.json", "--skip_original", "--q4km_path", "m.gguf", "--mixed_path", "m.gguf"]
+    return chance.choice(
+        (
+            Case("eval", ["--model_id", "model", *asked, *SCORED]),
+            Case("compare", [*files, *asked, *SCORED, "--max_tokens", "1", "--json", "new.json"]),
+            Case("export vllm", ["--config", "ada.json", "--output", "served", "--force"]),
+            Case("search", ["--model_id", "served", "--output", "new.json", "--spaces", "activations", *QUICK]),
+            Case("doctor", ["--model_id", "served"]),
+        )
+    )
+
+
 def text_case(world: World, chance: random.Random) -> Case:
     """A text to calibrate on that is none."""
     text = world.folder / "t.txt"
@@ -264,17 +302,29 @@ def text_case(world: World, chance: random.Random) -> Case:
 
 
 def disk_case(world: World, chance: random.Random) -> Case:
-    """A disk that is full at any byte."""
+    """A disk that is full at any byte: by a limit on the size of files, or, for root, a file system of that size."""
     spaces = chance.choice((["activations"], ["types", "--bpw", "9"]))
     case = chance.choice(
         (
             Case("search", ["--model_id", "model", "--output", "new.json", "--spaces", *spaces, *QUICK]),
             Case("export", ["--config", "plan.json", "--output", "new.gguf", "--no-check", "--json", "new.json"]),
             Case("imatrix", ["--model_id", "model", "--output", "new.gguf", "--ctx", "32", "--calib_tokens", "64"]),
+            Case("export vllm", ["--config", "ada.json", "--output", "new.folder"]),
         )
     )
-    case.largest_file = int(10 ** chance.uniform(0, 6))
+    size = int(10 ** chance.uniform(0, 6))
+    if chance.random() < 0.5 or not mounted(world.small, size):
+        case.largest_file = size
+    else:
+        case.arguments = [f"{SMALL}/{word}" if word.startswith("new.") else word for word in case.arguments]
     return case
+
+
+def mounted(folder: Path, size: int) -> bool:
+    """Whether a file system of so many bytes, in whole pages, is there now; only root may mount one."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    return shutil.which("mount") is not None and subprocess.run(mount, capture_output=True).returncode == 0
 
 
 def permissions_case(world: World, chance: random.Random) -> Case:
@@ -296,6 +346,7 @@ KINDS: dict[str, Callable[[World, random.Random], Case]] = {
     "gguf": gguf_case,
     "outputs": outputs_case,
     "work": work_case,
+    "served": served_case,
     "texts": text_case,
     "disk": disk_case,
     "permissions": permissions_case,

@@ -1,8 +1,8 @@
-"""Searches and exports that are killed at random moments: the same plan, and nothing left over, after they go on.
+"""Commands that are killed at random moments: the same plan, and nothing left over, after they go on.
 
     python benchmarks/kills.py [--kills 100] [--work NAME ...] [--seed 0] [--json OUT]
 
-A search (with ``--resume``) or an export of the model of ``benchmarks/fuzz.py`` runs in a process of its own and gets
+A command (a search with ``--resume``) runs on the model of ``benchmarks/fuzz.py`` in a process of its own and gets
 kill -9 or SIGTERM after a random part of the time that an undisturbed run took, until one run comes to its end. Then
 the plan must be that of the undisturbed run, the file have the same bytes, and the folder hold nothing else.
 """
@@ -10,6 +10,7 @@ the plan must be that of the undisturbed run, the file have the same bytes, and 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import signal
@@ -27,17 +28,23 @@ from halfbyte.plan import load_plan
 
 SMALL = ["--device", "cpu", "--ctx", "64", "--calib_tokens", "512", "--search_tokens", "256", "--ga_pop", "6"]
 SMALL += ["--ga_gen", "4", "--calib", "pydoc", "--granularity", "layer"]
+COMPARED = ["--q4km_path", "../m.gguf", "--mixed_path", "../m.gguf", "--text", "pydoc", "--ctx", "64", "--chunks", "8"]
+OUTPUTS = {"search": "plan.json", "export vllm": "folder", "compare": "result.json"}
 WORK = {
     "search, types": ("search", ["--spaces", "types", "--bpw", "9"]),
     "search, activations": ("search", ["--spaces", "activations"]),
     "search, tune": ("search", ["--target", "sim", "--tune", "8"]),
-    "export": ("export", ["--config", "../exported.json", "--no-check"]),
+    "search, vllm": ("search", ["--target", "vllm", "--hardware", "ada"]),
+    "export to GGUF": ("export", ["--config", "../exported.json", "--no-check"]),
+    "export for vLLM": ("export vllm", ["--config", "../ada.json"]),
+    "imatrix": ("imatrix", ["--model_id", "../model", "--ctx", "64", "--calib_tokens", "4096", "--calib", "pydoc"]),
+    "compare": ("compare", ["--config", "../exported.json", "--skip_original", *COMPARED, "--force"]),
 }
 
 
 def start(command: str, arguments: list[str], folder: Path) -> subprocess.Popen[str]:
     """The command in a process of its own."""
-    whole = [sys.executable, "-m", "halfbyte", command, *arguments]
+    whole = [sys.executable, "-m", "halfbyte", *command.split(), *arguments]
     return subprocess.Popen(whole, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
@@ -45,6 +52,17 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     """Its exit code and what it said."""
     said = process.communicate()[1]
     return process.returncode, said
+
+
+def result_of(command: str, output: Path) -> object:
+    """What must be the same every time: the plan, the bytes; of a comparison, which has times in it, that it is whole."""
+    if command == "search":
+        return load_plan(output)
+    if command == "compare":
+        return sorted(json.loads(output.read_text()))
+    if output.is_dir():
+        return {path.name: sha256(path) for path in output.iterdir()}
+    return sha256(output)
 
 
 def main() -> int:
@@ -63,24 +81,26 @@ def main() -> int:
         base = Path(scratch)
         make_template(base)
         model = str(base / "model")
-        plan = ["--model_id", model, *SMALL, "--spaces", "activations", "--output", "exported.json"]
-        code, said = ended(start("search", plan, base))  # names the model by its whole path
-        if code != 0:
-            raise SystemExit(f"the plan to export cannot be made: {said}")
+        for name, more in (("exported.json", ["--spaces", "activations"]), ("ada.json", WORK["search, vllm"][1])):
+            plan = ["--model_id", model, *SMALL, *more, "--output", name, "--force"]
+            code, said = ended(start("search", plan, base))  # names the model by its whole path
+            if code != 0:
+                raise SystemExit(f"the plan to export cannot be made: {said}")
         share = max(1, options.kills // len(options.work))
         for name in options.work:
             command, more = WORK[name]
             given = [*more, *(["--model_id", model, *SMALL] if command == "search" else [])]
-            output = "plan.json" if command == "search" else "m.gguf"
+            output = OUTPUTS.get(command, "m.gguf")
+            named = "--json" if command == "compare" else "--output"
             folder = base / "undisturbed"
             folder.mkdir()
             started = time.monotonic()
-            code, said = ended(start(command, [*given, "--output", output], folder))
+            code, said = ended(start(command, [*given, named, output], folder))
             took = time.monotonic() - started
             if code != 0:
                 raise SystemExit(f"{name}: the undisturbed run failed: {said}")
             expected = sorted(path.name for path in folder.iterdir())
-            whole = load_plan(folder / output) if command == "search" else sha256(folder / output)
+            whole = result_of(command, folder / output)
             kills, runs, faults = 0, 0, 0
             while kills < share:
                 work = base / f"work-{runs}"
@@ -88,7 +108,7 @@ def main() -> int:
                 runs += 1
                 while True:
                     again = ["--resume"] if command == "search" else []
-                    process = start(command, [*given, "--output", output, *again], work)
+                    process = start(command, [*given, named, output, *again], work)
                     number = chance.choice((signal.SIGKILL, signal.SIGTERM))
                     try:
                         process.wait(timeout=chance.uniform(0.1, 1.1) * took)
@@ -104,7 +124,7 @@ def main() -> int:
                         print(f"{name}: exit {code}: {said[-300:]}", flush=True)
                         break
                 there = sorted(path.name for path in work.iterdir())
-                found = load_plan(work / output) if command == "search" else sha256(work / output)
+                found = result_of(command, work / output)
                 if found != whole or there != expected:
                     faults += 1
                     print(f"{name}: another result, or left over: {set(there) ^ set(expected)}", flush=True)

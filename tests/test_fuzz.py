@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.skipif(os.name != "posix", reason="limits the size of files, and changes the user")
 def test_a_slice_of_the_hostile_cases():
-    command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--cases", "54", "--seed", "105"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "fuzz.py"), "--cases", "40", "--seed", "105"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.returncode == 0, done.stdout
     assert "| all" in done.stdout

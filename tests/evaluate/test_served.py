@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 import halfbyte
 from halfbyte import cli
 from halfbyte.core.environment import ALLOCATOR, use_growing_segments, variables_of_others
+from halfbyte.core.files import MANIFEST
 from halfbyte.engines.served import serve_worker
 from halfbyte.engines.served.serve_worker import own_words, prompt_rows
-from halfbyte.evaluate.measure_served import KERNEL, RECORD, cause
+from halfbyte.evaluate.measure_served import KERNEL, cause
 from halfbyte.evaluate.worker import WorkerError
 from tests.command_line import ROOT, fails
 from tests.targets.plans import PLAN, plan_for
@@ -168,7 +169,7 @@ def test_a_folder_of_another_model(vllm, folders, tiny_folder, here, capsys):
     code = cli.run("eval", ["--model_id", str(original), "--served", str(larger), *TEXT, *vllm])
     fails(capsys, code, match="expected vocab_size")
     marked = shutil.copytree(original, here / "marked")
-    (marked / RECORD).write_text(json.dumps({"fingerprint": "another"}))
+    (marked / MANIFEST).write_text(json.dumps({"fingerprint": "another"}))
     code = cli.run("eval", ["--model_id", str(original), "--served", str(marked), "--device", "cpu", *TEXT, *vllm])
     fails(capsys, code, match="made from another model")
 
@@ -176,7 +177,7 @@ def test_a_folder_of_another_model(vllm, folders, tiny_folder, here, capsys):
 def test_an_engine_that_is_too_old(vllm, folders, here, capsys):
     original, _ = folders
     newer = shutil.copytree(original, here / "newer")
-    (newer / RECORD).write_text(json.dumps({"vllm": "0.33"}))
+    (newer / MANIFEST).write_text(json.dumps({"vllm": "0.33"}))
     score = ["--model_id", str(original), "--served", str(newer), "--device", "cpu", *TEXT, *vllm]
     about = here / "packages" / "vllm-0.26.0.dist-info"
     about.mkdir()
@@ -184,6 +185,18 @@ def test_an_engine_that_is_too_old(vllm, folders, here, capsys):
     fails(capsys, cli.run("eval", score), match="expected 0.33 or newer, got 0.26.0")
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.33.1\n")
     assert cli.run("eval", score) == 0
+    (newer / MANIFEST).write_text(json.dumps({"vllm": "new"}))
+    fails(capsys, cli.run("eval", score), match="halfbyte.json, vllm: string should match pattern")
+
+
+@pytest.mark.parametrize("answer", ["printf '\\377\\n{'", "echo new", "exit 3", "kill -9 $$"])
+def test_a_python_that_answers_in_a_strange_way(answer, tiny_folder, here, capsys):
+    python = here / "python"
+    python.write_text(f"#!/bin/sh\n{answer}\n")
+    python.chmod(0o755)
+    folder = str(tiny_folder("qwen2"))
+    asked = ["--model_id", folder, "--served", folder, "--serve_python", str(python)]
+    fails(capsys, cli.run("eval", [*asked, "--device", "cpu", *TEXT]), match="vLLM is not installed there")
 
 
 @pytest.mark.parametrize(("capability", "backend"), [((9, 0), "emulation"), ((10, 0), None), ((12, 1), None)])
@@ -191,7 +204,7 @@ def test_a_blackwell_folder_is_emulated_elsewhere(capability, backend, tiny_fold
     """Older GPUs would leave activations as they are."""
     plan_for(tiny_folder("llama"), a_bits=(4, 16), hardware="blackwell")
     assert cli.run("export vllm", ["--config", PLAN, "--output", "folder", "--no-check"]) == 0
-    below = json.loads((here / "folder" / RECORD).read_text())["emulated_below"]
+    below = json.loads((here / "folder" / MANIFEST).read_text())["emulated_below"]
     asked = {}
     monkeypatch.setattr(serve_worker, "engine", lambda: SimpleNamespace(LLM=lambda **settings: asked.update(settings)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

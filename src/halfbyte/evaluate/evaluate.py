@@ -13,6 +13,7 @@ from halfbyte.core.files import scratch_folder, sha256
 from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.core.progress import report
 from halfbyte.evaluate.measure_served import (
+    FolderRecord,
     ServedRequest,
     check_folder,
     check_same_shape,
@@ -162,8 +163,8 @@ def _known(options: EvalOptions, plan: Plan | None) -> _Known:
         return _Known(plan.hash, plan.text.get("search"))
     if options.gguf:
         return _Known(None, halfbyte_keys(options.gguf).get("plan.text_search"))
-    record = record_of(options.served) if options.served else {}
-    return _Known(record.get("plan"), record.get("text_search"))
+    record = record_of(options.served) if options.served else FolderRecord()
+    return _Known(record.plan, record.text_search)
 
 
 def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, text: str) -> Measured:

@@ -16,16 +16,17 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from packaging.version import Version
+from pydantic import Field
 from transformers import PretrainedConfig
 
 from halfbyte.calibration.text import first_scored, scored_tokens
 from halfbyte.core.environment import variables_of_others
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.files import check_space, scratch_folder
-from halfbyte.core.schema import read_json
+from halfbyte.core.files import MANIFEST, check_space, scratch_folder
+from halfbyte.core.schema import parsed, read_json
 from halfbyte.engines.served import serve_worker
 from halfbyte.engines.served.serve_worker import Job, Speed
 from halfbyte.evaluate.quality import prompt_ids
@@ -49,11 +50,28 @@ ASK = (  # prints the version if there is one, and fails without vLLM
     "print(next((d.version for d in m.distributions(name='vllm')), ''))\n"
     "sys.exit(importlib.util.find_spec('vllm') is None)"
 )
+ASK_SECONDS = 120
 SPEED_TOKENS = 64  # generated tokens that are timed
 # CUDA graphs of steps that only generate, nothing compiled: starts in seconds and generates at full speed.
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}
 SAME = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")  # of a model and its quantised folder
-RECORD = "halfbyte.json"
+
+
+@dataclass(frozen=True)
+class FolderRecord:
+    """What the export notes beside the names of the files.
+
+    Attributes:
+        fingerprint, plan, text_search: of the model, of the plan, and of the text of its search.
+        vllm: the first version that runs the folder.
+        emulated_below: see :class:`~halfbyte.engines.served.serve_worker.Job`.
+    """
+
+    fingerprint: str | None = None
+    plan: str | None = None
+    text_search: str | None = None
+    vllm: Annotated[str, Field(pattern=r"^\d+(\.\d+)*$")] | None = None
+    emulated_below: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,17 +121,26 @@ def serve_python(given: str | None, folder: str | None = None) -> str:
         python = shutil.which(os.path.expanduser(named))
         if python is None:
             raise HalfbyteError(f"{where}: no such Python, got {named}", fix=INSTALL)
-        asked = subprocess.run([python, "-c", ASK], capture_output=True, text=True)
-        if asked.returncode:
+        version = _version_of_vllm(python)
+        if version is None:
             raise HalfbyteError(f"{where}: vLLM is not installed there, got {named}", fix=INSTALL)
-        version = asked.stdout.strip()
-    needed = record_of(folder).get("vllm") if folder else None
+    needed = record_of(folder).vllm if folder else None
     if needed and version and Version(version) < Version(needed):
         raise HalfbyteError(
             f"{where}: vLLM is too old for {folder}, expected {needed} or newer, got {version}",
             fix=f"install it in an environment of its own: pip install 'vllm>={needed}'",
         )
     return python
+
+
+def _version_of_vllm(python: str) -> str | None:
+    """The version that a Python has, "" if it does not say, None if it has none or is no Python."""
+    try:
+        asked = subprocess.run([python, "-c", ASK], capture_output=True, timeout=ASK_SECONDS)
+        version = asked.stdout.decode().strip()
+        return None if asked.returncode else version and str(Version(version))
+    except (OSError, ValueError, subprocess.TimeoutExpired):
+        return None
 
 
 def check_folder(folder: str) -> None:
@@ -145,11 +172,12 @@ def check_same_shape(folder: str, reference: PretrainedConfig, model_id: str) ->
             )
 
 
-def record_of(folder: str) -> dict[str, Any]:
-    """What the export noted of the folder: ``fingerprint``, ``plan``, ``text_search``; ``vllm``, the first version that
-    runs it; ``emulated_below``, see :class:`Job`. Empty for other folders."""
-    path = Path(folder) / RECORD
-    return read_json(path, "record of the export") if path.is_file() else {}
+def record_of(folder: str) -> FolderRecord:
+    """What the export noted of the folder; nothing for other folders."""
+    path = Path(folder) / MANIFEST
+    return (
+        parsed(FolderRecord, read_json(path, "record of the export"), where=path) if path.is_file() else FolderRecord()
+    )
 
 
 def measure_served(request: ServedRequest) -> Measured:
@@ -173,7 +201,7 @@ def measure_served(request: ServedRequest) -> Measured:
         prompt=prompt,
         max_tokens=request.max_tokens,
         stop=[tokenizer.eos_token_id] if isinstance(tokenizer.eos_token_id, int) else [],
-        emulated_below=record_of(request.folder).get("emulated_below", 0),
+        emulated_below=record_of(request.folder).emulated_below,
     )
     result, kernels = run_job(job, request.python)
     speeds = {}
@@ -192,7 +220,7 @@ def measure_served(request: ServedRequest) -> Measured:
         windows=request.windows,
         vocab=result["vocabulary"],
         logits_file=request.logits_file,
-        fingerprint=record_of(request.folder).get("fingerprint"),
+        fingerprint=record_of(request.folder).fingerprint,
         kernels=kernels,
         **speeds,
     )

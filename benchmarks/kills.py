@@ -34,7 +34,7 @@ WORK = {
     "search, types": ("search", ["--spaces", "types", "--bpw", "9"]),
     "search, activations": ("search", ["--spaces", "activations"]),
     "search, tune": ("search", ["--target", "sim", "--tune", "8"]),
-    "search, vllm": ("search", ["--target", "vllm", "--hardware", "ada"]),
+    "search, vllm": ("search", ["--target", "vllm", "--hardware", "ada", "--granularity", "fused"]),
     "export to GGUF": ("export", ["--config", "../exported.json", "--no-check"]),
     "export for vLLM": ("export vllm", ["--config", "../ada.json"]),
     "imatrix": ("imatrix", ["--model_id", "../model", "--ctx", "64", "--calib_tokens", "4096", "--calib", "pydoc"]),
@@ -55,7 +55,7 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def result_of(command: str, output: Path) -> object:
-    """What must be the same every time: the plan, the bytes; of a comparison, which has times in it, that it is whole."""
+    """What must be the same every time: the plan, or the bytes; of a comparison, which has times in it, its keys."""
     if command == "search":
         return load_plan(output)
     if command == "compare":
@@ -89,7 +89,7 @@ def main() -> int:
         share = max(1, options.kills // len(options.work))
         for name in options.work:
             command, more = WORK[name]
-            given = [*more, *(["--model_id", model, *SMALL] if command == "search" else [])]
+            given = [*(["--model_id", model, *SMALL] if command == "search" else []), *more]
             output = OUTPUTS.get(command, "m.gguf")
             named = "--json" if command == "compare" else "--output"
             folder = base / "undisturbed"
@@ -118,7 +118,9 @@ def main() -> int:
                     code, said = ended(process)
                     if code == 0 or (code == 2 and "output already exists" in said):  # killed when all was written
                         break
-                    stopped = code == -signal.SIGKILL or (code == 2 and "interrupted after" in said)
+                    # In the middle of exec of a string (dataclasses) CPython ends with SIGINT, though it was handled.
+                    told = code in (2, -signal.SIGINT) and "interrupted after" in said
+                    stopped = code == -signal.SIGKILL or told
                     if "Traceback" in said or not (stopped or code == -signal.SIGTERM):  # before our handler is there
                         faults += 1
                         print(f"{name}: exit {code}: {said[-300:]}", flush=True)

@@ -122,6 +122,16 @@ def test_another_run_is_told_and_a_dead_one_is_taken_over(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_of_three_at_once_one_writes(tmp_path):
+    start = [sys.executable, "-c", HOLD.replace("sleep(60)", "sleep(5)"), str(tmp_path / "plan.pt")]
+    runs = [subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [run.communicate(timeout=60) for run in runs]
+    assert sorted(run.returncode for run in runs) == [0, 1, 1]
+    assert sorted(out for out, _ in said) == ["", "", "held\n"]
+    assert sum("another run is writing it now" in err for _, err in said) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_was_moved_aside_comes_back(tmp_path):
     folder = tmp_path / "out"
     (tmp_path / ".out.123.old").mkdir()

@@ -89,6 +89,14 @@ def test_codes_of_another_plan(saved):
         load_plan(path)
 
 
+def test_a_plan_with_other_layers_than_its_codes(saved):
+    path, plan, _ = saved
+    for layers in ({}, {**plan.layers, "model.layers.1.mlp.up_proj": plan.layers[NAME]}):
+        save_plan(path, replace(plan, layers=layers))
+        with pytest.raises(HalfbyteError, match=r"does not fit plan.safetensors, got model.layers.*proj in only one"):
+            load_plan(path)
+
+
 def test_truncated_codes(saved):
     codes = codes_path(saved[0])
     codes.write_bytes(codes.read_bytes()[:-10])

@@ -342,14 +342,31 @@ def load_plan(path: str | Path, *, with_codes: bool = True) -> Plan:
         raise HalfbyteError(f"{path}: cannot be read, got {error.strerror or error}") from error
     plan = Plan.from_dict(data, where=path)
     if with_codes:
-        for digest, beside in ((plan.codes_sha256, codes_path(path)), (plan.file.get("sha256"), types_path(path))):
-            if digest:
-                _check_beside(beside, digest)
+        from halfbyte.quant.ggml.encoded import SEPARATOR
+
+        encoded = {SEPARATOR.join(pair) for pair in plan.tensors.items()}
+        _check_beside(path, codes_path(path), plan.codes_sha256, set(plan.layers))
+        _check_beside(path, types_path(path), plan.file.get("sha256"), encoded)
     return plan
 
 
-def _check_beside(path: Path, digest: str) -> None:
+def _check_beside(plan: Path, path: Path, digest: str | None, expected: set[str]) -> None:
+    """Refuse codes that belong to another plan, and a plan that has other layers, or other types, than its codes."""
+    from halfbyte.quant.ggml.encoded import SEPARATOR, open_tensors
+    from halfbyte.quant.grids import GRIDS
+
+    if not digest:
+        return
     if not path.is_file():
         raise HalfbyteError(f"{path}: codes file is missing", fix="keep it beside the plan, or search again")
     if sha256(path) != digest:
         raise HalfbyteError(f"{path}: codes file belongs to another plan, or is damaged", fix="search again")
+    with open_tensors(path, "codes file", missing="keep it beside the plan, or search again") as handle:
+        names = list(handle.keys())
+    suffixes = tuple(f".{_kind(grid)}" for grid in GRIDS.values())
+    found = {name for name in names if SEPARATOR in name and not name.endswith(CHANNEL_SCALES)}
+    found |= {name.rpartition(".")[0] for name in names if name.endswith(suffixes)}
+    if different := sorted(found ^ expected):
+        raise HalfbyteError(
+            f"{plan}: the plan does not fit {path.name}, got {different[0]} in only one of them", fix="search again"
+        )

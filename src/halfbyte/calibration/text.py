@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from halfbyte.core import environment as hub
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import home_expanded
 
 if TYPE_CHECKING:
     from torch import nn
@@ -159,7 +160,7 @@ def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -
     Raises:
         HalfbyteError: no such source or file, or it cannot be read.
     """
-    path = Path(name).expanduser()
+    path = home_expanded(name)
     if "," in name and not path.exists():
         names = [one.strip() for one in name.split(",")]
         return _mixed([load_text(one, written_by_model=written_by_model) for one in names])
@@ -182,8 +183,8 @@ def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -
 
 def text_files(name: str) -> list[str]:
     """The files among the texts that ``name`` stands for."""
-    found = [name] if Path(name).expanduser().exists() else [one.strip() for one in name.split(",")]
-    return [os.path.expanduser(one) for one in found if one not in ("auto", "self", *SOURCES)]
+    found = [name] if home_expanded(name).exists() else [one.strip() for one in name.split(",")]
+    return [str(home_expanded(one)) for one in found if one not in ("auto", "self", *SOURCES)]
 
 
 def write_with(model: nn.Module, tokenizer: Any, *, seed: int, samples: int = 24, length: int = 384) -> str:

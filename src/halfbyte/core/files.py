@@ -26,6 +26,11 @@ OWNER = ".owner"  # of a scratch folder: locked as long as its process lives
 TOO_YOUNG = 10.0  # seconds after which a scratch folder has its lock
 
 
+def home_expanded(name: str | Path) -> Path:
+    """With ``~`` expanded; as it is where there is no such home folder."""
+    return Path(os.path.expanduser(name))
+
+
 def check_output(path: str | Path, *, force: bool = False) -> Path:
     """Refuse, before any work, an output that exists (without ``force``) or cannot be written.
 

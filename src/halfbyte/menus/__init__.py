@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import home_expanded
 from halfbyte.core.registry import Registry
 from halfbyte.models.checkpoint import CheckpointCodes
 from halfbyte.models.layers import Outcome
@@ -319,7 +320,7 @@ def weights_of(options: SearchOptions) -> str:
     """The weight quantiser, or the checkpoint whose codes were taken over: ``from NAME``."""
     if options.weights_from is None:
         return options.weights
-    return f"from {Path(options.weights_from).expanduser().resolve().name}"
+    return f"from {home_expanded(options.weights_from).resolve().name}"
 
 
 def check_options(options: SearchOptions, target: Target) -> None:

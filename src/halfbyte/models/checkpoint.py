@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PretrainedConfig
 
 from halfbyte.core.errors import HalfbyteError, first_line, reading
-from halfbyte.core.files import sha256
+from halfbyte.core.files import home_expanded, sha256
 from halfbyte.core.progress import report
 from halfbyte.core.schema import read_json
 from halfbyte.models.checkpoint_format import (
@@ -53,7 +53,7 @@ class QuantisedFolder:
             HalfbyteError: no such folder, not a quantised model, a format that cannot be taken over, a shard that is
                 missing or corrupt.
         """
-        self.path = Path(path).expanduser()
+        self.path = home_expanded(path)
         if not self.path.is_dir():
             raise HalfbyteError(
                 f"--weights_from {path}: no such folder, expected a folder with a quantised checkpoint",

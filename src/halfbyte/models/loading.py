@@ -22,7 +22,7 @@ import halfbyte
 from halfbyte.core import environment as hub
 from halfbyte.core.environment import device_name
 from halfbyte.core.errors import HalfbyteError, reading
-from halfbyte.core.files import DEMO, sha256
+from halfbyte.core.files import DEMO, home_expanded, sha256
 from halfbyte.core.schema import parsed
 from halfbyte.models.families import Family, family_of
 from halfbyte.models.gguf_file import open_gguf
@@ -135,7 +135,7 @@ def find(model_id: str, *, trust_remote_code: bool = False) -> Origin:
         HalfbyteError: no such path, the hub has no such model or cannot be reached, or the family is unknown.
     """
     gguf_file = None
-    path = demo_file() if model_id == DEMO else Path(model_id).expanduser()
+    path = demo_file() if model_id == DEMO else home_expanded(model_id)
     folder = str(path) if path.is_dir() else model_id
     if path.is_file():
         gguf_file = path

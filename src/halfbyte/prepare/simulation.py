@@ -86,7 +86,10 @@ def become_simulation_(
                 rounding += (entry.a_group, entry.a_scale)
                 key = (entry.rotated, entry.rank, *rounding)
                 if key not in schemes:
-                    low_rank = codes.low_rank[names[0]].to(device) if entry.rank else None
+                    low_rank = codes.low_rank.get(names[0]) if entry.rank else None
+                    if entry.rank and low_rank is None:
+                        raise HalfbyteError(f"{name}: the plan has a learned transform, the codes have none")
+                    low_rank = low_rank and low_rank.to(device)
                     schemes[key] = InputScheme(entry.rotated, low_rank, *rounding)
                 replace_linear_(model, name, codes.weights[name], shared, schemes[key], packed=packed)
 

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 
 from halfbyte.plan import load_plan
+from halfbyte.report.page import PAGE
+from halfbyte.report.search_reports import beside
 from halfbyte.report.tables import text_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,9 +42,7 @@ def main() -> int:
             return code
     print("\nA4/A8: KL to the original in nats per token, W4 weights, a budget of 6 activation bits on average\n")
     print(choices())
-    print("\npictures:")
-    for path in sorted(Path.cwd().glob("*.png")):
-        print(f"  {path}")
+    print(f"\nall of it on one page, for a browser:\n  {beside(Path.cwd() / PLAN, PAGE)}")
     print(f"\nthe demo took {time.monotonic() - started:.0f} s; everything is in {Path.cwd()}")
     return 0
 

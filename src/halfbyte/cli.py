@@ -1,6 +1,6 @@
 """The command line: parse, call the library, print what came of it, exit codes.
 
-    halfbyte search | export [gguf] | export vllm | compare | simulate | eval | imatrix | doctor
+    halfbyte search | export [gguf] | export vllm | compare | simulate | eval | imatrix | report | doctor
 
 Exit codes: 0 done, 2 something the user can put right (Ctrl-C and SIGTERM included), 1 a bug of ours. For 2 and 1 there
 is one line on standard error; that of a bug names a file with the traceback.
@@ -38,6 +38,7 @@ from halfbyte.options import (
     EvalOptions,
     ExportOptions,
     ImatrixOptions,
+    ReportOptions,
     SearchOptions,
     SimulateOptions,
     VllmExportOptions,
@@ -119,10 +120,13 @@ def export_vllm(options: VllmExportOptions, draw: Drawing) -> Answer:
 def compare(options: CompareOptions, draw: Drawing) -> Answer:
     """Original, Q4_K_M and mixed: speed, quality, memory."""
     from halfbyte.evaluate.compare import compare as run
+    from halfbyte.report.page import add_comparison
     from halfbyte.report.summary import comparison_summary
 
     comparison = run(options)
-    return Answer(comparison_summary(comparison), comparison.to_dict())
+    record = comparison.to_dict()
+    page = add_comparison(options.config, record) if comparison.plan else None
+    return Answer(comparison_summary(comparison), record, [page] if page else [])
 
 
 def simulate(options: SimulateOptions, draw: Drawing) -> Answer:
@@ -158,6 +162,14 @@ def imatrix(options: ImatrixOptions, draw: Drawing) -> Answer:
     return Answer(imatrix_summary(made), record, [Path(options.output)])
 
 
+def report(options: ReportOptions, draw: Drawing) -> Answer:
+    """One HTML page of a plan, or of several, and of comparisons."""
+    from halfbyte.report.page import make_report
+
+    path = make_report(options)
+    return Answer("", {"path": str(path)}, [path])
+
+
 def doctor(options: DoctorOptions, draw: Drawing) -> Answer:
     """What this machine can do."""
     from halfbyte.report.doctor import examine
@@ -177,6 +189,7 @@ COMMANDS: dict[str, tuple[type[CommandOptions], Callable[[Any, Drawing], Answer]
     "simulate": (SimulateOptions, simulate),
     "eval": (EvalOptions, evaluate),
     "imatrix": (ImatrixOptions, imatrix),
+    "report": (ReportOptions, report),
     "doctor": (DoctorOptions, doctor),
 }
 
@@ -267,7 +280,8 @@ def _tell(answer: Answer, record: str | None) -> None:
         write_text(record, json.dumps(answer.record, indent=1, default=str))
         files.append(Path(record))
     try:
-        print(answer.text)
+        if answer.text:
+            print(answer.text)
         for path in files:
             print(f"wrote {path}")
         sys.stdout.flush()

@@ -371,6 +371,17 @@ class ImatrixOptions(ModelOptions):
 
 
 @dataclass(frozen=True)
+class ReportOptions(CommandOptions):
+    """``halfbyte report``."""
+
+    config: str = option(DEFAULT_PLAN, "the plan; several, comma separated, go side by side", metavar="C")
+    comparison: str | None = option(None, "what compare --json wrote; several, comma separated", metavar="J")
+    output: str | None = option(
+        None, "page to write; default: NAME.report.html beside the plan", metavar="FILE", path=True
+    )
+
+
+@dataclass(frozen=True)
 class DoctorOptions(CommandOptions):
     """``halfbyte doctor``."""
 

@@ -27,6 +27,8 @@ from halfbyte.models.loading import SourceModel, find, load, made_with
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, save_plan
 from halfbyte.prepare.tune import BATCH_TOKENS
+from halfbyte.report.page import PAGE, write_page
+from halfbyte.report.search_reports import beside
 from halfbyte.search.reference import reference
 from halfbyte.search.run import Found
 from halfbyte.targets import TARGETS, Target
@@ -174,6 +176,7 @@ def _write(
         for path, one in reversed(plans.items()):
             save_plan(path, one)
             saved.append(path)
+        reports.append(write_page(beside(output, PAGE), [output]))
     except BaseException:  # Ctrl-C too: a resumed run starts from here, and nothing speaks of a plan that is not there
         for here, there in moved:
             if not here.exists():
@@ -197,7 +200,8 @@ def _checkpoint(setting: Setting, source: SourceModel) -> CheckpointCodes | None
 def _touched(options: SearchOptions, kinds: Sequence[type[Menu]]) -> Touched:
     """What the search reads and writes."""
     output = Path(options.output)
-    beside = [path for kind in kinds for path in kind.output_paths(output, front=options.pareto)]
+    others = [path for kind in kinds for path in kind.output_paths(output, front=options.pareto)]
+    others.append(beside(output, PAGE))
     unfinished = options.resume and (work_folder(output) / RECORD).exists()
     return Touched(
         inputs=[
@@ -205,8 +209,8 @@ def _touched(options: SearchOptions, kinds: Sequence[type[Menu]]) -> Touched:
             *text_files(options.calib),
             *filter(None, (options.weights_from, options.imatrix)),
         ],
-        outputs=[output, *beside],
-        kept=beside if unfinished else [],
+        outputs=[output, *others],
+        kept=others if unfinished else [],
         work=work_folder(output),
     )
 

@@ -93,6 +93,7 @@ class Comparison:
             "model": self.model,
             "plan": self.plan.hash if self.plan else None,
             "text": self.text,
+            "prompt": self.prompt,
             "ctx": self.ctx,
             "chunks": self.chunks,
             "seed": self.plan.seed if self.plan else None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
@@ -32,6 +32,8 @@ DOTS_PER_INCH = 150
 THRESHOLDS = {"rule threshold": RULE_THRESHOLD, "rule threshold, first and last block": RULE_EDGE_THRESHOLD}
 COLOUR_MAP = "viridis"  # perceptually uniform, and readable without telling red from green
 MISSING_COLOUR = "#d9d9d9"
+GRID_COLOUR = "#e3e3e3"
+INK = "#0a0a0a"  # on a light cell; black follows the page that a picture stands on
 SEARCH_COLOUR = "#0072b2"
 LINE_COLOURS = ("#d55e00", "#00805c", "#b5558a", "#8c6d1f", "#6a3d9a", "#555555")  # after Okabe and Ito, 2008, darker
 
@@ -87,7 +89,7 @@ def sensitivity_heatmap(
     handles: list[Patch | Line2D] = []
     if chosen_bits is not None:
         width = 5.6 * row_height  # points
-        stroke = withStroke(linewidth=2.3 * width, foreground="black")
+        stroke = withStroke(linewidth=2.3 * width, foreground=INK)
         outline: dict[str, Any] = {"edgecolor": "white", "linewidth": width, "path_effects": [stroke]}
         for block, kind in np.argwhere(_grid(chosen_bits, len(blocks), len(kinds), "chosen_bits") == widths[1]):
             axes.add_patch(Rectangle((kind - 0.45, block - 0.39), 0.9, 0.78, fill=False, **outline))
@@ -110,6 +112,7 @@ def convergence_plot(
     baselines: Mapping[str, float],
     title: str,
     score_label: str = "KL(reference ‖ quantised), nats per token",
+    noise: float = 0.0,
 ) -> None:
     """Write a PNG of best and mean score against evaluations, with baselines as horizontal lines.
 
@@ -121,6 +124,7 @@ def convergence_plot(
         baselines: name -> score on the same text.
         title: printed above.
         score_label: what the score is, with its unit.
+        noise: standard error of a difference between two choices; a band around the last score.
 
     Raises:
         HalfbyteError: the history is empty, a number is not finite, or the file cannot be written.
@@ -148,11 +152,14 @@ def convergence_plot(
             "label": "± 1 standard deviation",
         }
         axes.fill_between(evaluations, mean - std, mean + std, **band)
+    if noise:
+        floor: dict[str, Any] = {"color": GRID_COLOUR, "linewidth": 0, "zorder": 0, "label": "± noise floor"}
+        axes.axhspan(float(best[-1]) - noise, float(best[-1]) + noise, **floor)
     axes.set_xlabel("genomes evaluated")
     axes.set_ylabel(score_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.margins(x=0.01)
-    axes.grid(axis="y", color="#eeeeee")
+    axes.grid(axis="y", color=GRID_COLOUR)
     axes.set_axisbelow(True)
     ends = [*near.values(), lowest, highest]
     margin = 0.06 * (max(ends) - min(ends)) or 0.05 * abs(max(ends)) or 1.0
@@ -198,7 +205,7 @@ def _write_values(axes: Axes, grid: np.ndarray, norm: LogNorm) -> None:
         red, green, blue, _ = (channel**2.2 for channel in colormaps[COLOUR_MAP](float(norm(ratio))))
         dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179  # where white has more contrast, WCAG 2.1
         text = f"{ratio:.0f}" if ratio >= 9.95 else significant(float(ratio), 2)
-        axes.text(kind, block, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
+        axes.text(kind, block, text, ha="center", va="center", fontsize=8, color="white" if dark else INK)
 
 
 def _add_colour_bar(
@@ -218,7 +225,7 @@ def _add_colour_bar(
         label = f"{name}: {threshold:g}×"
         if low <= threshold <= high:
             bar.ax.axhline(threshold, color="white", linewidth=4)
-            bar.ax.axhline(threshold, color="black", linewidth=2, linestyle=style)
+            bar.ax.axhline(threshold, color=INK, linewidth=2, linestyle=style)
             entries.append(Line2D([], [], color="black", linewidth=2, linestyle=style, label=label))
         else:
             side = "above" if threshold < low else "below"
@@ -303,13 +310,21 @@ def set_title(figure: Figure, title: str) -> None:
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write a PNG, whole or not at all.
+    """Write a PNG or an SVG, as the suffix says, whole or not at all.
+
+    An SVG has text as text, no background, and the same bytes every time.
 
     Raises:
         HalfbyteError: another suffix, or the file cannot be written.
     """
-    if Path(path).suffix.lower() != ".png":
-        raise HalfbyteError(f"{path}: plots are PNG files", fix="choose a name that ends in .png")
-    FigureCanvasAgg(figure)
-    with whole_file(path) as partial:
-        figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
+    kind = Path(path).suffix.lower().removeprefix(".")
+    if kind not in ("png", "svg"):
+        raise HalfbyteError(f"{path}: plots are PNG or SVG files", fix="choose a name that ends in .png")
+    if kind == "png":
+        FigureCanvasAgg(figure)
+    more: dict[str, Any] = (
+        {"dpi": DOTS_PER_INCH} if kind == "png" else {"metadata": {"Date": None}, "transparent": True}
+    )
+    text_as_text = {"svg.fonttype": "none", "svg.hashsalt": "halfbyte"}
+    with whole_file(path) as partial, rc_context(text_as_text):
+        figure.savefig(partial, format=kind, **more)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -15,6 +17,7 @@ from halfbyte.models.layers import Outcome, Unit, mean_bits_fraction
 from halfbyte.plan import Plan
 from halfbyte.report.plots import (
     DOTS_PER_INCH,
+    GRID_COLOUR,
     LINE_COLOURS,
     SEARCH_COLOUR,
     convergence_plot,
@@ -22,7 +25,7 @@ from halfbyte.report.plots import (
     sensitivity_heatmap,
     set_title,
 )
-from halfbyte.report.tables import csv_text
+from halfbyte.report.tables import csv_text, significant
 from halfbyte.search.run import Found
 from halfbyte.search.sensitivity import LayerSensitivity
 
@@ -57,13 +60,14 @@ def write_activation_reports(
     rows = [
         {**asdict(row), "ratio": row.ratio, "a_bits": plan.layers[row.layer].a_bits} for row in sensitivity.values()
     ]
-    sensitivities = json.dumps({"made_by": _made_by(plan), "layers": rows}, indent=1)
+    sensitivities = json.dumps({"made_by": _made_by(plan), "a_bits": widths, "layers": rows}, indent=1)
     yield write_text(beside(output, "sensitivity.json"), sensitivities)
     yield write_text(beside(output, "sensitivity.csv"), _table(rows))
     yield write_text(beside(output, "outcome.csv"), _table([asdict(row) for row in outcomes]))
-    yield write_text(beside(output, "history.json"), json.dumps(_history(plan, found), indent=1))
-    yield _draw_sensitivity(beside(output, "sensitivity.png"), plan, rows, widths)
-    yield _draw_convergence(beside(output, "convergence.png"), plan, found)
+    history = _history(plan, found)
+    yield write_text(beside(output, "history.json"), json.dumps(history, indent=1))
+    yield draw_sensitivity(beside(output, "sensitivity.png"), plan, rows, widths)
+    yield draw_convergence(beside(output, "convergence.png"), plan, history)
     if found.front:
         points = [
             {
@@ -78,10 +82,7 @@ def write_activation_reports(
             beside(output, "front.json"), json.dumps({"made_by": _made_by(plan), "points": points}, indent=1)
         )
         yield write_text(beside(output, "front.csv"), _table(points))
-        title = f"{short_name(plan.model_id)}: KL against activation bits"
-        bits = [point["mean_bits"] for point in points]
-        axis = "mean activation bits, weighted by multiply-accumulates"
-        yield _draw_front(beside(output, "front.png"), bits, points, axis, title, chosen=8 * plan.budget_reached)
+        yield draw_bits_front(beside(output, "front.png"), plan, points)
 
 
 def write_type_reports(output: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], found: Found) -> Iterator[Path]:
@@ -102,9 +103,7 @@ def write_type_reports(output: Path, plan: Plan, rows: Sequence[Mapping[str, Any
     ]
     numbers, picture = (beside(output, kind) for kind in TYPE_FRONT_REPORTS)
     yield write_text(numbers, _table(points))
-    title = f"{short_name(plan.model_id)}: KL against size"
-    sizes = [point["bytes"] / 1e6 for point in points]
-    yield _draw_front(picture, sizes, points, "size of the matrices, MB", title, chosen=found.cost / 1e6)
+    yield draw_sizes_front(picture, plan, points, found.cost)
 
 
 def _made_by(plan: Plan) -> dict[str, Any]:
@@ -114,6 +113,7 @@ def _made_by(plan: Plan) -> dict[str, Any]:
 def _history(plan: Plan, found: Found) -> dict[str, Any]:
     return {
         "made_by": _made_by(plan),
+        "score_label": found.score_label,
         **found.record(),
         "generations": [asdict(generation) for generation in found.history],
     }
@@ -136,25 +136,69 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     return csv_text(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _draw_sensitivity(path: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], widths: tuple[int, int]) -> Path:
+def draw_sensitivity(path: Path, plan: Plan, rows: Sequence[Mapping[str, Any]], widths: tuple[int, int]) -> Path:
+    """What the fewest activation bits cost each layer; ``rows`` are those of ``sensitivity.json``."""
     kinds = list(dict.fromkeys(row["layer"].rpartition(".")[2] for row in rows))
     blocks = [rows[at : at + len(kinds)] for at in range(0, len(rows), len(kinds))]
     ratios = [[row["ratio"] for row in block] for block in blocks]
     bits = [[row["a_bits"] for row in block] for block in blocks]
-    title = f"{short_name(plan.model_id)}: what {widths[0]}-bit activations cost"
+    title = f"{short_name(plan.model_id)}: {_dearest(rows, widths)}"
     sensitivity_heatmap(path, kinds, list(range(len(ratios))), ratios, title=title, chosen_bits=bits, widths=widths)
     return path
 
 
-def _draw_convergence(path: Path, plan: Plan, found: Found) -> Path:
+def draw_convergence(path: Path, plan: Plan, history: Mapping[str, Any]) -> Path:
+    """How the score fell; ``history`` is ``history.json`` or ``types.json``."""
+    baselines = {label: score for label, score in history["scores"].items() if label != "plan"}
     convergence_plot(
         path,
-        [asdict(generation) for generation in found.history],
-        baselines={label: score for label, score in found.search_scores.items() if label != "plan"},
-        title=f"{short_name(plan.model_id)}: genetic search, budget {plan.budget_asked:g}",
-        score_label=found.score_label,
+        history["generations"],
+        baselines=baselines,
+        title=f"{short_name(plan.model_id)}: {_gained(history['generations'][-1]['best'], baselines)}",
+        score_label=history.get("score_label", "score"),
+        noise=history["noise_floor"],
     )
     return path
+
+
+def _dearest(rows: Sequence[Mapping[str, Any]], widths: tuple[int, int]) -> str:
+    """Which kind of layer the fewest bits cost most."""
+    kinds: dict[str, list[float]] = {}
+    for row in rows:
+        if row["ratio"] is not None and math.isfinite(row["ratio"]):
+            kinds.setdefault(row["layer"].rpartition(".")[2], []).append(row["ratio"])
+    if not kinds:
+        return f"what {widths[0]}-bit activations cost"
+    kind, ratio = max(((kind, median(ratios)) for kind, ratios in kinds.items()), key=lambda item: item[1])
+    return f"{widths[0]}-bit activations cost {kind} most, {significant(ratio, 2)} times the error of {widths[1]} bits"
+
+
+def _gained(best: float, baselines: Mapping[str, float]) -> str:
+    """What the search gained over the best that it started from; the ends of the menu keep to no budget."""
+    starts = {label: score for label, score in baselines.items() if not label.startswith("all ")}
+    if not starts:
+        return "genetic search"
+    label = min(starts, key=lambda name: starts[name])
+    if best >= starts[label]:
+        return f"the genetic search found nothing better than {label} on the search text"
+    if starts[label] <= 0:
+        return f"the genetic search, from {significant(starts[label])} ({label}) to {significant(best)}"
+    return f"the genetic search is {100 * (1 - best / starts[label]):.1f}% below {label} on the search text"
+
+
+def draw_bits_front(path: Path, plan: Plan, points: Sequence[Mapping[str, Any]]) -> Path:
+    """KL against activation bits; ``points`` are those of ``front.json``."""
+    title = f"{short_name(plan.model_id)}: KL against activation bits"
+    bits = [point["mean_bits"] for point in points]
+    axis = "mean activation bits, weighted by multiply-accumulates"
+    return _draw_front(path, bits, points, axis, title, chosen=8 * plan.budget_reached)
+
+
+def draw_sizes_front(path: Path, plan: Plan, points: Sequence[Mapping[str, Any]], nbytes: int) -> Path:
+    """KL against size; ``points`` are the rows of ``types-front.csv``, ``nbytes`` is what the plan has."""
+    title = f"{short_name(plan.model_id)}: KL against size"
+    sizes = [point["bytes"] / 1e6 for point in points]
+    return _draw_front(path, sizes, points, "size of the matrices, MB", title, chosen=nbytes / 1e6)
 
 
 def _draw_front(
@@ -190,7 +234,7 @@ def _draw_front(
     axes.set_xlabel(axis)
     axes.set_ylabel("KL on the validation text, nats per token")
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
+    axes.grid(color=GRID_COLOUR)
     axes.legend(frameon=False, fontsize=8)
     set_title(figure, title)
     save_figure(figure, path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from gguf import GGUFReader, dequantize
 
-from halfbyte import cli, menus
+from halfbyte import cli, menus, pipeline
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.menus import activations
@@ -31,6 +31,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for picture in ("convergence_plot", "sensitivity_heatmap"):  # they take as long as a search
         monkeypatch.setattr(search_reports, picture, lambda *_, **__: None)
+    monkeypatch.setattr(pipeline, "write_page", lambda page, _: page)
     return tmp_path
 
 

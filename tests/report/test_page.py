@@ -46,9 +46,10 @@ def plan_in(folder, blocks=28, name="plan.json", **changes):
     path = folder / name
     save_plan(path, plan)
     rows = [{"layer": layer, "ratio": 2.0 + at, "a_bits": 8} for at, layer in enumerate(names)]
+    units = [{"unit": layer, "a_bits": 8, "loss": at / 100} for at, layer in enumerate(names)]
     history = {"generations": GENERATIONS, "scores": SCORES, "score_label": "KL, nats per token", "noise_floor": 0.001}
     for kind, content in (
-        ("sensitivity", {"a_bits": [4, 8], "layers": rows}),
+        ("sensitivity", {"a_bits": [4, 8], "layers": rows, "units": units, "score_label": "KL"}),
         ("history", history),
         ("types", history),
     ):
@@ -108,6 +109,9 @@ def test_the_page_says_what_was_found_and_stands_alone(tmp_path):
         "KL knapsack",
     ):
         assert said in text
+    assert re.search(
+        r"lose most at A4 alone.*<td>model.layers.27.mlp.down_proj</td><td>A8</td><td>1.11</td>", text, re.S
+    )
     assert "<script>alert" not in text
     assert text.count("<svg") == 3
     assert "Not shown" not in text

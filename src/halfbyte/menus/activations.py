@@ -257,7 +257,8 @@ class ActivationMenu(Menu):
         own = [outcome for outcome in outcomes if outcome.layer in plan.layers]
         rows = self.prepared.sensitivity
         widths = (self.recipe.a_bits[0], self.recipe.a_bits[-1])
-        for path in write_activation_reports(output, plan, own, rows, self.units, found, widths):
+        losses = self.problem.losses
+        for path in write_activation_reports(output, plan, own, rows, self.units, found, widths, losses):
             reports.append(path)
         return Written([(_codes_of(workdir, refined=found.refined), codes_path(output))], {})
 

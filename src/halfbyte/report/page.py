@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,7 +50,7 @@ DARK = {  # what the colours of pictures become on a dark page
     GRID_COLOUR: "#4a4a4a",
 }
 MOST_COMPARISONS = 3  # that a page keeps
-LOUDEST = 12  # matrices that are named because they lose most
+LOUDEST = 12  # units and matrices that are named because they lose most
 
 
 @dataclass(frozen=True)
@@ -223,7 +224,9 @@ def _file(plan: Plan) -> str:
 
 
 def _scores(record: Mapping[str, Any]) -> str:
-    """The plan's score and the best of what it had to beat, on text that nothing was chosen on if there is such."""
+    """The plan's score and those of the ends of the menu, on text that nothing was chosen on if there is such."""
+    if record.get("fitness", "kl") != "kl":
+        return "nothing was measured on the whole model, the search minimised a sum of layer errors"
     scores = record.get("validation") or record.get("scores") or {}
     where = "validation text" if record.get("validation") else "the text of the search"
     plan = {label: score for label, score in scores.items() if label.startswith("plan")}
@@ -244,12 +247,12 @@ def _section(path: Path, plan: Plan) -> dict[str, Any]:
         "summary": [*([_bits(plan)] if plan.layers else []), *([_file(plan)] if plan.tensors else [])],
         "maps": list(_maps(plan)),
         "scores": [
-            (title, _score_rows(record))
+            (title, KL if record.get("fitness", "kl") == "kl" else ERRORS, _score_rows(record))
             for title, record in (("Activation bits", plan.search), ("ggml types", plan.file))
             if record.get("scores")
         ],
         "charts": charts,
-        "loudest": _loudest(path, plan),
+        "loudest": list(_loudest(path, plan)),
         "made_by": _made_by(plan),
         "missing": missing,
     }
@@ -361,19 +364,36 @@ def _sizes_of(plan: Plan) -> Callable[[Path, Path], object]:
     return draw
 
 
-def _loudest(path: Path, plan: Plan) -> list[list[str]]:
-    """The matrices that lose most alone, with their types and sizes."""
-    numbers = beside(path, "types.csv")
-    if not plan.tensors or not numbers.is_file():
-        return []
-    try:
-        rows = sorted(_csv(numbers), key=lambda row: -float(row["kl_alone"]))[:LOUDEST]
-        return [
+def _loudest(path: Path, plan: Plan) -> list[dict[str, Any]]:
+    """Tables of what alone makes the whole model lose most: units at the fewest activation bits, and matrices."""
+    tables = []
+    for there, table in ((plan.layers, _loudest_units), (plan.tensors, _loudest_matrices)):
+        with suppress(KeyError, TypeError, ValueError, OSError, HalfbyteError):
+            if there:
+                tables.append(table(path))
+    return tables
+
+
+def _loudest_units(path: Path) -> dict[str, Any]:
+    found = read_json(beside(path, "sensitivity.json"), "sensitivity")
+    rows = sorted(found["units"], key=lambda row: -row["loss"])[:LOUDEST]
+    return {
+        "title": f"The units that lose most at A{found['a_bits'][0]} alone",
+        "headers": ["unit", "the plan has", found["score_label"]],
+        "rows": [[row["unit"], f"A{row['a_bits']}", significant(float(row["loss"]))] for row in rows],
+    }
+
+
+def _loudest_matrices(path: Path) -> dict[str, Any]:
+    rows = sorted(_csv(beside(path, "types.csv")), key=lambda row: -float(row["kl_alone"]))[:LOUDEST]
+    return {
+        "title": "The matrices that lose most alone",
+        "headers": ["matrix", "type", "size", "KL alone"],
+        "rows": [
             [row["matrix"], row["type"], format_bytes(int(row["bytes"])), significant(float(row["kl_alone"]))]
             for row in rows
-        ]
-    except (KeyError, TypeError, ValueError):
-        return []
+        ],
+    }
 
 
 def _csv(path: Path) -> list[dict[str, str]]:
@@ -455,4 +475,9 @@ def _made_by(plan: Plan) -> list[tuple[str, str]]:
     return [(key, value) for key, value in rows if value]
 
 
+KL = (
+    "KL(original ‖ quantised) of next-token distributions, nats per token, simulated. "
+    "The validation text is none that candidates were compared on."
+)
+ERRORS = "A sum of layer errors, simulated: the search minimised this, and not the whole model's KL."
 TOKENS = ("calib_tokens", "search_tokens", "valid_tokens")

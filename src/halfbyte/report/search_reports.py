@@ -55,12 +55,22 @@ def write_activation_reports(
     units: Sequence[Unit],
     found: Found,
     widths: tuple[int, int],
+    losses: Sequence[Sequence[float]],
 ) -> Iterator[Path]:
-    """Layer sensitivity, outcomes, history, and the front of budgets if there is one; each path when it is written."""
+    """Layer sensitivity, outcomes, history, and the front of budgets if there is one; each path when it is written.
+
+    Args:
+        losses: ``[unit][width]`` that a unit alone makes the whole model lose.
+    """
     rows = [
         {**asdict(row), "ratio": row.ratio, "a_bits": plan.layers[row.layer].a_bits} for row in sensitivity.values()
     ]
-    sensitivities = json.dumps({"made_by": _made_by(plan), "a_bits": widths, "layers": rows}, indent=1)
+    alone = [
+        {"unit": unit.name, "a_bits": found.choice[unit.name], "loss": menu[0] - menu[-1]}
+        for unit, menu in zip(units, losses, strict=True)
+    ]
+    about = {"made_by": _made_by(plan), "a_bits": widths, "score_label": found.score_label}
+    sensitivities = json.dumps({**about, "layers": rows, "units": alone}, indent=1)
     yield write_text(beside(output, "sensitivity.json"), sensitivities)
     yield write_text(beside(output, "sensitivity.csv"), _table(rows))
     yield write_text(beside(output, "outcome.csv"), _table([asdict(row) for row in outcomes]))

@@ -164,6 +164,8 @@ def test_refused(tmp_path, capsys):
     fails(capsys, cli.run("report", ["--config", config]), match="already exists")
     fails(capsys, cli.run("report", ["--config", config, "--output", config, "--force"]), match="would be written over")
     fails(capsys, cli.run("report", ["--config", str(tmp_path / "no.json")]), match="no such plan")
+    fails(capsys, cli.run("report", ["--config", "."]), match="unknown plan format")
+    fails(capsys, cli.run("report", ["--config", ","]), match="expected the name of a plan")
 
 
 def test_a_comparison_is_kept_in_the_page(tmp_path):

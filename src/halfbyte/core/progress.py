@@ -24,7 +24,7 @@ _listeners: list[Listener] = []
 def report(stage: str, done: int, total: int, note: str = "") -> None:
     """Tell whoever listens that ``done`` of ``total`` steps of ``stage`` are finished."""
     if _listeners:
-        _listeners[-1](Progress(stage, done, total, note))
+        _listeners[-1](Progress(stage, done, total, " ".join(note.split())))
 
 
 @contextmanager

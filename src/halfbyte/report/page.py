@@ -27,7 +27,7 @@ from halfbyte.core.files import scratch_folder, short_name, write_text
 from halfbyte.core.guard import Touched, guarded
 from halfbyte.core.schema import parsed, read_json
 from halfbyte.options import ReportOptions
-from halfbyte.plan import Plan, load_plan
+from halfbyte.plan import Plan, check_suffix, load_plan
 from halfbyte.quant.ggml.types import bits_per_weight
 from halfbyte.report.plots import GRID_COLOUR, LINE_COLOURS, SEARCH_COLOUR
 from halfbyte.report.search_reports import (
@@ -136,6 +136,8 @@ def make_report(options: ReportOptions) -> Path:
     comparisons = [one.strip() for one in (options.comparison or "").split(",") if one.strip()]
     if not configs:
         raise HalfbyteError("--config: expected the name of a plan, got none")
+    for config in configs:
+        check_suffix(config)
     output = Path(options.output) if options.output else beside(configs[0], PAGE)
     records = [read_json(one, "comparison") for one in comparisons]
     with guarded(

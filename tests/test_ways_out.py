@@ -55,10 +55,10 @@ def test_an_output_that_is_full_is_one_line():
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_it_as_ctrl_c_does(tiny_folder, tmp_path, number):
-    arguments = [*flags(tiny_folder("qwen2"), "gguf", ga_gen=4), "--output", str(tmp_path / "plan.json")]
+    arguments = [*flags(tiny_folder("qwen2"), "gguf", ga_gen=300), "--output", str(tmp_path / "plan.json")]
     process = Process(arguments, tmp_path)
     work = tmp_path / ".plan.json.work"
-    wait_until(lambda: (work / "settings.json").exists() or not process.running())
+    wait_until(lambda: (work / "prepared.json").exists() or not process.running())
     assert process.stop(number) == 2
     assert "interrupted after" in process.err
     assert "Traceback" not in process.err

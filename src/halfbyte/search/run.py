@@ -284,7 +284,8 @@ class _Generations:
     def __init__(self, menu: Searchable, settings: GeneticSettings) -> None:
         self.stage, self.scorer = f"search of {menu.title}", menu.on_search_text
         self.generations, self.number, self.best = settings.generations, -1, ""
-        self.started, self.scored, self.whole, self.before = time.monotonic(), 0, 1, 0.0
+        self.started, self.scored, self.running, self.share = time.monotonic(), 0, 0, 0.0
+        self.whole, self.before = 1.0, 0.0
         if self.scorer is not None:
             self.scorer.tick = self._tick
 
@@ -292,11 +293,11 @@ class _Generations:
         """A generation with so many genomes to score begins."""
         self.whole = max(1, genomes) / processes().size
         self.before = 0.0 if self.scorer is None else self.scorer.tokens_run
-        self.scored += genomes
+        self.scored, self.running, self.share = self.scored + self.running, genomes, 0.0
 
     def ended(self, generation: Generation) -> None:
         """A generation is over."""
-        self.number, self.best = generation.number, f", best {generation.best:.5g}"
+        self.number, self.best, self.share = generation.number, f", best {generation.best:.5g}", 1.0
         self._say(0.0)
 
     def finish(self) -> None:
@@ -308,7 +309,8 @@ class _Generations:
     def _tick(self) -> None:
         assert self.scorer is not None
         whole = self.whole * self.scorer.windows * self.scorer.length
-        self._say((self.scorer.tokens_run - self.before) / whole)
+        self.share = min(1.0, (self.scorer.tokens_run - self.before) / whole)
+        self._say(self.share)
 
     def _say(self, share: float) -> None:
         total = STEPS * (self.generations + 1)  # the start is a generation too
@@ -317,5 +319,6 @@ class _Generations:
 
     def _note(self) -> str:
         spent = time.monotonic() - self.started
-        rate = f", {self.scored / spent:.2g} genomes/s" if self.scored and spent > 1 else ""
+        scored = self.scored + self.share * self.running
+        rate = f", {scored / spent:.2g} genomes/s" if scored and spent > 1 else ""
         return f"generation {max(0, self.number)}/{self.generations}{self.best}{rate}"

@@ -16,7 +16,7 @@ import torch
 from halfbyte.calibration.text import Text, cut, load_text, text_files, write_with
 from halfbyte.core.distributed import processes
 from halfbyte.core.environment import device_name, peak_memory, resolve_device, resolve_dtype
-from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.core.progress import report
 from halfbyte.menus import Menu, Model, Setting, check_options, menus_of, weights_of
@@ -176,7 +176,6 @@ def _write(
         for path, one in reversed(plans.items()):
             save_plan(path, one)
             saved.append(path)
-        reports.append(write_page(beside(output, PAGE), [output]))
     except BaseException:  # Ctrl-C too: a resumed run starts from here, and nothing speaks of a plan that is not there
         for here, there in moved:
             if not here.exists():
@@ -185,6 +184,10 @@ def _write(
             path.unlink()
         raise
     files = [*plans, *(there for _, there in moved), *reports]
+    try:
+        files.append(write_page(beside(output, PAGE), [output]))
+    except Exception as error:  # noqa: BLE001 - a page that cannot be drawn takes no plan away
+        report("page", 1, 1, f"not written: {first_line(error)}; halfbyte report makes it")
     return plan, outcomes, files
 
 

@@ -27,7 +27,7 @@ from halfbyte.core.files import scratch_folder, short_name, write_text
 from halfbyte.core.guard import Touched, guarded
 from halfbyte.core.schema import parsed, read_json
 from halfbyte.options import ReportOptions
-from halfbyte.plan import Plan, check_suffix, load_plan
+from halfbyte.plan import Plan, check_suffix, load_plan, plan_files
 from halfbyte.quant.ggml.types import bits_per_weight
 from halfbyte.report.plots import GRID_COLOUR, LINE_COLOURS, SEARCH_COLOUR
 from halfbyte.report.search_reports import (
@@ -49,6 +49,7 @@ DARK = {  # what the colours of pictures become on a dark page
     **dict(zip(LINE_COLOURS, ("#ff9c4a", "#3fd0a0", "#e79fcb", "#e0c068", "#b79be6", "#b5b5b5"), strict=True)),
     GRID_COLOUR: "#4a4a4a",
 }
+HEADLINE = (("measured", "bytes"), ("quality", "kld_mean"), ("measured", "generation_tokens_per_second"))
 MOST_COMPARISONS = 3  # that a page keeps
 LOUDEST = 12  # units and matrices that are named because they lose most
 
@@ -140,9 +141,9 @@ def make_report(options: ReportOptions) -> Path:
         check_suffix(config)
     output = Path(options.output) if options.output else beside(configs[0], PAGE)
     records = [read_json(one, "comparison") for one in comparisons]
-    with guarded(
-        Touched(inputs=[*map(str, configs), *comparisons], outputs=[output]), json=options.json, force=options.force
-    ):
+    files = [str(file) for config in configs for file in plan_files(config)]
+    touched = Touched(inputs=[*files, *comparisons], outputs=[output])
+    with guarded(touched, json=options.json, force=options.force):
         write_page(output, configs, records)
     return output
 
@@ -185,9 +186,11 @@ def add_comparison(config: str | Path, record: Mapping[str, Any]) -> Path | None
     page = beside(Path(config), PAGE)
     try:
         kept = KEPT.search(page.read_text(encoding="utf-8"))
-        earlier = [one for one in json.loads(kept[1]) if one != record] if kept else []
+        if kept is None:
+            return None  # no page of ours
+        earlier = [one for one in json.loads(kept[1]) if one != record]
         return write_page(page, [Path(config)], [*earlier[1 - MOST_COMPARISONS :], record])
-    except (OSError, ValueError, HalfbyteError):
+    except Exception:  # noqa: BLE001 - what was measured must not be lost for a page
         return None
 
 
@@ -195,7 +198,9 @@ def _sentence(plan: Plan, comparison: Comparison | None) -> str:
     """The result in one sentence."""
     rows = {row.name: row for row in comparison.rows if row.measured} if comparison else {}
     ours, theirs = rows.get("mixed"), rows.get("Q4_K_M")
-    if comparison and ours and theirs and ours.quality and theirs.quality:
+    numbers = [row.number(of, key) for row in (ours, theirs) if row for of, key in HEADLINE]
+    own = comparison is not None and comparison.plan in (None, plan.hash) and not (ours and ours.note)
+    if comparison and ours and theirs and own and None not in numbers:
         size, other = (row.number("measured", "bytes") or 0 for row in (ours, theirs))
         same = (
             f"the size of {theirs.name}" if abs(size - other) <= ALIKE * other else f"{format_bytes(other)} for Q4_K_M"
@@ -336,7 +341,7 @@ def _charts(path: Path, plan: Plan, missing: list[str]) -> Iterator[Chart | None
 
 SENSITIVITY = "Mean squared error of each layer's output with the fewest activation bits, relative to the most."
 CONVERGENCE = "Each point is a generation of the genetic algorithm; lines are what it started from and had to beat."
-FRONT = "KL on text that nothing was chosen on; bars are the noise floor."
+FRONT = "KL on the validation text; bars are the noise floor."
 
 
 def _sensitivity_of(plan: Plan) -> Callable[[Path, Path], object]:
@@ -479,7 +484,7 @@ def _made_by(plan: Plan) -> list[tuple[str, str]]:
 
 KL = (
     "KL(original ‖ quantised) of next-token distributions, nats per token, simulated. "
-    "The validation text is none that candidates were compared on."
+    "The validation text, which the search has not used, decided between its finalists."
 )
 ERRORS = "A sum of layer errors, simulated: the search minimised this, and not the whole model's KL."
 TOKENS = ("calib_tokens", "search_tokens", "valid_tokens")

@@ -16,6 +16,7 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import MANIFEST, scratch_folder, whole_folder
 from halfbyte.core.guard import Touched, guarded
 from tests.command_line import fails
+from tests.searches import wait_until
 
 HOLD = "import sys, time\nfrom pathlib import Path\nfrom halfbyte.core.guard import Touched, guarded\n"
 HOLD += "with guarded(Touched(outputs=[Path(sys.argv[1])]), json=None, force=False):\n"
@@ -123,13 +124,22 @@ def test_another_run_is_told_and_a_dead_one_is_taken_over(tmp_path):
 
 
 def test_of_three_at_once_one_writes(tmp_path):
-    start = [sys.executable, "-c", HOLD.replace("sleep(60)", "sleep(5)"), str(tmp_path / "plan.pt")]
+    folder, done = tmp_path / "out", tmp_path / "done"
+    folder.mkdir()
+    hold = HOLD.replace("time.sleep(60)", f"[time.sleep(0.05) for _ in iter(Path({str(done)!r}).exists, True)]")
+    start = [sys.executable, "-c", hold, str(folder / "plan.pt")]
     runs = [subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    said = [run.communicate(timeout=60) for run in runs]
+    try:
+        wait_until(lambda: sum(run.poll() is not None for run in runs) == 2)
+        done.touch()
+        said = [run.communicate(timeout=60) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
     assert sorted(run.returncode for run in runs) == [0, 1, 1]
     assert sorted(out for out, _ in said) == ["", "", "held\n"]
     assert sum("another run is writing it now" in err for _, err in said) == 2
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 def test_a_folder_that_was_moved_aside_comes_back(tmp_path):

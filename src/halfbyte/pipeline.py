@@ -187,6 +187,7 @@ def _write(
     try:
         files.append(write_page(beside(output, PAGE), [output]))
     except Exception as error:  # noqa: BLE001 - a page that cannot be drawn takes no plan away
+        beside(output, PAGE).unlink(missing_ok=True)  # of the plan that was there before
         report("page", 1, 1, f"not written: {first_line(error)}; halfbyte report makes it")
     return plan, outcomes, files
 

@@ -13,8 +13,9 @@ from html.parser import HTMLParser
 import pytest
 
 from halfbyte import cli
-from halfbyte.plan import LayerPlan, Plan, save_plan
-from halfbyte.report.page import PAGE, _cell, add_comparison, write_page
+from halfbyte.plan import LayerPlan, Plan, load_plan, save_plan
+from halfbyte.report.page import PAGE, add_comparison, write_page
+from halfbyte.report.page.plan_map import cell_of
 from tests.command_line import fails
 
 KINDS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
@@ -48,16 +49,17 @@ def plan_in(folder, blocks=28, name="plan.json", **changes):
     rows = [{"layer": layer, "ratio": 2.0 + at, "a_bits": 8} for at, layer in enumerate(names)]
     units = [{"unit": layer, "a_bits": 8, "loss": at / 100} for at, layer in enumerate(names)]
     history = {"generations": GENERATIONS, "scores": SCORES, "score_label": "KL, nats per token", "noise_floor": 0.001}
+    made_by = {"plan": plan.hash}
     for kind, content in (
         ("sensitivity", {"a_bits": [4, 8], "layers": rows, "units": units, "score_label": "KL"}),
         ("history", history),
         ("types", history),
     ):
-        (folder / f"{path.stem}.{kind}.json").write_text(json.dumps(content))
+        (folder / f"{path.stem}.{kind}.json").write_text(json.dumps({"made_by": made_by, **content}))
     return path
 
 
-def compared(model="somebody/Tiny-1B", sample="halves the list <script>alert(1)</script>"):
+def compared(config, sample="halves the list <script>alert(1)</script>", **changes):
     def row(name, nbytes, kl, speed, text):
         measured = {"bytes": nbytes, "generation_tokens_per_second": speed, "sample": text, "load_seconds": 0.2}
         return {"name": name, "engine": "llama.cpp", "measured": measured, "quality": {"kld_mean": kl}}
@@ -67,7 +69,9 @@ def compared(model="somebody/Tiny-1B", sample="halves the list <script>alert(1)<
         row("mixed", 105_400_000, 0.0049, 137.0, sample),
     ]
     rows.append({"name": "original", "missing": "not asked for"})
-    return {"model": model, "text": "pydoc", "machine": "a CPU", "prompt": "What is it?", "rows": rows, "seed": 0}
+    plan = load_plan(config, with_codes=False)
+    about = {"model": plan.model_id, "plan": plan.hash, "text": "pydoc", "machine": "a CPU", "prompt": "What is it?"}
+    return {**about, "rows": rows, "seed": 0, **changes}
 
 
 class Reader(HTMLParser):
@@ -95,7 +99,7 @@ class Reader(HTMLParser):
 
 def test_the_page_says_what_was_found_and_stands_alone(tmp_path):
     config = plan_in(tmp_path)
-    text = write_page(tmp_path / "page.html", [config], [compared()]).read_text()
+    text = write_page(tmp_path / "page.html", [config], [compared(config)]).read_text()
     assert (
         "At 105.4 MB, the size of Q4_K_M, KL to the original is 0.00490 against 0.0172; generation 137 tokens/s "
         "against 140 on a CPU." in text
@@ -135,8 +139,27 @@ def test_what_is_not_beside_the_plan_is_named(tmp_path):
     (tmp_path / "plan.sensitivity.json").unlink()
     (tmp_path / "plan.history.json").write_text("{}")
     text = write_page(tmp_path / "page.html", [config]).read_text()
-    assert re.search(r"Not shown.*plan.sensitivity.json, plan.history.json \(cannot be drawn: ", text)
+    assert "plan.sensitivity.json (not beside the plan)" in text
+    assert "plan.history.json (cannot be drawn: KeyError: &#39;made_by&#39;)" in text
     assert text.count("<svg") == 1
+    save_plan(config, replace(load_plan(config, with_codes=False), fingerprint="another"))
+    text = write_page(tmp_path / "page.html", [config]).read_text()
+    assert "plan.types.json (of another plan)" in text
+    assert "<svg" not in text
+
+
+def test_a_headline_is_of_this_plan_and_has_no_gaps(tmp_path):
+    config = plan_in(tmp_path)
+    whole, bare = compared(config), compared(config)
+    for row in bare["rows"][:2]:
+        row["quality"], row["measured"]["generation_tokens_per_second"] = {"kld_mean": None}, None
+    other = compared(config, plan="0" * 12)
+    noted = compared(config)
+    noted["rows"][1]["note"] = "this file holds another plan"
+    for comparisons, there in (([bare], False), ([other], False), ([noted], False), ([whole, bare], True)):
+        text = write_page(tmp_path / "page.html", [config], comparisons).read_text()
+        assert ("against 0.0172; generation 137 tokens/s" in text) == there
+        assert ("105.4 MB for 113 matrices of 3 ggml types: KL to the original on search text 0.0100." in text) != there
 
 
 def test_several_plans_side_by_side(tmp_path, capsys):
@@ -148,36 +171,47 @@ def test_several_plans_side_by_side(tmp_path, capsys):
     assert capsys.readouterr().out == f"wrote {page}\n"
     text = page.read_text()
     assert "other.json: The plan" in text
+    fails(capsys, cli.run("report", ["--config", configs]), match="name for the page of several plans")
     assert max(Counter(Reader(text).ids).values()) == 1
 
 
 def test_refused(tmp_path, capsys):
-    config = str(plan_in(tmp_path))
+    config = plan_in(tmp_path)
     other, broken = tmp_path / "other.json", tmp_path / "broken.json"
-    other.write_text(json.dumps(compared(model="somebody/Large")))
+    other.write_text(json.dumps(compared(config, model="somebody/Large")))
     broken.write_text(json.dumps({"rows": 3, "model": "somebody/Tiny-1B"}))
     for comparison, match in ((other, "of another model"), (broken, "comparison, rows: "), (tmp_path / "x", "x: ")):
-        code = cli.run("report", ["--config", config, "--comparison", str(comparison)])
+        code = cli.run("report", ["--config", str(config), "--comparison", str(comparison)])
         fails(capsys, code, match=match)
-    assert cli.run("report", ["--config", config]) == 0
+    assert cli.run("report", ["--config", str(config)]) == 0
     capsys.readouterr()
-    fails(capsys, cli.run("report", ["--config", config]), match="already exists")
-    fails(capsys, cli.run("report", ["--config", config, "--output", config, "--force"]), match="would be written over")
+    fails(capsys, cli.run("report", ["--config", str(config)]), match="already exists")
+    for part in ("plan.json", "plan.safetensors", "plan.types.safetensors"):
+        (tmp_path / part).touch()
+        code = cli.run("report", ["--config", str(config), "--output", str(tmp_path / part), "--force"])
+        fails(capsys, code, match="would be written over")
+    save_plan(config, replace(load_plan(config, with_codes=False), search={"scores": [1]}))
+    fails(capsys, cli.run("report", ["--config", str(config), "--force"]), match="search, scores: ")
     fails(capsys, cli.run("report", ["--config", str(tmp_path / "no.json")]), match="no such plan")
     fails(capsys, cli.run("report", ["--config", "."]), match="unknown plan format")
-    fails(capsys, cli.run("report", ["--config", ","]), match="expected the name of a plan")
+    fails(capsys, cli.run("report", ["--config", ","]), match="expected the name of a file")
 
 
 def test_a_comparison_is_kept_in_the_page(tmp_path):
     config = plan_in(tmp_path)
-    assert add_comparison(config, compared()) is None  # no page that it could go into
+    assert add_comparison(config, compared(config)) is None  # no page that it could go into
     page = write_page(tmp_path / f"plan.{PAGE}", [config])
     for sample in "abcde":
-        assert add_comparison(config, compared(sample=f"sample {sample}")) == page
+        assert add_comparison(config, compared(config, sample=f"sample {sample}")) == page
     text = page.read_text()
     assert [sample for sample in "abcde" if f"<mark>{sample}</mark>" in text] == ["c", "d", "e"]
-    assert add_comparison(config, compared(model="another")) is None
+    assert add_comparison(config, compared(config, model="another")) is None
     assert page.read_text() == text
+    assert cli.run("report", ["--config", str(config), "--force"]) == 0
+    assert page.read_text() == text
+    page.write_text("somebody's notes")
+    assert add_comparison(config, compared(config)) is None
+    assert page.read_text() == "somebody's notes"
 
 
 def test_letters_on_the_map_have_contrast():
@@ -187,7 +221,7 @@ def test_letters_on_the_map_have_contrast():
         return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
     for shade in range(101):
-        cell = _cell("", "A4", shade / 100)
+        cell = cell_of("", "A4", shade / 100)
         darker, lighter = sorted((light(cell.colour), light(cell.ink)))
         assert (lighter + 0.05) / (darker + 0.05) >= 4.5  # WCAG 2.1, level AA
 
@@ -197,7 +231,7 @@ def test_letters_on_the_map_have_contrast():
 def test_nothing_is_wider_than_the_window(tmp_path, width):
     """In a real browser; the window itself cannot be as narrow as a phone, the page can."""
     config = plan_in(tmp_path)
-    page = write_page(tmp_path / "page.html", [config], [compared()])
+    page = write_page(tmp_path / "page.html", [config], [compared(config)])
     measure = f"<style>html{{width:{width}px}}</style><script>document.title = document.body.scrollWidth</script>"
     page.write_text(page.read_text().replace("</body>", f"{measure}</body>"))
     shown = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}"]

@@ -16,7 +16,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
@@ -202,10 +202,15 @@ def _write_values(axes: Axes, grid: np.ndarray, norm: LogNorm) -> None:
     for (block, kind), ratio in np.ndenumerate(grid):
         if np.isnan(ratio):
             continue
-        red, green, blue, _ = (channel**2.2 for channel in colormaps[COLOUR_MAP](float(norm(ratio))))
-        dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179  # where white has more contrast, WCAG 2.1
+        dark = needs_white(colormaps[COLOUR_MAP](float(norm(ratio))))
         text = f"{ratio:.0f}" if ratio >= 9.95 else significant(float(ratio), 2)
         axes.text(kind, block, text, ha="center", va="center", fontsize=8, color="white" if dark else INK)
+
+
+def needs_white(colour: Sequence[float]) -> bool:
+    """Whether white letters have more contrast on an sRGB ``colour`` (0 to 1 each) than black ones (WCAG 2.1)."""
+    red, green, blue = (channel**2.2 for channel in colour[:3])
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.179
 
 
 def _add_colour_bar(
@@ -317,14 +322,16 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     Raises:
         HalfbyteError: another suffix, or the file cannot be written.
     """
-    kind = Path(path).suffix.lower().removeprefix(".")
-    if kind not in ("png", "svg"):
+    kind = Path(path).suffix.lower()
+    if kind not in (".png", ".svg"):
         raise HalfbyteError(f"{path}: plots are PNG or SVG files", fix="choose a name that ends in .png")
-    if kind == "png":
-        FigureCanvasAgg(figure)
-    more: dict[str, Any] = (
-        {"dpi": DOTS_PER_INCH} if kind == "png" else {"metadata": {"Date": None}, "transparent": True}
-    )
-    text_as_text = {"svg.fonttype": "none", "svg.hashsalt": "halfbyte"}
-    with whole_file(path) as partial, rc_context(text_as_text):
-        figure.savefig(partial, format=kind, **more)
+    with whole_file(path) as partial:
+        if kind == ".png":
+            FigureCanvasAgg(figure)
+            figure.savefig(partial, format="png", dpi=DOTS_PER_INCH)
+            return
+        for axes in figure.axes:  # gaps that are grey stay grey
+            if axes.get_facecolor() == to_rgba("white"):
+                axes.set_facecolor("none")
+        with rc_context({"svg.fonttype": "none", "svg.hashsalt": "halfbyte"}):
+            figure.savefig(partial, format="svg", facecolor="none", metadata={"Date": None})

@@ -39,7 +39,7 @@ ACTIVATION_REPORTS = (
 )
 FRONT_REPORTS = ("front.json", "front.csv", "front.png")
 TYPE_REPORTS = ("types.csv", "types.json")
-TYPE_FRONT_REPORTS = ("types-front.csv", "types-front.png")
+TYPE_FRONT_REPORTS = ("types-front.json", "types-front.csv", "types-front.png")
 
 
 def beside(output: Path, kind: str) -> Path:
@@ -111,8 +111,9 @@ def write_type_reports(output: Path, plan: Plan, rows: Sequence[Mapping[str, Any
         {"ftype": ftype, "bytes": point.cost, **_validated(point), **refined(point)}
         for ftype, point in sorted(found.front.items(), key=lambda item: item[1].cost)
     ]
-    numbers, picture = (beside(output, kind) for kind in TYPE_FRONT_REPORTS)
-    yield write_text(numbers, _table(points))
+    numbers, table, picture = (beside(output, kind) for kind in TYPE_FRONT_REPORTS)
+    yield write_text(numbers, json.dumps({"made_by": _made_by(plan), "points": points}, indent=1))
+    yield write_text(table, _table(points))
     yield draw_sizes_front(picture, plan, points, found.cost)
 
 
@@ -165,7 +166,7 @@ def draw_convergence(path: Path, plan: Plan, history: Mapping[str, Any]) -> Path
         history["generations"],
         baselines=baselines,
         title=f"{short_name(plan.model_id)}: {_gained(history['generations'][-1]['best'], baselines)}",
-        score_label=history.get("score_label", "score"),
+        score_label=history["score_label"],
         noise=history["noise_floor"],
     )
     return path
@@ -205,7 +206,7 @@ def draw_bits_front(path: Path, plan: Plan, points: Sequence[Mapping[str, Any]])
 
 
 def draw_sizes_front(path: Path, plan: Plan, points: Sequence[Mapping[str, Any]], nbytes: int) -> Path:
-    """KL against size; ``points`` are the rows of ``types-front.csv``, ``nbytes`` is what the plan has."""
+    """KL against size; ``points`` are those of ``types-front.json``, ``nbytes`` is what the plan has."""
     title = f"{short_name(plan.model_id)}: KL against size"
     sizes = [point["bytes"] / 1e6 for point in points]
     return _draw_front(path, sizes, points, "size of the matrices, MB", title, chosen=nbytes / 1e6)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from halfbyte.report.tables import (
+    MISSING,
     Cell,
     format_bytes,
     format_ratio,
@@ -23,22 +24,27 @@ if TYPE_CHECKING:
     from halfbyte.pipeline import SearchResult
     from halfbyte.plan import Plan
     from halfbyte.report.doctor import Finding
+    from halfbyte.report.page import Record
+    from halfbyte.report.page.compared import Row
     from halfbyte.search.run import Found
     from halfbyte.targets.gguf_files.export import ExportResult
     from halfbyte.targets.vllm_files.export import VllmExportResult
 
 COMPARISON_HEADERS = (
     "model",
-    "engine",
     "size",
-    "load",
-    "prompt tok/s",
-    "gen tok/s",
-    "speed-up",
-    "peak memory",
-    "ppl",
     "KL",
     "top-1",
+    "ppl",
+    "gen tok/s",
+    "speed-up",
+    "prompt tok/s",
+    "peak memory",
+    "load",
+    "engine",
+)
+LLAMACPP_ROUNDS = (
+    "llama.cpp computes with 8-bit activations, whatever the plan's A4/A8 choice: a file chooses weight types."
 )
 
 
@@ -75,10 +81,17 @@ def _found(found: Found) -> list[str]:
     lines = [
         found.score_label,
         text_table([*headers, "validation text"], rows),
-        f"the plan is from: {found.winner}; {found.ties} of {found.finalists} finalists are ties on the validation "
-        f"text (noise floor {found.noise_floor:.2g})",
+        decided(found),
     ]
     return lines if found.refinement is None else [*lines, f"{found.refinement.what}: {found.refinement.said}"]
+
+
+def decided(found: Found | Record) -> str:
+    """Who won, and how sure the choice is."""
+    return (
+        f"the plan is from: {found.winner}; {found.ties} of {found.finalists} finalists are ties on the validation "
+        f"text (noise floor {found.noise_floor:.2g})"
+    )
 
 
 def _activation_bits(plan: Plan) -> str:
@@ -107,9 +120,7 @@ def export_summary(result: ExportResult) -> str:
             f"checked: {len(result.rows)} tensors read back, {result.exact} matrices hold exactly what was searched; "
             f"llama.cpp against {what}: KL {result.kl:.2g} nats per token, top-1 {_percent(result.top1)}"
         )
-    lines.append(
-        "llama.cpp computes with 8-bit activations, whatever the plan's A4/A8 choice: a file chooses weight types."
-    )
+    lines.append(LLAMACPP_ROUNDS)
     lines.append(f"policy {result.policy}, {format_bytes(result.path.stat().st_size)}")
     return "\n".join(lines)
 
@@ -139,7 +150,7 @@ def comparison_summary(comparison: Comparison) -> str:
     scored = f"{comparison.chunks} windows of {comparison.ctx}, second half scored"
     return "\n".join(
         [
-            text_table(COMPARISON_HEADERS, [_comparison_cells(row) for row in rows if row.measured]),
+            text_table(COMPARISON_HEADERS, [comparison_cells(row) for row in rows if row.measured]),
             *(f"{row.name}: {row.missing}" for row in rows if row.missing),
             *(f"{row.name}: {row.note}" for row in rows if row.note),
             f"text {comparison.text}, {scored}{against}",
@@ -153,21 +164,22 @@ def comparison_summary(comparison: Comparison) -> str:
     )
 
 
-def _comparison_cells(row: CompareRow) -> list[str | None]:
+def comparison_cells(row: CompareRow | Row) -> list[str]:
+    """The cells of a model that was measured, under :data:`COMPARISON_HEADERS`."""
     measured, quality = row.measured, row.quality
     assert measured is not None
     return [
         row.name,
-        row.engine,
         format_bytes(measured.bytes),
-        format_seconds(measured.load_seconds),
-        significant(measured.prompt_tokens_per_second),
+        significant(quality.kld_mean if quality else None),
+        _percent(quality.top1_agreement if quality else None) or MISSING,
+        significant(quality.ppl if quality else None, 4),
         significant(measured.generation_tokens_per_second),
         format_ratio(row.speed_up),
+        significant(measured.prompt_tokens_per_second),
         format_bytes(measured.peak_memory),
-        significant(quality.ppl if quality else None, 4),
-        significant(quality.kld_mean if quality else None),
-        _percent(quality.top1_agreement if quality else None),
+        format_seconds(measured.load_seconds),
+        row.engine,
     ]
 
 

@@ -1,0 +1,268 @@
+"""One HTML page that says what a search decided, why it can be trusted, and what it costs.
+
+It is made from the plan and the reports beside it, holds everything that it shows, and needs neither network nor
+scripts. Comparisons are kept in the page itself, so that it can be made anew.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from halfbyte.arguments import checked_path
+from halfbyte.core.errors import HalfbyteError, first_line
+from halfbyte.core.files import short_name, write_text
+from halfbyte.core.guard import Touched, guarded
+from halfbyte.core.progress import report
+from halfbyte.core.schema import parsed, read_json
+from halfbyte.options import ReportOptions
+from halfbyte.plan import Plan, check_suffix, load_plan, plan_files
+from halfbyte.report.page.charts import DARK, charts_of
+from halfbyte.report.page.compared import Comparison, headline, section_of
+from halfbyte.report.page.plan_map import maps_of
+from halfbyte.report.search_reports import beside
+from halfbyte.report.summary import decided
+from halfbyte.report.tables import format_bytes, format_cell, significant
+
+PAGE = "report.html"
+KEPT = re.compile(r'<script type="application/json" id="comparisons">(.*?)</script>', re.DOTALL)
+MOST_COMPARISONS = 3  # that a page keeps
+MOST_ROWS = 12  # units and matrices that are named because they lose most
+KL = (
+    "KL(original ‖ quantised) of next-token distributions, nats per token, simulated. "
+    "The validation text, which the search has not used, decided between its finalists."
+)
+ERRORS = "A sum of layer errors, simulated: the search minimised this, and not the whole model's KL."
+TOKENS = ("calib_tokens", "search_tokens", "valid_tokens")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a plan says of one search: :attr:`Plan.search` or :attr:`Plan.file`."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+    fitness: str = "kl"
+    winner: str = ""
+    finalists: int = 0
+    ties: int = 0
+    noise_floor: float = 0.0
+    transforms: list[str] = field(default_factory=list)
+    nbytes: float = 0.0
+    calib_tokens: int = 0
+    search_tokens: int = 0
+    valid_tokens: int = 0
+
+
+def make_report(options: ReportOptions) -> Path:
+    """Write the page of one or several plans anew, with comparisons and those that the page has kept.
+
+    Raises:
+        HalfbyteError: a plan or comparison is missing, damaged, or of another model; the output exists.
+    """
+    configs = [Path(checked_path(one.strip(), "--config")) for one in options.config.split(",")]
+    for config in configs:
+        check_suffix(config)
+    given = (options.comparison or "").split(",") if options.comparison else []
+    comparisons = [checked_path(one.strip(), "--comparison") for one in given]
+    if len(configs) > 1 and not options.output:
+        raise HalfbyteError(
+            "--output: expected a name for the page of several plans", fix="choose one, such as all.html"
+        )
+    page = Path(options.output) if options.output else beside(configs[0], PAGE)
+    files = [str(file) for config in configs for file in plan_files(config)]
+    with guarded(Touched(inputs=[*files, *comparisons], outputs=[page]), json=options.json, force=options.force):
+        records = [read_json(one, "comparison") for one in comparisons]
+        write_page(page, configs, [*(_kept(page) or []), *records])
+    return page
+
+
+def write_page(page: Path, configs: Sequence[Path], comparisons: Sequence[Mapping[str, Any]] = ()) -> Path:
+    """Write the page of the plans at ``configs``.
+
+    Args:
+        comparisons: as ``halfbyte compare --json`` writes them, the newest last; the page shows the last few.
+
+    Raises:
+        HalfbyteError: a plan cannot be read, or a comparison is of another model.
+    """
+    plans = [load_plan(path, with_codes=False) for path in configs]
+    names = {short_name(plan.model_id) for plan in plans}
+    kept = [one for at, one in enumerate(comparisons) if one not in comparisons[at + 1 :]][-MOST_COMPARISONS:]
+    found = [parsed(Comparison, dict(one), where="comparison") for one in kept]
+    for one in found:
+        if short_name(one.model) not in names:
+            raise HalfbyteError(f"comparison: of another model, expected {', '.join(names)}, got {one.model}")
+    sections = [_Section(path, plan) for path, plan in zip(configs, plans, strict=True)]
+    environment = Environment(
+        loader=PackageLoader("halfbyte.report.page", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    text = environment.get_template("page.html.jinja").render(
+        dark={colour[1:]: other for colour, other in DARK.items()},
+        title=", ".join(sorted(names)),
+        sections=[section.values(f"plan{at}") for at, section in enumerate(sections)],
+        sentence=headline(found, {plan.hash for plan in plans}) or sections[0].sentence,
+        comparisons=[section_of(one) for one in found],
+        kept=Markup(json.dumps(kept).replace("<", "\\u003c")),
+    )
+    return write_text(page, text)
+
+
+def add_comparison(config: str | Path, record: Mapping[str, Any]) -> Path | None:
+    """Put a comparison into the page beside the plan at ``config``.
+
+    Returns:
+        The page; None if there is none that halfbyte wrote, or it cannot be written: then progress says why.
+    """
+    page = beside(Path(config), PAGE)
+    try:
+        earlier = _kept(page)
+        if earlier is None:
+            return None
+        with guarded(Touched(inputs=plan_files(config), outputs=[page]), json=None, force=True):
+            return write_page(page, [Path(config)], [*earlier, record])
+    except Exception as error:  # noqa: BLE001 - what was measured must not be lost for a page
+        report("page", 1, 1, f"{page} is as it was: {first_line(error)}")
+        return None
+
+
+def _kept(page: Path) -> list[dict[str, Any]] | None:
+    """The comparisons in a page; None if there is no page, or halfbyte did not write it."""
+    if not page.is_file():
+        return None
+    with suppress(ValueError):
+        kept = KEPT.search(page.read_text(encoding="utf-8"))
+        return None if kept is None else parsed(list[dict[str, Any]], json.loads(kept[1]), where=page)
+    return None
+
+
+class _Section:
+    """What the page says of one plan."""
+
+    def __init__(self, path: Path, plan: Plan) -> None:
+        self.path, self.plan = path, plan
+        self.bits = parsed(Record, dict(plan.search), where=f"{path}, search")
+        self.file = parsed(Record, dict(plan.file), where=f"{path}, file")
+
+    @property
+    def sentence(self) -> str:
+        """The result, where nothing was compared."""
+        what, record = (self._size, self.file) if self.plan.tensors else (self._widths, self.bits)
+        return f"{what()}: {_scores(record)}."
+
+    def values(self, prefix: str) -> dict[str, Any]:
+        """For the template; ``prefix`` makes identifiers unique."""
+        charts, missing = charts_of(self.path, self.plan, prefix)
+        there = [(self.plan.layers, self._widths), (self.plan.tensors, self._size)]
+        return {
+            "name": str(self.path),
+            "hash": self.plan.hash,
+            "summary": [said() for some, said in there if some],
+            "maps": maps_of(self.plan),
+            "scores": [
+                {
+                    "title": title,
+                    "label": KL if record.fitness == "kl" else ERRORS,
+                    "rows": _score_rows(record),
+                    "decided": decided(record) if record.validation else "",
+                }
+                for title, record in (("Activation bits", self.bits), ("ggml types", self.file))
+                if record.scores
+            ],
+            "charts": charts,
+            "dearest": self._dearest(),
+            "made_by": self._made_by(),
+            "missing": missing,
+        }
+
+    def _widths(self) -> str:
+        counts = Counter(entry.a_bits for entry in self.plan.layers.values())
+        parts = " and ".join(f"{count} layers with {bits}-bit" for bits, count in sorted(counts.items()))
+        reached, asked = 8 * self.plan.budget_reached, 8 * self.plan.budget_asked
+        return f"{parts} activations, {reached:.2f} bits on average of {asked:.2f} allowed"
+
+    def _size(self) -> str:
+        tensors = self.plan.tensors
+        return (
+            f"{format_bytes(self.file.nbytes)} for {len(tensors)} matrices of {len(set(tensors.values()))} ggml types"
+        )
+
+    def _dearest(self) -> list[dict[str, Any]]:
+        """Tables of what alone makes the whole model lose most: units at the fewest activation bits, and matrices."""
+        tables = []
+        for some, table in ((self.plan.layers, _dearest_units), (self.plan.tensors, _dearest_matrices)):
+            with suppress(KeyError, TypeError, ValueError, OSError, HalfbyteError):  # the charts name what is missing
+                if some:
+                    tables.append(table(self.path))
+        return tables
+
+    def _made_by(self) -> list[tuple[str, str]]:
+        plan, record = self.plan, self.bits if self.plan.layers else self.file
+        tokens = [f"{getattr(record, key)} {key.removesuffix('_tokens')}" for key in TOKENS if getattr(record, key)]
+        note = plan.text.get("note")
+        rows = [
+            ("model", f"{plan.model_id} ({plan.fingerprint})"),
+            ("target", f"{plan.target} {plan.hardware}".strip()),
+            ("plan", plan.hash),
+            ("transforms, activation bits", (", ".join(plan.transforms) or "none") if plan.layers else ""),
+            ("transforms, file", (", ".join(self.file.transforms) or "none") if plan.tensors else ""),
+            ("weight codes", plan.weights if plan.layers else ""),
+            ("text", f"{plan.text.get('name', '')}" + (f" ({note})" if note else "")),
+            ("tokens", ", ".join(tokens)),
+            ("seed", str(plan.seed)),
+            *plan.versions.items(),
+        ]
+        return [(key, value) for key, value in rows if value]
+
+
+def _scores(record: Record) -> str:
+    """The plan's score, and those of the ends of the menu and of llama.cpp's own types."""
+    if record.fitness != "kl":
+        return "nothing was measured on the whole model, the search minimised a sum of layer errors"
+    scores, where = (record.validation, "validation text") if record.validation else (record.scores, "search text")
+    plan = [score for label, score in scores.items() if label.startswith("plan")]
+    if not plan:
+        return "no score was measured on the whole model"
+    others = {label: score for label, score in scores.items() if label.startswith(("all ", "types of "))}
+    said = [f"KL to the original on {where} {significant(min(plan))}"]
+    return ", ".join([*said, *(f"{label} {significant(score)}" for label, score in others.items())])
+
+
+def _score_rows(record: Record) -> list[list[str]]:
+    labels = dict.fromkeys([*record.scores, *record.validation])
+    rows = [[label, record.scores.get(label), record.validation.get(label)] for label in labels]
+    return [[format_cell(cell) for cell in row] for row in rows]
+
+
+def _dearest_units(path: Path) -> dict[str, Any]:
+    found = read_json(beside(path, "sensitivity.json"), "sensitivity")
+    low, high = found["a_bits"]
+    rows = sorted(found["units"], key=lambda row: -row["loss"])[:MOST_ROWS]
+    return {
+        "title": f"The units that lose most at A{low} alone",
+        "headers": ["unit", "the plan has", f"{found['score_label']}, more than at A{high}"],
+        "rows": [[row["unit"], f"A{row['a_bits']}", significant(float(row["loss"]))] for row in rows],
+    }
+
+
+def _dearest_matrices(path: Path) -> dict[str, Any]:
+    with beside(path, "types.csv").open(encoding="utf-8", newline="") as handle:
+        rows = sorted(csv.DictReader(handle), key=lambda row: -float(row["kl_alone"]))[:MOST_ROWS]
+    return {
+        "title": "The matrices that lose most alone",
+        "headers": ["matrix", "type", "size", "KL alone, predicted"],
+        "rows": [
+            [row["matrix"], row["type"], format_bytes(int(row["bytes"])), significant(float(row["kl_alone"]))]
+            for row in rows
+        ],
+    }

@@ -129,13 +129,13 @@ def test_the_page_says_what_was_found_and_stands_alone(tmp_path):
 
 
 def test_without_a_comparison_the_scores_speak(tmp_path):
-    config = plan_in(tmp_path, tensors={}, file={})
+    config = plan_in(tmp_path, blocks=2, tensors={}, file={})
     text = write_page(tmp_path / "page.html", [config]).read_text()
     assert "KL to the original on validation text 0.110, all A8 0.0900, all A4 1.20." in text
 
 
 def test_what_is_not_beside_the_plan_is_named(tmp_path):
-    config = plan_in(tmp_path)
+    config = plan_in(tmp_path, blocks=2)
     (tmp_path / "plan.sensitivity.json").unlink()
     (tmp_path / "plan.history.json").write_text("{}")
     text = write_page(tmp_path / "page.html", [config]).read_text()
@@ -149,7 +149,7 @@ def test_what_is_not_beside_the_plan_is_named(tmp_path):
 
 
 def test_a_headline_is_of_this_plan_and_has_no_gaps(tmp_path):
-    config = plan_in(tmp_path)
+    config = plan_in(tmp_path, blocks=2)
     whole, bare = compared(config), compared(config)
     for row in bare["rows"][:2]:
         row["quality"], row["measured"]["generation_tokens_per_second"] = {"kld_mean": None}, None
@@ -159,7 +159,7 @@ def test_a_headline_is_of_this_plan_and_has_no_gaps(tmp_path):
     for comparisons, there in (([bare], False), ([other], False), ([noted], False), ([whole, bare], True)):
         text = write_page(tmp_path / "page.html", [config], comparisons).read_text()
         assert ("against 0.0172; generation 137 tokens/s" in text) == there
-        assert ("105.4 MB for 113 matrices of 3 ggml types: KL to the original on search text 0.0100." in text) != there
+        assert ("105.4 MB for 9 matrices of 3 ggml types: KL to the original on search text 0.0100." in text) != there
 
 
 def test_several_plans_side_by_side(tmp_path, capsys):
@@ -176,7 +176,7 @@ def test_several_plans_side_by_side(tmp_path, capsys):
 
 
 def test_refused(tmp_path, capsys):
-    config = plan_in(tmp_path)
+    config = plan_in(tmp_path, blocks=2)
     other, broken = tmp_path / "other.json", tmp_path / "broken.json"
     other.write_text(json.dumps(compared(config, model="somebody/Large")))
     broken.write_text(json.dumps({"rows": 3, "model": "somebody/Tiny-1B"}))
@@ -198,7 +198,7 @@ def test_refused(tmp_path, capsys):
 
 
 def test_a_comparison_is_kept_in_the_page(tmp_path):
-    config = plan_in(tmp_path)
+    config = plan_in(tmp_path, blocks=2)
     assert add_comparison(config, compared(config)) is None  # no page that it could go into
     page = write_page(tmp_path / f"plan.{PAGE}", [config])
     for sample in "abcde":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -169,15 +170,17 @@ def encode_candidates_(
     imatrix = imatrix or {}
     if imatrix and mixed:
         report("importance matrix", 1, 1, f"measured for {', '.join(mixed)}: their inputs are rotated")
-    for step in walk_blocks(source.model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on):
-        input_power = fold_block_(step, source, recipe).input_power
-        stem = part_name(step.index)
-        if read_kept(folder / f"{stem}.json") is None:
-            own = {menu.name: menu for menu in menus if menu.block == step.index}
-            importance = importance_of(f"{family.blocks}.{step.index}.", input_power, imatrix, device)
-            _encode_block(step, family, own, recipe, importance, folder, stem, rounded=rounded)
-        made.add(folder, stem)
-        report(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem)
+    with _Writer(folder) as writer:
+        for step in walk_blocks(source.model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on):
+            input_power = fold_block_(step, source, recipe).input_power
+            stem = part_name(step.index)
+            if read_kept(folder / f"{stem}.json") is None:
+                own = {menu.name: menu for menu in menus if menu.block == step.index}
+                importance = importance_of(f"{family.blocks}.{step.index}.", input_power, imatrix, device)
+                writer.write(stem, *_encoded_block(step, family, own, recipe, importance, rounded=rounded))
+            report(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem)
+    for index in range(source.config.num_hidden_layers):
+        made.add(folder, part_name(index))
     outside = [menu for menu in menus if menu.block == OUTSIDE]
     if any(read_kept(folder / f"{menu.name}.json") is None for menu in outside):
         importance = {name: value for name, value in imatrix.items() if name not in mixed}
@@ -214,19 +217,59 @@ def part_files(folder: Path, menus: Sequence[TensorMenu]) -> list[Path]:
     return [folder / f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".json")]
 
 
-def _encode_block(
+Rows = dict[tuple[str, str], torch.Tensor]  # (matrix, type) -> encoded rows, in main memory
+Errors = dict[str, dict[str, float]]  # matrix -> type -> squared output error per token
+
+
+class _Writer:
+    """Writes a part of the model while the next one is encoded; leaving the ``with`` block waits for the last.
+
+    Args:
+        folder: for the files of the parts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._pool = folder, ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        self._wait()
+
+    def write(self, stem: str, rows: Rows, parameters: Mapping[str, torch.Tensor], errors: Errors) -> None:
+        """Begin to write, when the part before is written.
+
+        Raises:
+            HalfbyteError: that one could not be.
+        """
+        self._wait()
+        self._last = self._pool.submit(self._write, stem, rows, parameters, errors)
+
+    def _write(self, stem: str, rows: Rows, parameters: Mapping[str, torch.Tensor], errors: Errors) -> None:
+        save_encoded(self._folder / f"{stem}.safetensors", rows, parameters)
+        write_kept(self._folder / f"{stem}.json", json.dumps(errors))  # last: it says that the part is there
+
+    def _wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+
+def _encoded_block(
     step: BlockStep,
     family: Family,
     menus: dict[str, TensorMenu],
     recipe: Recipe,
     importance: Mapping[str, torch.Tensor],  # linear -> [in], where it is not to be measured
-    folder: Path,
-    stem: str,
     *,
     rounded: bool,
-) -> None:
-    rows: dict[tuple[str, str], torch.Tensor] = {}
-    errors: dict[str, dict[str, float]] = {}
+) -> tuple[Rows, dict[str, torch.Tensor], Errors]:
+    """What a block becomes, and its other parameters, in main memory."""
+    rows: Rows = {}
+    errors: Errors = {}
     for group in family.groups:
         name = f"{family.blocks}.{step.index}.{group[0]}"
         own = [menus[f"{family.blocks}.{step.index}.{part}"] for part in group]
@@ -243,12 +286,11 @@ def _encode_block(
             rows[job.where, job.type] = job.rows.cpu()
             errors.setdefault(job.where, {})[job.type] = float(job.error.sum())
     parameters = {
-        f"{family.blocks}.{step.index}.{name}": value
+        f"{family.blocks}.{step.index}.{name}": value.detach().cpu()
         for name, value in step.original.named_parameters()
         if name.removesuffix(".weight") not in family.linears
     }
-    save_encoded(folder / f"{stem}.safetensors", rows, parameters)
-    write_kept(folder / f"{stem}.json", json.dumps(errors))
+    return rows, parameters, errors
 
 
 def _encode_top(

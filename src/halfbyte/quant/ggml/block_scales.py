@@ -152,20 +152,34 @@ def symmetric_steps(x: Tensor, u: Tensor, numbers: Numbers, factors: Sequence[fl
     best, explained = torch.zeros_like(extreme), torch.zeros_like(extreme)
     ux = u * x
 
-    def consider(step: Tensor) -> None:
+    def consider(steps: Tensor) -> None:
         nonlocal best, explained
-        q = numbers.nearest(x, step)
+        q = numbers.nearest(x, steps)
         product, square = (ux * q).sum(-1), (u * q.square()).sum(-1)
-        gain = torch.where(square > 0, product.square() / square, 0.0)
+        gain, at = torch.where(square > 0, product.square() / square, 0.0).max(0, keepdim=True)
+        step = (product.gather(0, at) / square.gather(0, at)).squeeze(0)
+        gain = gain.squeeze(0)
         better = gain > explained
-        best, explained = torch.where(better, product / square, best), torch.where(better, gain, explained)
+        best, explained = torch.where(better, step, best), torch.where(better, gain, explained)
 
-    for end in (end for end in (numbers.low, numbers.high) if end):
-        for factor in factors or [numbers.levels / (numbers.levels + more) for more in BEYOND]:
-            consider(extreme / end * factor)
+    shares = factors or [numbers.levels / (numbers.levels + more) for more in BEYOND]
+    ends = [end for end in (numbers.low, numbers.high) if end]
+    shares = torch.tensor([share / end for end in ends for share in shares], device=x.device)
+    for part in shares.split(_at_once(x)):
+        consider(_times(part, extreme))
     for _ in range(AGAIN):
-        consider(best)
+        consider(best.unsqueeze(0))
     return best
+
+
+def _at_once(x: Tensor) -> int:
+    """How many steps are tried at once for these groups: few operations on large tensors, which a device is best at."""
+    return max(1, (ON_CPU if x.device.type == "cpu" else TOGETHER) // max(1, x.numel()))
+
+
+def _times(factors: Tensor, values: Tensor) -> Tensor:
+    """``[k]`` and ``[...]`` to ``[k, ...]``."""
+    return factors.view(-1, *[1] * values.ndim) * values
 
 
 def affine_steps(x: Tensor, u: Tensor, levels: int, *, free: bool) -> tuple[Tensor, Tensor]:
@@ -183,24 +197,27 @@ def affine_steps(x: Tensor, u: Tensor, levels: int, *, free: bool) -> tuple[Tens
     numbers = Numbers(0, levels)
     total, first = u.sum(-1), (u * x).sum(-1)
 
-    def consider(step: Tensor, start: Tensor) -> None:
+    def consider(steps: Tensor, start: Tensor) -> None:
         nonlocal best, least, error
-        q = numbers.nearest(x - start.unsqueeze(-1), step)
+        q = numbers.nearest(x - start.unsqueeze(-1), steps)
         uq = u * q
         mean, square, product = uq.sum(-1), (uq * q).sum(-1), (uq * x).sum(-1)
         spread = total * square - mean.square()
-        slope = torch.where(spread > 0, (total * product - mean * first) / spread, step)
-        offset = (first - slope * mean) / total
+        slopes = torch.where(spread > 0, (total * product - mean * first) / spread, steps)
+        offsets = (first - slopes * mean) / total
         if not free:
-            slope = torch.where(offset > 0, product / square.clamp_min(1e-30), slope)
-            offset = offset.clamp_max(0)
-        missed = (u * (q * slope.unsqueeze(-1) + offset.unsqueeze(-1) - x).square()).sum(-1)
+            slopes = torch.where(offsets > 0, product / square.clamp_min(1e-30), slopes)
+            offsets = offsets.clamp_max(0)
+        missed = (u * (q * slopes.unsqueeze(-1) + offsets.unsqueeze(-1) - x).square()).sum(-1)
+        missed, at = missed.min(0, keepdim=True)
+        slope, offset, missed = slopes.gather(0, at).squeeze(0), offsets.gather(0, at).squeeze(0), missed.squeeze(0)
         better = missed < error
         best, least = torch.where(better, slope, best), torch.where(better, offset, least)
         error = torch.where(better, missed, error)
 
-    for more in BEYOND:
-        consider((high - low) / (levels + more), low)
+    shares = torch.tensor([1 / (levels + more) for more in BEYOND], device=x.device)
+    for part in shares.split(_at_once(x)):
+        consider(_times(part, high - low), low)
     for _ in range(AGAIN):
-        consider(best, least)
+        consider(best.unsqueeze(0), least)
     return best, least

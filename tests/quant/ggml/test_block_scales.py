@@ -10,6 +10,7 @@ from halfbyte.quant.ggml import block_scales
 from halfbyte.quant.ggml.block_scales import UNITS, Numbers, affine_steps, choose_rows, symmetric_steps
 from halfbyte.quant.ggml.grid import GRIDS
 from halfbyte.quant.ggml.types import decode_tensor, encode, row_bytes
+from tests.quant.kernels.interpreter import interpret
 
 KINDS = ("normal", "heavy tails", "far from zero", "outliers")
 each_type = pytest.mark.parametrize("type_name", GRIDS)
@@ -133,3 +134,30 @@ def test_rows_do_not_depend_on_their_company(monkeypatch):
 
 def test_no_rows():
     assert choose_rows(torch.empty(0, 256), "Q4_K", torch.ones(256)).shape == (0, row_bytes(256, "Q4_K"))
+
+
+def test_twins_agree_in_tritons_interpreter():
+    interpret(TWINS)
+
+
+TWINS = """
+import pytest
+import torch
+from halfbyte.quant.ggml.block_scales import choose_rows
+from halfbyte.quant.ggml.grid import GRIDS
+from halfbyte.quant.ggml.types import decode_tensor
+from halfbyte.quant.kernels import forced
+
+generator = torch.Generator().manual_seed(0)
+weight = 0.05 * torch.randn(12, 512, generator=generator) * torch.rand(12, 1, generator=generator)
+weight[3, :64] = 0
+importance = torch.rand(512, generator=generator) ** 3 + 0.01
+for kind in GRIDS:
+    rows, errors = [], []
+    for name in ("torch", "triton"):
+        with forced(name):
+            rows.append(choose_rows(weight, kind, importance))
+        errors.append(float(((decode_tensor(rows[-1], kind) - weight).square() @ importance).double().sum()))
+    same = float((rows[0] == rows[1]).float().mean())
+    assert same > 0.9 and errors[1] == pytest.approx(errors[0], rel=2e-3), (kind, same, errors)
+"""

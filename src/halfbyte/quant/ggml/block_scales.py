@@ -17,6 +17,7 @@ from torch import Tensor
 from halfbyte.quant.ggml.grid import GRIDS, Grid, with_codes
 from halfbyte.quant.ggml.scales import ONE, SCALINGS, Multiples, Scaling, blocks_with
 from halfbyte.quant.ggml.types import FP16_MAX, check_largest, row_bytes
+from halfbyte.quant.kernels import use_triton
 
 TOGETHER, ON_CPU = 1 << 23, 1 << 18  # weights whose scales are searched at once: 270 MB on a GPU; what caches hold
 BEYOND = torch.linspace(-0.9, 2.4, 12).tolist()  # levels that a tried range has more than the type: it cuts peaks off
@@ -148,6 +149,13 @@ def symmetric_steps(x: Tensor, u: Tensor, numbers: Numbers, factors: Sequence[fl
     Args:
         factors: of the step that just covers the group, to try; by default those of ``BEYOND``.
     """
+    shares = factors or [numbers.levels / (numbers.levels + more) for more in BEYOND]
+    ends = [end for end in (numbers.low, numbers.high) if end]
+    shares = torch.tensor([share / end for end in ends for share in shares], device=x.device)
+    if use_triton(x):
+        from halfbyte.quant.kernels.triton_scales import symmetric_steps as fast
+
+        return fast(x, u, shares, numbers.low, numbers.high, numbers.chosen, AGAIN)
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1)
     best, explained = torch.zeros_like(extreme), torch.zeros_like(extreme)
     ux = u * x
@@ -162,9 +170,6 @@ def symmetric_steps(x: Tensor, u: Tensor, numbers: Numbers, factors: Sequence[fl
         better = gain > explained
         best, explained = torch.where(better, step, best), torch.where(better, gain, explained)
 
-    shares = factors or [numbers.levels / (numbers.levels + more) for more in BEYOND]
-    ends = [end for end in (numbers.low, numbers.high) if end]
-    shares = torch.tensor([share / end for end in ends for share in shares], device=x.device)
     for part in shares.split(_at_once(x)):
         consider(_times(part, extreme))
     for _ in range(AGAIN):
@@ -189,6 +194,11 @@ def affine_steps(x: Tensor, u: Tensor, levels: int, *, free: bool) -> tuple[Tens
         levels: the largest code.
         free: the value of code 0 may be above zero.
     """
+    shares = torch.tensor([1 / (levels + more) for more in BEYOND], device=x.device)
+    if use_triton(x):
+        from halfbyte.quant.kernels.triton_scales import affine_steps as fast
+
+        return fast(x, u, shares, levels, free=free, again=AGAIN)
     low, high = x.amin(-1), x.amax(-1)
     if not free:
         low, high = low.clamp_max(0), high.clamp_min(0)
@@ -215,7 +225,6 @@ def affine_steps(x: Tensor, u: Tensor, levels: int, *, free: bool) -> tuple[Tens
         best, least = torch.where(better, slope, best), torch.where(better, offset, least)
         error = torch.where(better, missed, error)
 
-    shares = torch.tensor([1 / (levels + more) for more in BEYOND], device=x.device)
     for part in shares.split(_at_once(x)):
         consider(_times(part, high - low), low)
     for _ in range(AGAIN):

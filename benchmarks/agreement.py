@@ -56,7 +56,7 @@ def by_us(path: str, text: Path, folder: Path, chunks: int) -> dict[str, Any]:
         "threads": 0,
         "ctx": 512,
         "chunks": chunks,
-        "text_file": str(text),
+        "texts": {"text": str(text)},
         "text_name": "text",
         "logits_file": str(folder / f"{Path(path).stem}.logits"),
         "prompt": "",

@@ -26,7 +26,7 @@ COMMANDS = [
     f"--calib {TEXT} --ctx 256 --search_tokens 256 --calib_tokens 2048 --output {PLAN} --force",
     f"export_gguf_official.py --config {PLAN} --output {MIXED} --force",
     f"test_mixed_precision.py --config {PLAN} --text {TEXT} --chunks 4 --max_tokens 30 --json simulation.json --force",
-    f"compare_real_quant.py --config {PLAN} --mixed_path {MIXED} --text {TEXT} --chunks 4 --max_tokens 40 "
+    f"compare_real_quant.py --config {PLAN} --mixed_path {MIXED} --text {TEXT},code --chunks 4 --max_tokens 40 "
     "--json comparison.json --force",
 ]
 

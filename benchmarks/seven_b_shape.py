@@ -256,9 +256,10 @@ def describe(row: Row) -> str:
             f"largest shard {row['largest_shard'] / 1e9:.2f} GB, own memory {row['peak_own_memory'] / 1e9:.2f} GB, "
             f"mapped {row['peak_mapped_memory'] / 1e9:.2f} GB"
         )
-    lines = [f"{row['wall']:.0f} s in all, of these", *(f"  {at}: {took:.1f} s" for at, took in row["seconds"].items())]
-    if row["preparation_memory"] is not None:
-        lines.append(f"peak device memory until the W4 codes stood: {row['preparation_memory'] / 1e9:.1f} GB")
+    lines = [f"{row['wall']:.0f} s in all, of these"]
+    for name, stage in row["stages"].items():
+        device = "" if stage["device"] is None else f", device {stage['device'] / 1e9:.1f} GB"
+        lines.append(f"  {name}: {stage['seconds']:.1f} s, main memory {stage['host'] / 1e9:.1f} GB{device}")
     lines.append(f"peak memory: device {row['peak_memory'] / 1e9:.1f} GB, host {row['peak_host'] / 1e9:.1f} GB")
     return "\n".join([*lines, "(host: with pages of mapped files, which the system drops where others need room)"])
 

@@ -23,7 +23,7 @@ def here(tmp_path, monkeypatch):
 @pytest.mark.parametrize("family", ["qwen2-tied", "qwen3", "llama"])
 def test_the_four_commands(family, tiny_folder, here, capsys):
     folder = tiny_folder(family)
-    assert search(folder, "--spaces", "auto") == 0
+    assert search(folder, "--spaces", "auto", "--verbose", "--json", "plan-search.json") == 0
     plan = load_plan("mixed_precision_config.pt")
     assert len(plan.layers) == 14
     assert len(plan.tensors) == 15 + ("tied" not in family)
@@ -39,7 +39,12 @@ def test_the_four_commands(family, tiny_folder, here, capsys):
         assert (here / f"{stem}.{suffix}").stat().st_size > 100
     assert not list(here.glob(".*work*"))
 
+    stages = json.loads(Path("plan-search.json").read_text())["measured"]["stages"]
+    assert stages["KL of each matrix"]["seconds"] > 0
+    assert stages["KL of each matrix"]["host"] > 10**8
+
     assert cli.run("export", ["--output", "models/mixed.gguf", "--json", "export.json"]) == 0
+    assert "models/mixed.gguf" in Path(f"{stem}.report.html").read_text()
     assert json.loads(Path("export.json").read_text())["kl"] < 0.05
     assert f"{len(plan.tensors)} matrices hold exactly what was searched" in capsys.readouterr().out
     assert cli.run("export", ["--policy", "exact", "--output", "models/exact.gguf"]) == 0
@@ -235,11 +240,12 @@ def test_eval_never_scores_text_of_the_search(tiny_folder, here):
     Path("text.txt").write_text("".join(f"line {number} of a text\n" for number in range(2000)))
     assert search(tiny_folder("llama"), "--calib", "text.txt") == 0
     plan = load_plan("mixed_precision_config.pt")
-    name, text = evaluation_text(str(Path("text.txt").resolve()), plan.text["search"])
+    name, texts = evaluation_text(str(Path("text.txt").resolve()), plan.text["search"])
     assert "eval part" in name
+    (text,) = texts.values()
     assert "line 1400 " not in text
     assert "line 1500 " in text
-    assert evaluation_text("text.txt", None)[1].startswith("line 0 ")
+    assert evaluation_text("text.txt", None)[1]["text.txt"].startswith("line 0 ")
 
 
 def test_doctor(tiny_folder, here, capsys):

@@ -37,7 +37,7 @@ def test_resume_with_other_settings_is_refused(tiny_folder, here, capsys):
 def test_ctrl_c_is_one_line(tiny_folder, here):
     command = [sys.executable, str(ROOT / "mixed_precision_ptq.py"), "--model_id", str(tiny_folder("qwen2")), *QUICK]
     process = subprocess.Popen(
-        [*command, "--ga_gen", "500"],
+        [*command, "--ga_gen", "500", "--verbose"],
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         text=True,

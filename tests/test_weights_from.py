@@ -31,7 +31,7 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for picture in ("convergence_plot", "sensitivity_heatmap"):  # they take as long as a search
         monkeypatch.setattr(search_reports, picture, lambda *_, **__: None)
-    monkeypatch.setattr(pipeline, "write_page", lambda page, _: page)
+    monkeypatch.setattr(pipeline, "write_page", lambda page, *_: page)
     return tmp_path
 
 
@@ -44,7 +44,7 @@ def test_gptq_to_gguf(tiny_folder, here, capsys):
     folder = tiny_folder("llama")
     made = Checkpoint(folder, group_size=64)
     made.write(here / "ours-GPTQ", gptq(), gptq_config(64))
-    assert search(folder, "ours-GPTQ") == 0
+    assert search(folder, "ours-GPTQ", "--verbose") == 0
     assert "14 layers: group 64: as in ours-GPTQ, not 128" in capsys.readouterr().out
     plan, codes = load_plan(PLAN), load_codes(codes_path(PLAN))
     assert plan.weights == "from ours-GPTQ"

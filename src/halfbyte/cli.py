@@ -22,7 +22,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from halfbyte import __version__
 from halfbyte.arguments import parse
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.files import cache_folder, write_text
+from halfbyte.core.language import say, speaking
 from halfbyte.core.progress import listening
 from halfbyte.options import (
     CommandOptions,
@@ -73,22 +74,25 @@ def search(options: SearchOptions, draw: Drawing) -> Answer:
         "hash": result.plan.hash,
         "scores": dict(activations.search_scores) if activations else {},
         "measured": {
-            "seconds": draw.seconds,
+            "stages": {name: asdict(stage) for name, stage in result.stages.items()},
             "peak_memory": result.peak_memory,
-            "preparation_memory": result.preparation_memory,
             "peak_host": peak_process_memory(),
         },
         "files": [str(path) for path in result.files],
     }
-    return Answer(search_summary(result, draw.seconds), record, result.files)
+    text = search_summary(result, options.output, verbose=options.verbose)
+    return Answer(text, record, result.files)
 
 
 def export(options: ExportOptions, draw: Drawing) -> Answer:
     """Write a plan as a GGUF file and check it."""
-    from halfbyte.report.summary import export_summary
+    from halfbyte.report.page import Exported, add_export
+    from halfbyte.report.summary import checked_gguf, export_summary
     from halfbyte.targets.gguf_files.export import export_gguf
 
     result = export_gguf(options)
+    exported = Exported(str(result.path), result.path.stat().st_size, checked_gguf(result))
+    page = add_export(options.config, result.plan.hash, exported)
     record = {
         "path": str(result.path),
         "bytes": result.path.stat().st_size,
@@ -97,15 +101,19 @@ def export(options: ExportOptions, draw: Drawing) -> Answer:
         "top1": result.top1,
         "plan": result.plan.hash,
     }
-    return Answer(export_summary(result), record, [result.path])
+    text = export_summary(result, options.config, verbose=options.verbose)
+    return Answer(text, record, [result.path, *([page] if page else [])])
 
 
 def export_vllm(options: VllmExportOptions, draw: Drawing) -> Answer:
     """Write a plan as a folder for vLLM and check it."""
-    from halfbyte.report.summary import vllm_export_summary
+    from halfbyte.report.page import Exported, add_export
+    from halfbyte.report.summary import checked_folder, vllm_export_summary
     from halfbyte.targets.vllm import TARGET
 
     result = TARGET.export(options)
+    exported = Exported(str(result.path), result.nbytes, checked_folder(result))
+    page = add_export(options.config, result.plan.hash, exported)
     record = {
         "path": str(result.path),
         "bytes": result.nbytes,
@@ -114,7 +122,7 @@ def export_vllm(options: VllmExportOptions, draw: Drawing) -> Answer:
         "not_compared": result.skipped,
         "plan": result.plan.hash,
     }
-    return Answer(vllm_export_summary(result), record, [result.path])
+    return Answer(vllm_export_summary(result, options.config), record, [result.path, *([page] if page else [])])
 
 
 def compare(options: CompareOptions, draw: Drawing) -> Answer:
@@ -126,7 +134,7 @@ def compare(options: CompareOptions, draw: Drawing) -> Answer:
     comparison = run(options)
     record = comparison.to_dict()
     page = add_comparison(options.config, record) if comparison.plan else None
-    return Answer(comparison_summary(comparison), record, [page] if page else [])
+    return Answer(comparison_summary(comparison, verbose=options.verbose), record, [page] if page else [])
 
 
 def simulate(options: SimulateOptions, draw: Drawing) -> Answer:
@@ -135,7 +143,7 @@ def simulate(options: SimulateOptions, draw: Drawing) -> Answer:
     from halfbyte.report.summary import simulation_summary
 
     result = run(options)
-    return Answer(simulation_summary(result), result.to_dict())
+    return Answer(simulation_summary(result, verbose=options.verbose), result.to_dict())
 
 
 def evaluate(options: EvalOptions, draw: Drawing) -> Answer:
@@ -179,6 +187,7 @@ def doctor(options: DoctorOptions, draw: Drawing) -> Answer:
     return Answer(doctor_summary(findings), {finding.topic: finding.text for finding in findings})
 
 
+FEW_FILES = 4  # that are all named
 OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EFBIG)
 ALIASES = {"export gguf": "export"}
 COMMANDS: dict[str, tuple[type[CommandOptions], Callable[[Any, Drawing], Answer]]] = {
@@ -209,12 +218,13 @@ def _run(command: str, arguments: Sequence[str], prog: str | None) -> int:
         from halfbyte.report.terminal import Drawing
 
         draw = Drawing()
+        draw.verbose = options.verbose
         _quiet_libraries()
-        with listening(draw.report):
+        with listening(draw.report), speaking(options.lang):
             answer = work(options, draw)
-        draw.finish()
-        if not draw.quiet:
-            _tell(answer, options.json)
+            draw.finish()
+            if not draw.quiet:
+                _tell(answer, options)
         return 0
     except HalfbyteError as error:
         line, code = f"error: {error}", 2
@@ -274,16 +284,21 @@ def _saved(error: Exception) -> Path | str:
     return f"this: {text.splitlines()[-1]}"
 
 
-def _tell(answer: Answer, record: str | None) -> None:
+def _tell(answer: Answer, options: CommandOptions) -> None:
     files = [*answer.files]
-    if record is not None:
-        write_text(record, json.dumps(answer.record, indent=1, default=str))
-        files.append(Path(record))
+    if options.json is not None:
+        write_text(options.json, json.dumps(answer.record, indent=1, default=str))
+        files.append(Path(options.json))
+    named = files
+    if len(files) > FEW_FILES and not options.verbose:
+        named = [files[0], *(path for path in files if path.suffix == ".html")]
     try:
         if answer.text:
             print(answer.text)
-        for path in files:
-            print(f"wrote {path}")
+        for path in named:
+            print(say("wrote {path}", path=path))
+        if len(named) < len(files):
+            print(say("wrote {count} more files beside them; --verbose names them", count=len(files) - len(named)))
         sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output has gone; what was to be written is there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,6 +37,12 @@ def _quantisers() -> tuple[str, ...]:
     return known_names("halfbyte.quant.quantisers")
 
 
+def _languages() -> tuple[str, ...]:
+    from halfbyte.core.language import languages
+
+    return ("auto", *languages())
+
+
 def _engines() -> tuple[str, ...]:
     return known_names("halfbyte.engines")
 
@@ -47,6 +53,10 @@ class CommandOptions(Options):
 
     force: bool = option(False, "overwrite existing files", OUTPUT)
     json: str | None = option(None, "also write the result as JSON", OUTPUT, metavar="FILE", path=True)
+    verbose: bool = option(False, "say more: every stage while it works, tables and texts at the end", OUTPUT)
+    lang: str = option(
+        "auto", "language of summaries and of the page; auto is the locale's, else en", OUTPUT, choices=_languages
+    )
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,12 @@ import torch
 
 from halfbyte.calibration.text import Text, cut, load_text, text_files, write_with
 from halfbyte.core.distributed import processes
-from halfbyte.core.environment import device_name, peak_memory, resolve_device, resolve_dtype
+from halfbyte.core.environment import device_name, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.guard import Touched, guarded, model_files
+from halfbyte.core.language import ENGLISH, speaking
 from halfbyte.core.progress import report
+from halfbyte.core.stages import Stage, Stages, watched
 from halfbyte.menus import Menu, Model, Setting, check_options, menus_of, weights_of
 from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
 from halfbyte.models.estimate import check_memory, estimate_load, with_tokens
@@ -27,7 +29,7 @@ from halfbyte.models.loading import SourceModel, find, load, made_with
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, save_plan
 from halfbyte.prepare.tune import BATCH_TOKENS
-from halfbyte.report.page import PAGE, write_page
+from halfbyte.report.page import PAGE, Kept, Made, write_page
 from halfbyte.report.search_reports import beside
 from halfbyte.search.reference import reference
 from halfbyte.search.run import Found
@@ -47,16 +49,16 @@ class SearchResult:
         found: name of a menu (``activations``, ``types``) -> how its part of the plan was found.
         outcomes: one row per layer and matrix, what was asked and what was done.
         files: everything written, the plan first.
+        stages: what each stage took.
         peak_memory: most bytes allocated on the device.
-        preparation_memory: the same until the W4 codes stood; None if there are none.
     """
 
     plan: Plan
     found: Mapping[str, Found]
     outcomes: Sequence[Outcome]
     files: Sequence[Path]
+    stages: Mapping[str, Stage]
     peak_memory: int
-    preparation_memory: int | None
 
 
 def search(options: SearchOptions) -> SearchResult:
@@ -73,16 +75,21 @@ def search(options: SearchOptions) -> SearchResult:
     device = _own_device(resolve_device(options.device))
     options = with_tokens(options, device)
     kinds = menus_of(options, target)
-    if not processes().first:
-        return _searched(options, target, kinds, device)
-    if not options.force:
-        (remove_if_done if options.resume else refuse_waiting)(Path(options.output))
-    with guarded(_touched(options, list(kinds.values())), json=options.json, force=options.force):
-        return _searched(options, target, kinds, device)
+    with watched(device) as stages:
+        if not processes().first:
+            return _searched(options, target, kinds, device, stages)
+        if not options.force:
+            (remove_if_done if options.resume else refuse_waiting)(Path(options.output))
+        with guarded(_touched(options, list(kinds.values())), json=options.json, force=options.force):
+            return _searched(options, target, kinds, device, stages)
 
 
 def _searched(
-    options: SearchOptions, target: Target, kinds: Mapping[str, Callable[[Setting], Menu]], device: torch.device
+    options: SearchOptions,
+    target: Target,
+    kinds: Mapping[str, Callable[[Setting], Menu]],
+    device: torch.device,
+    stages: Stages,
 ) -> SearchResult:
     output = Path(options.output)
     dtype = resolve_dtype(options.dtype, device)
@@ -136,26 +143,30 @@ def _searched(
                 found[name] = menu.refine(model, found[name], losses)
         written = None
         if processes().first:
-            written = _write(output, plan, menus, found, workdir)
+            written = _write(output, plan, menus, found, workdir, stages.stages)
         plan, outcomes, files = processes().from_first(written)  # pyright: ignore[reportGeneralTypeIssues]
-    prepared = [menu.preparation_memory for menu in menus.values() if menu.preparation_memory is not None]
-    return SearchResult(plan, found, outcomes, files, peak_memory(device), max(prepared, default=None))
+    return SearchResult(plan, found, outcomes, files, stages.stages, stages.peak_memory)
 
 
 def _foretell(seconds_per_token: float, menus: Sequence[Menu], workdir: Workdir) -> None:
     """Say how long the search will take, from how long the reference took."""
-    effort: dict[str, float] = {}
+    expected: dict[str, float] = {}
     for menu in menus:
         for stage, tokens in menu.effort().items():
-            effort[stage] = effort.get(stage, 0.0) + tokens * seconds_per_token
-    minutes = sum(effort.values()) / 60
-    parts = ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in effort.items())
+            expected[stage] = expected.get(stage, 0.0) + tokens * seconds_per_token
+    minutes = sum(expected.values()) / 60
+    parts = ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in expected.items())
     less = "; less, since an interrupted search goes on" if workdir.resumed else ""
-    report("time", 1, 1, f"about {max(1.0, minutes):.0f} minutes from here ({parts}{less})")
+    report("time", 1, 1, f"about {max(1.0, minutes):.0f} minutes from here ({parts}{less})", expected)
 
 
 def _write(
-    output: Path, plan: Plan, menus: Mapping[str, Menu], found: Mapping[str, Found], workdir: Workdir
+    output: Path,
+    plan: Plan,
+    menus: Mapping[str, Menu],
+    found: Mapping[str, Found],
+    workdir: Workdir,
+    stages: dict[str, Stage],
 ) -> tuple[Plan, list[Outcome], list[Path]]:
     """Write the reports, then codes and encoded matrices, then the plan, so that a plan that exists is complete."""
     outcomes: list[Outcome] = []
@@ -168,7 +179,8 @@ def _write(
     saved: list[Path] = []
     try:
         for name, menu in menus.items():
-            written = menu.write(output, plan, outcomes, found[name], workdir, reports)
+            with speaking(ENGLISH):  # pictures as PNG, whose font has no other letters
+                written = menu.write(output, plan, outcomes, found[name], workdir, reports)
             moved += written.moved
             plans |= written.plans
         for here, there in moved:
@@ -185,7 +197,8 @@ def _write(
         raise
     files = [*plans, *(there for _, there in moved), *reports]
     try:
-        files.append(write_page(beside(output, PAGE), [output]))
+        kept = Kept(plans={plan.hash: Made(stages)})
+        files.append(write_page(beside(output, PAGE), [output], kept))
     except Exception as error:  # noqa: BLE001 - a page that cannot be drawn takes no plan away
         beside(output, PAGE).unlink(missing_ok=True)  # of the plan that was there before
         report("page", 1, 1, f"not written: {first_line(error)}; halfbyte report makes it")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.calibration.text import cut, load_text, scored, split
+from halfbyte.calibration.text import cut, load_text, scored, scored_in_turn, split
 from halfbyte.core import environment as hub
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import evaluation_text
@@ -46,9 +46,9 @@ def test_texts_are_mixed_in_equal_parts(tmp_path):
         assert text.startswith("\n".join(first))  # whoever scores its first windows scores all of them
         assert abs(len(text) - 3 * shortest) <= 3 * shortest / 2000 + 3
     searched = mixed.record()["search"]
-    assert evaluation_text(str(chinese), searched)[1] == single[str(chinese)].parts["eval"]
-    assert evaluation_text(mixed.name, searched)[1] == mixed.parts["eval"]
-    assert evaluation_text(str(chinese), None)[1] == chinese.read_text(encoding="utf-8")
+    assert evaluation_text(str(chinese), searched)[1] == {str(chinese): single[str(chinese)].parts["eval"]}
+    assert evaluation_text(mixed.name, searched)[1] == {name: one.parts["eval"] for name, one in single.items()}
+    assert evaluation_text(str(chinese), None)[1] == {str(chinese): chinese.read_text(encoding="utf-8")}
 
 
 def test_code_is_valid_and_as_long_as_pydoc():
@@ -90,3 +90,14 @@ def test_text_shorter_than_a_window_is_refused():
 
 def test_bos_is_in_front_of_the_text_and_of_every_window():
     assert scored(list(range(20)), 10, 2, bos=99, where="t") == [[99, *range(9)], [99, *range(10, 19)]]
+
+
+def test_windows_of_several_texts_are_shared_out():
+    texts = {"long": "a" * 100, "short": "b" * 25, "third": "c" * 100}
+    windows, names = scored_in_turn(lambda text: [ord(one) for one in text], texts, 10, 8, bos=None, where="texts")
+    assert names == ["long"] * 2 + ["short"] * 2 + ["third"] * 3  # of three windows that the short one should have
+    assert {chr(window[5]) for window in windows} == {"a", "b", "c"}
+    with pytest.raises(HalfbyteError, match="fewer windows than texts, expected at least 3, got 2"):
+        scored_in_turn(list, texts, 10, 2, bos=None, where="texts")
+    with pytest.raises(HalfbyteError, match="short: text is shorter"):
+        scored_in_turn(list, {"long": "a" * 100, "short": "b"}, 10, 2, bos=None, where="texts")

@@ -72,7 +72,7 @@ def test_a_worker_hands_on_its_own_error(tmp_path):
     request = Request(
         path=str(tmp_path / "missing.gguf"),
         stage="test",
-        text_file=str(tmp_path / "text.txt"),
+        texts={"text": str(tmp_path / "text.txt")},
         text_name="text",
         logits_file=str(tmp_path / "logits"),
         ctx=32,

@@ -69,7 +69,8 @@ def kl(reference, model):
 
     from halfbyte.evaluate.quality import evaluation_text, windows_of
 
-    windows = windows_of(AutoTokenizer.from_pretrained(reference), evaluation_text("pydoc", None)[1], 128, 2, where="")
+    texts = evaluation_text("pydoc", None)[1]
+    windows, _ = windows_of(AutoTokenizer.from_pretrained(reference), texts, 128, 2, where="")
     p, q = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(torch.tensor(windows)).logits
         for folder in (reference, model)

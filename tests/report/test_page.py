@@ -13,8 +13,9 @@ from html.parser import HTMLParser
 import pytest
 
 from halfbyte import cli
+from halfbyte.core.stages import Stage
 from halfbyte.plan import LayerPlan, Plan, load_plan, save_plan
-from halfbyte.report.page import PAGE, add_comparison, write_page
+from halfbyte.report.page import PAGE, Exported, Kept, Made, add_comparison, add_export, write_page
 from halfbyte.report.page.plan_map import cell_of
 from tests.command_line import fails
 
@@ -62,14 +63,15 @@ def plan_in(folder, blocks=28, name="plan.json", **changes):
 def compared(config, sample="halves the list <script>alert(1)</script>", **changes):
     def row(name, nbytes, kl, speed, text):
         measured = {"bytes": nbytes, "generation_tokens_per_second": speed, "sample": text, "load_seconds": 0.2}
-        return {"name": name, "engine": "llama.cpp", "measured": measured, "quality": {"kld_mean": kl}}
+        holds = plan.hash if name == "mixed" else None
+        return {"name": name, "engine": "llama.cpp", "measured": measured, "quality": {"kld_mean": kl}, "plan": holds}
 
+    plan = load_plan(config, with_codes=False)
     rows = [
         row("Q4_K_M", 105_500_000, 0.0172, 140.0, "cuts the list"),
         row("mixed", 105_400_000, 0.0049, 137.0, sample),
     ]
     rows.append({"name": "original", "missing": "not asked for"})
-    plan = load_plan(config, with_codes=False)
     about = {"model": plan.model_id, "plan": plan.hash, "text": "pydoc", "machine": "a CPU", "prompt": "What is it?"}
     return {**about, "rows": rows, "seed": 0, **changes}
 
@@ -99,7 +101,7 @@ class Reader(HTMLParser):
 
 def test_the_page_says_what_was_found_and_stands_alone(tmp_path):
     config = plan_in(tmp_path)
-    text = write_page(tmp_path / "page.html", [config], [compared(config)]).read_text()
+    text = write_page(tmp_path / "page.html", [config], Kept([compared(config)])).read_text()
     assert (
         "At 105.4 MB, the size of Q4_K_M, KL to the original is 0.00490 against 0.0172; generation 137 tokens/s "
         "against 140 on a CPU." in text
@@ -131,7 +133,7 @@ def test_the_page_says_what_was_found_and_stands_alone(tmp_path):
 def test_without_a_comparison_the_scores_speak(tmp_path):
     config = plan_in(tmp_path, blocks=2, tensors={}, file={})
     text = write_page(tmp_path / "page.html", [config]).read_text()
-    assert "KL to the original on validation text 0.110, all A8 0.0900, all A4 1.20." in text
+    assert "KL to the original on the validation text 0.110, all A8 0.0900, all A4 1.20." in text
 
 
 def test_what_is_not_beside_the_plan_is_named(tmp_path):
@@ -153,13 +155,14 @@ def test_a_headline_is_of_this_plan_and_has_no_gaps(tmp_path):
     whole, bare = compared(config), compared(config)
     for row in bare["rows"][:2]:
         row["quality"], row["measured"]["generation_tokens_per_second"] = {"kld_mean": None}, None
-    other = compared(config, plan="0" * 12)
+    other = compared(config)
+    other["rows"][1]["plan"] = "0" * 12
     noted = compared(config)
-    noted["rows"][1]["note"] = "this file holds another plan"
-    for comparisons, there in (([bare], False), ([other], False), ([noted], False), ([whole, bare], True)):
-        text = write_page(tmp_path / "page.html", [config], comparisons).read_text()
+    noted["rows"][1]["note"] = "made yesterday"
+    for comparisons, there in (([bare], False), ([other], False), ([noted], True), ([whole, bare], True)):
+        text = write_page(tmp_path / "page.html", [config], Kept(comparisons)).read_text()
         assert ("against 0.0172; generation 137 tokens/s" in text) == there
-        assert ("105.4 MB for 9 matrices of 3 ggml types: KL to the original on search text 0.0100." in text) != there
+        assert ("105.4 MB for 9 matrices of 3 ggml types: KL to the original on the search text" in text) != there
 
 
 def test_several_plans_side_by_side(tmp_path, capsys):
@@ -214,6 +217,41 @@ def test_a_comparison_is_kept_in_the_page(tmp_path):
     assert page.read_text() == "somebody's notes"
 
 
+def test_what_was_exported_and_what_stages_took_are_kept(tmp_path):
+    config = plan_in(tmp_path, blocks=2)
+    hash_ = load_plan(config, with_codes=False).hash
+    made = Made({"encode candidates": Stage(75.2, 3_000_000_000, 18_400_000_000), "validation": Stage(0.1)})
+    page = write_page(tmp_path / f"plan.{PAGE}", [config], Kept(plans={hash_: made}))
+    for size in (1_000_000, 2_000_000):
+        assert add_export(config, hash_, Exported("my.gguf", size, "checked: all of it")) == page
+    text = page.read_text()
+    assert "<td>my.gguf</td><td>2.0\N{NO-BREAK SPACE}MB</td><td>checked: all of it</td>" in text
+    assert "1.0\N{NO-BREAK SPACE}MB" not in text
+    assert "<td>encode candidates</td><td>1 min 15 s</td><td>3.00 GB</td><td>18.40 GB</td>" in text
+    assert "<td>validation</td>" not in text  # too short to be named
+    assert cli.run("report", ["--config", str(config), "--output", str(tmp_path / "copy.html")]) == 0
+    assert (tmp_path / "copy.html").read_text() == text
+
+
+def test_kl_of_each_kind_of_text(tmp_path):
+    config = plan_in(tmp_path, blocks=2)
+    comparison = compared(config)
+    for row, kl in zip(comparison["rows"][:2], (0.02, 0.004), strict=True):
+        row["quality"]["kld_of_texts"] = {"pydoc": kl, "code": kl / 2}
+    text = write_page(tmp_path / "page.html", [config], Kept([comparison])).read_text()
+    assert "<tr><td>mixed</td><td>0.00400</td><td>0.00200</td></tr>" in text
+
+
+def test_a_page_in_chinese(tmp_path):
+    config = plan_in(tmp_path)
+    assert cli.run("report", ["--config", str(config), "--lang", "zh"]) == 0
+    text = (tmp_path / f"plan.{PAGE}").read_text(encoding="utf-8")
+    assert '<html lang="zh">' in text
+    assert "怎样得到的" in text
+    assert re.search(r"<svg.*4 位激活", text, re.DOTALL)
+    assert not re.search(r"<h\d>[A-Za-z ]*</h\d>", text.replace("<h1>Tiny-1B</h1>", ""))
+
+
 def test_letters_on_the_map_have_contrast():
     def light(colour):
         channels = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
@@ -231,7 +269,7 @@ def test_letters_on_the_map_have_contrast():
 def test_nothing_is_wider_than_the_window(tmp_path, width):
     """In a real browser; the window itself cannot be as narrow as a phone, the page can."""
     config = plan_in(tmp_path)
-    page = write_page(tmp_path / "page.html", [config], [compared(config)])
+    page = write_page(tmp_path / "page.html", [config], Kept([compared(config)]))
     measure = f"<style>html{{width:{width}px}}</style><script>document.title = document.body.scrollWidth</script>"
     page.write_text(page.read_text().replace("</body>", f"{measure}</body>"))
     shown = [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"file://{page}"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+from halfbyte.core.stages import Stage
 from halfbyte.evaluate.compare import CompareRow, Comparison
 from halfbyte.evaluate.quality import Quality
 from halfbyte.evaluate.worker import Measured
@@ -44,19 +45,24 @@ def found(**changes) -> Found:
     return Found(**{**values, **changes})
 
 
-def said(**menus: Found) -> str:
+def said(verbose=False, **menus: Found) -> str:
     outcomes = [SimpleNamespace(note=note) for note in ("", "group 64: 128 does not divide 576") * 2]
-    result = SimpleNamespace(plan=PLAN, found=menus, outcomes=outcomes, peak_memory=3_000_000)
-    return search_summary(result, {"load": 1.0, "search": 2.0})
+    stages = {"load": Stage(1.0), "search": Stage(2.0)}
+    result = SimpleNamespace(plan=PLAN, found=menus, outcomes=outcomes, stages=stages, peak_memory=3_000_000)
+    return search_summary(result, "my.pt", verbose=verbose)
 
 
 def test_both_menus_of_a_search():
-    text = said(activations=found(), types=found())
-    assert "1 layers A4, 1 layers A8, mean activation bits 6.00 (budget 6.40)" in text
-    assert "1.5 MB of 2.0 MB for 3 matrices: 2 Q4_K, 1 Q6_K" in text
+    short = said(activations=found(), types=found())
+    assert short.splitlines() == [
+        "activations: 1 layers A4, 1 layers A8, 6.00 bits on average of 6.40 allowed; KL 0.300 on the validation text",
+        "file: 1.5 MB of 2.0 MB for 3 matrices, 2 Q4_K, 1 Q6_K; KL 0.300 on the validation text",
+        "took 3.00 s, peak memory 3.0 MB",
+        "next: python export_gguf_official.py --config my.pt",
+    ]
+    text = said(verbose=True, activations=found(), types=found())
     assert text.count("genetic search; 2 of 5 finalists are ties on the validation text (noise floor 0.001)") == 2
     assert "2 layers: group 64: 128 does not divide 576" in text
-    assert text.endswith("took 3 s, peak memory 3.0 MB")
     row = next(line for line in text.splitlines() if line.startswith("all A8"))
     assert row.split() == ["all", "A8", "0.100", "—"]
 
@@ -64,13 +70,14 @@ def test_both_menus_of_a_search():
 def test_a_refined_winner():
     refinement = Refinement("refined", before=0.3, after=0.2, noise=0.01)
     assert "refined: KL on the validation text 0.3 -> 0.2 (noise 0.01): kept" in said(
-        types=found(refinement=refinement)
+        verbose=True, types=found(refinement=refinement)
     )
 
 
 def test_a_search_without_validation():
-    text = said(activations=found(validation_scores={}))
+    text = said(verbose=True, activations=found(validation_scores={}))
     assert "validation" not in text
+    assert "KL 0.200 on the search text (all A8 0.100)" in text
     assert "matrices" not in text
 
 
@@ -80,7 +87,8 @@ def test_rows_that_are_there_and_rows_that_are_missing():
     mixed = CompareRow("mixed", "m.gguf", "llama.cpp 1", measured, quality, 2.0, note="an old file")
     missing = CompareRow("Q4_K_M", "q.gguf", missing="no file q.gguf")
     comparison = Comparison([missing, mixed], "m", None, "pydoc", 512, 4, "What?", True, "a machine", {})
-    text = comparison_summary(comparison)
+    assert "Halves" not in comparison_summary(comparison)
+    text = comparison_summary(comparison, verbose=True)
     row = next(line for line in text.splitlines() if line.startswith("mixed  "))
     for cell in ("100.0 MB", "500 ms", "50.0", "25.0", "2.00×", "200.0 MB", "8.000", "0.0500", "91.0%"):
         assert cell in row

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,18 +36,18 @@ class Text:
         name: what was really used ("pydoc", "wikitext2", a path).
         parts: ``calib``, ``search``, ``valid`` and ``eval`` text.
         note: empty, or why another source than the one asked for was used.
-        mixed: digests of the ``search`` parts of the texts that it is a mixture of.
+        mixed: the texts that it is a mixture of.
     """
 
     name: str
     parts: dict[str, str]
     note: str = ""
-    mixed: tuple[str, ...] = ()
+    mixed: tuple[Text, ...] = ()
 
     def record(self) -> dict[str, str]:
         """Name, note and digest of each part, for the plan and for reports; ``search`` has those of mixed texts too."""
         digests = {part: hashlib.sha256(text.encode()).hexdigest()[:16] for part, text in self.parts.items()}
-        digests["search"] = ",".join((digests["search"], *self.mixed))
+        digests["search"] = ",".join((digests["search"], *(text.record()["search"] for text in self.mixed)))
         return {"name": self.name, "note": self.note, **digests}
 
 
@@ -141,7 +141,7 @@ def _mixed(texts: Sequence[Text]) -> Text:
         ",".join(text.name for text in texts),
         parts,
         "; ".join(text.note for text in texts if text.note),
-        tuple(text.record()["search"] for text in texts),
+        tuple(texts),
     )
 
 
@@ -252,6 +252,35 @@ def scored(token_ids: Sequence[int], ctx: int, chunks: int, *, bos: int | None, 
     if bos is None:
         return cut(token_ids, ctx, chunks, where=where)
     return [[bos, *window[1:]] for window in cut([bos, *token_ids], ctx, chunks, where=where)]
+
+
+def scored_in_turn(
+    tokenize: Callable[[str], Sequence[int]],
+    texts: Mapping[str, str],
+    ctx: int,
+    chunks: int,
+    *,
+    bos: int | None,
+    where: str,
+) -> tuple[list[list[int]], list[str]]:
+    """Windows of several texts, as many of each as of the others, and the name of the text of each window.
+
+    Args:
+        texts: name -> text.
+        chunks: windows of all texts together; a text that is too short has fewer.
+
+    Raises:
+        HalfbyteError: see :func:`scored`; or there are more texts than windows.
+    """
+    if chunks < len(texts):
+        raise HalfbyteError(f"--chunks: fewer windows than texts, expected at least {len(texts)}, got {chunks}")
+    windows, names = [], []
+    for at, (name, text) in enumerate(texts.items()):
+        share = (at + 1) * chunks // len(texts) - at * chunks // len(texts)
+        own = scored(tokenize(text), ctx, share, bos=bos, where=name if len(texts) > 1 else where)
+        windows += own
+        names += [name] * len(own)
+    return windows, names
 
 
 def first_scored(ctx: int) -> int:

@@ -120,6 +120,14 @@ def peak_memory(device: torch.device) -> int:
     return peak_process_memory()
 
 
+def start_peak_again(device: torch.device) -> None:
+    """From here on :func:`peak_memory` is of what comes; on a GPU, where else there is no such counter."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def device_name(device: torch.device) -> str:
     """The device in words, for reports."""
     import torch

@@ -2,29 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Progress:
-    """One report: ``done`` of ``total`` steps of ``stage`` are finished; ``note`` is what to show beside it."""
+    """One report: ``done`` of ``total`` steps of ``stage`` are finished.
+
+    Attributes:
+        note: what to show beside it.
+        expected: foretold, if this report foretells something: stage -> seconds that it will take, in their order.
+    """
 
     stage: str
     done: int
     total: int
     note: str = ""
+    expected: Mapping[str, float] | None = None
 
 
 Listener = Callable[[Progress], None]
 _listeners: list[Listener] = []
 
 
-def report(stage: str, done: int, total: int, note: str = "") -> None:
+def report(stage: str, done: int, total: int, note: str = "", expected: Mapping[str, float] | None = None) -> None:
     """Tell whoever listens that ``done`` of ``total`` steps of ``stage`` are finished."""
     if _listeners:
-        _listeners[-1](Progress(stage, done, total, " ".join(note.split())))
+        _listeners[-1](Progress(stage, done, total, " ".join(note.split()), expected))
+
+
+def told() -> Listener | None:
+    """Who listens at the moment."""
+    return _listeners[-1] if _listeners else None
 
 
 @contextmanager

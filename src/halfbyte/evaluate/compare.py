@@ -19,9 +19,9 @@ from halfbyte.core.files import download_command, f16_gguf, mixed_gguf, q4km_ggu
 from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
-from halfbyte.evaluate.measure_served import ServedRequest, check_folder, measure_served, serve_python
+from halfbyte.evaluate.measure_served import ServedRequest, check_folder, measure_served, record_of, serve_python
 from halfbyte.evaluate.quality import LogitsFile, Quality, evaluation_text, measure, windows_of
-from halfbyte.evaluate.worker import Measured, OriginalRequest, Request, measure_apart
+from halfbyte.evaluate.worker import Measured, OriginalRequest, Request, measure_apart, text_files_in
 from halfbyte.models.gguf_file import halfbyte_keys
 from halfbyte.models.loading import load_tokenizer
 from halfbyte.options import DEFAULT_MODEL, CompareOptions
@@ -42,6 +42,7 @@ class CompareRow:
         quality: against the F16 original in llama.cpp, where that was run.
         speed_up: generation speed over the F16 original in llama.cpp.
         note: what the reader has to know beside the numbers.
+        plan: hash of the plan that it holds; None if it does not say.
     """
 
     name: str
@@ -52,11 +53,12 @@ class CompareRow:
     speed_up: float | None = None
     missing: str = ""
     note: str = ""
+    plan: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, without what only the computation needed."""
         values = asdict(self)
-        for key in ("windows", "logits_file"):
+        for key in ("windows", "texts", "logits_file"):
             if values["measured"] is not None:
                 del values["measured"][key]
         return values
@@ -132,10 +134,9 @@ def _touched(options: CompareOptions, model_id: str) -> Touched:
 
 
 def _compared(options: CompareOptions, plan: Plan | None, model_id: str) -> Comparison:
-    text_name, text = evaluation_text(options.text, plan.text.get("search") if plan else None)
+    text_name, texts = evaluation_text(options.text, plan.text.get("search") if plan else None)
     with scratch_folder() as folder, torch.no_grad():
-        runs = _Runs(options, model_id, text_name, plan.hash if plan else None, folder)
-        runs.text_file.write_text(text, encoding="utf-8")
+        runs = _Runs(options, model_id, text_name, texts, plan.hash if plan else None, folder)
         rows = list(runs.rows())
     if all(row.missing for row in rows):
         raise HalfbyteError("nothing to compare: " + "; ".join(f"{row.name}: {row.missing}" for row in rows))
@@ -178,11 +179,17 @@ class _Runs:
     """Runs the rows; keeps the reference's logits in a scratch folder between them."""
 
     def __init__(
-        self, options: CompareOptions, model_id: str, text_name: str, plan_hash: str | None, folder: Path
+        self,
+        options: CompareOptions,
+        model_id: str,
+        text_name: str,
+        texts: dict[str, str],
+        plan_hash: str | None,
+        folder: Path,
     ) -> None:
         self.options, self.model_id, self.text_name, self.plan_hash = options, model_id, text_name, plan_hash
-        self.folder = folder
-        self.text_file = folder / "text.txt"
+        self.folder, self.texts = folder, texts
+        self.text_files = text_files_in(folder, texts)
         self.reference: Measured | None = None
 
     def rows(self) -> Iterator[CompareRow]:
@@ -200,7 +207,7 @@ class _Runs:
         mixed = Path(self.options.mixed_path or mixed_gguf(self.model_id))
         how_to_make = f"make it with: python export_gguf_official.py --output {mixed}"
         row = self._compared(self._gguf(MIXED, mixed, how_to_make))
-        yield replace(row, note=self._other_plan(mixed) if row.measured else "")
+        yield self._with_plan(row, halfbyte_keys(mixed).get("plan.hash")) if row.measured else row
         for folder in folders_of(self.options.served):
             yield self._served(folder)
 
@@ -228,7 +235,7 @@ class _Runs:
         if row.measured is None:
             return row
         self.reference = row.measured
-        quality = measure(row.measured.windows, iter(self._logits(row.measured)))
+        quality = measure(row.measured.windows, iter(self._logits(row.measured)), texts=row.measured.texts)
         return replace(row, quality=quality, note=f"kept as {path} for the next comparison")
 
     def _gguf(self, name: str, path: Path, how_to_get: str) -> CompareRow:
@@ -243,11 +250,13 @@ class _Runs:
         try:
             check_folder(folder)
             python = serve_python(options.serve_python, folder)
+            reference = self.reference
+            windows, texts = (reference.windows, reference.texts) if reference else self._windows(folder)
             request = ServedRequest(
                 folder=folder,
                 stage=name,
                 python=python,
-                windows=self.reference.windows if self.reference else self._windows(folder),
+                windows=windows,
                 ctx=options.ctx,
                 logits_file=str(self.folder / "served.logits"),
                 tensor_parallel=options.tensor_parallel,
@@ -255,16 +264,16 @@ class _Runs:
                 prompt=options.prompt,
                 max_tokens=options.max_tokens,
             )
-            measured = measure_served(request)
+            measured = replace(measure_served(request), texts=texts)
         except HalfbyteError as error:
             return CompareRow(name, folder, missing=str(error))
         row = CompareRow(name, folder, measured.engine, measured, note="; ".join(measured.kernels))
+        row = replace(row, plan=record_of(folder).plan)
         return self._with_quality(row, measured)  # no speed-up: over llama.cpp, often on another device
 
-    def _windows(self, folder: str) -> list[list[int]]:
-        text = self.text_file.read_text(encoding="utf-8")
+    def _windows(self, folder: str) -> tuple[list[list[int]], list[str]]:
         tokenizer = load_tokenizer(folder, where=folder)
-        return windows_of(tokenizer, text, self.options.ctx, self.options.chunks, where=self.text_name)
+        return windows_of(tokenizer, self.texts, self.options.ctx, self.options.chunks, where=self.text_name)
 
     def _shared(self, name: str, path: str) -> dict[str, Any]:
         """What all requests have."""
@@ -272,7 +281,7 @@ class _Runs:
         return {
             "path": path,
             "stage": name,
-            "text_file": str(self.text_file),
+            "texts": self.text_files,
             "text_name": self.text_name,
             "logits_file": str(self.folder / f"{name.replace(' ', '-')}.logits"),
             "ctx": options.ctx,
@@ -283,12 +292,12 @@ class _Runs:
             "max_tokens": options.max_tokens,
         }
 
-    def _other_plan(self, path: Path) -> str:
-        """Says so if the mixed file does not hold the plan at hand."""
-        there = halfbyte_keys(path).get("plan.hash")
-        if self.plan_hash is None or there == self.plan_hash:
-            return ""
-        return f"this file holds plan {there or 'unknown'}, not the plan at hand ({self.plan_hash}): export it again"
+    def _with_plan(self, row: CompareRow, plan: str | None) -> CompareRow:
+        """The row, and a note if its file does not hold the plan at hand."""
+        if self.plan_hash is None or plan == self.plan_hash:
+            return replace(row, plan=plan)
+        note = f"this file holds plan {plan or 'unknown'}, not the plan at hand ({self.plan_hash}): export it again"
+        return replace(row, plan=plan, note=note)
 
     @property
     def _q4km(self) -> Path:
@@ -318,7 +327,7 @@ class _Runs:
             return replace(row, measured=None, missing="its tokenizer splits the text in another way")
         theirs = iter(self._logits(reference)) if reference else None
         try:
-            quality = measure(measured.windows, iter(self._logits(measured)), theirs)
+            quality = measure(measured.windows, iter(self._logits(measured)), theirs, measured.texts)
         except HalfbyteError as error:
             return replace(row, measured=None, missing=str(error))
         finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,9 @@ from halfbyte.evaluate.quality import (
     live,
     measure,
     model_logits,
-    windows_for,
     windows_of,
 )
-from halfbyte.evaluate.worker import Measured, Request, measure_apart
+from halfbyte.evaluate.worker import Measured, Request, measure_apart, text_files_in
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.gguf_file import halfbyte_keys
 from halfbyte.models.loading import SourceModel, find, load, load_tokenizer, made_with
@@ -110,20 +109,20 @@ def evaluate(options: EvalOptions) -> Evaluation:
 
 def _evaluated(options: EvalOptions, plan: Plan | None, model_id: str) -> Evaluation:
     known = _known(options, plan)
-    text_name, text = evaluation_text(options.text, known.text_search)
+    text_name, texts = evaluation_text(options.text, known.text_search)
     with scratch_folder() as folder:
         elsewhere: Measured | None = None  # another engine comes before torch takes memory
         if options.gguf:
-            elsewhere = _in_llamacpp(options, folder, text_name, text)
+            elsewhere = _in_llamacpp(options, folder, text_name, texts)
         elif options.served:
-            elsewhere = _in_vllm(options, options.served, model_id, folder, text_name, text)
+            elsewhere = _in_vllm(options, options.served, model_id, folder, text_name, texts)
         report("load model", 0, 1, model_id)
         source = _load(model_id, options)
         report("load model", 1, 1, model_id)
         if elsewhere is not None:
-            scored = _score_elsewhere(options, source, elsewhere, text_name, text)
+            scored = _score_elsewhere(options, source, elsewhere, text_name, texts)
         else:
-            scored = _score_model_(options, source, plan, folder, text_name, text)
+            scored = _score_model_(options, source, plan, folder, text_name, texts)
     return Evaluation(
         quality=scored.quality,
         model=model_id,
@@ -167,13 +166,11 @@ def _known(options: EvalOptions, plan: Plan | None) -> _Known:
     return _Known(record.plan, record.text_search)
 
 
-def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, text: str) -> Measured:
-    text_file = folder / "text.txt"
-    text_file.write_text(text, encoding="utf-8")
+def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, texts: dict[str, str]) -> Measured:
     request = Request(
         path=str(options.gguf),
         stage="llama.cpp",
-        text_file=str(text_file),
+        texts=text_files_in(folder, texts),
         text_name=text_name,
         logits_file=str(folder / "gguf.logits"),
         ctx=options.ctx,
@@ -184,26 +181,31 @@ def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, text: str) 
     return measure_apart(request)
 
 
-def _in_vllm(options: EvalOptions, served: str, model_id: str, folder: Path, text_name: str, text: str) -> Measured:
+def _in_vllm(
+    options: EvalOptions, served: str, model_id: str, folder: Path, text_name: str, texts: dict[str, str]
+) -> Measured:
     """vLLM's answers on the tokens of the reference's tokenizer."""
     python = serve_python(options.serve_python, served)
     origin = find(model_id, trust_remote_code=options.trust_remote_code)
     check_same_shape(served, origin.config, model_id)
     tokenizer = load_tokenizer(origin.folder, trust_remote_code=options.trust_remote_code, where=model_id)
+    windows, names = windows_of(tokenizer, texts, options.ctx, options.chunks, where=text_name)
     request = ServedRequest(
         folder=served,
         stage="vLLM",
         python=python,
-        windows=windows_of(tokenizer, text, options.ctx, options.chunks, where=text_name),
+        windows=windows,
         ctx=options.ctx,
         logits_file=str(folder / "served.logits"),
         tensor_parallel=options.tensor_parallel,
         trust_remote_code=options.trust_remote_code,
     )
-    return measure_served(request)
+    return replace(measure_served(request), texts=names)
 
 
-def _score_elsewhere(options: EvalOptions, source: SourceModel, other: Measured, text_name: str, text: str) -> _Scored:
+def _score_elsewhere(
+    options: EvalOptions, source: SourceModel, other: Measured, text_name: str, texts: dict[str, str]
+) -> _Scored:
     """Another engine's answers against the model's, on that engine's tokens."""
     vocab = vocabulary(source.model, source.family)
     what = options.gguf or options.served
@@ -218,27 +220,34 @@ def _score_elsewhere(options: EvalOptions, source: SourceModel, other: Measured,
             fix="pass its original with --model_id",
         )
     ours = LogitsFile(Path(other.logits_file), vocab, scored_tokens(options.ctx))
-    quality = measure(other.windows, iter(ours), live(other.windows, model_logits(source.model), "reference"))
+    reference = live(other.windows, model_logits(source.model), "reference")
+    quality = measure(other.windows, iter(ours), reference, other.texts)
     agree = None
     if options.gguf:
-        agree = other.windows == windows_for(source, text, options.ctx, options.chunks, where=text_name)
+        windows, _ = windows_of(source.tokenizer, texts, options.ctx, options.chunks, where=text_name)
+        agree = other.windows == windows
     return _Scored(quality, len(other.windows), other.engine, agree, other.kernels)
 
 
 def _score_model_(
-    options: EvalOptions, source: SourceModel, plan: Plan | None, folder: Path, text_name: str, text: str
+    options: EvalOptions,
+    source: SourceModel,
+    plan: Plan | None,
+    folder: Path,
+    text_name: str,
+    texts: dict[str, str],
 ) -> _Scored:
     """The model against the text, or the simulation that it becomes against the model."""
     if plan is not None:
         check_same_model(source, plan)
     logits_of = model_logits(source.model)
-    windows = windows_for(source, text, options.ctx, options.chunks, where=text_name)
+    windows, names = windows_of(source.tokenizer, texts, options.ctx, options.chunks, where=text_name)
     if plan is None:
         return _Scored(measure(windows, live(windows, logits_of, "reference")), len(windows), "transformers")
     kept = LogitsFile(folder / "reference", vocabulary(source.model, source.family), scored_tokens(options.ctx))
     kept.write(windows, logits_of, "reference")
     _become_(source, plan, str(options.config))
-    quality = measure(windows, live(windows, logits_of, "plan"), iter(kept))
+    quality = measure(windows, live(windows, logits_of, "plan"), iter(kept), names)
     return _Scored(quality, len(windows), "transformers (simulation)")
 
 

@@ -6,13 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibration.text import first_scored, scored
+from halfbyte.calibration.text import first_scored, scored_in_turn
 from halfbyte.core.environment import peak_process_memory
 from halfbyte.core.files import check_space, write_error
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
 from halfbyte.engines.llamacpp.model import GGUFModel
-from halfbyte.evaluate.worker import Measured, Request, serve
+from halfbyte.evaluate.worker import Measured, Request, serve, texts_of
 
 PROMPT_ROOM = 512  # context kept free for the sample's prompt
 SPEED_TOKENS = 64  # generated tokens that are timed
@@ -31,9 +31,10 @@ def measure(request: Request) -> Measured:
     with engine.load(request.path, n_ctx=context, n_threads=request.threads or None) as model:
         generated = _generate(model, request) if max_tokens else {}
         peak_memory = peak_process_memory()
-        ids = model.tokenize(Path(request.text_file).read_text(encoding="utf-8"))
         bos = model.bos if model.adds_bos else None
-        windows = scored(ids, ctx, request.chunks, bos=bos, where=request.text_name)
+        windows, texts = scored_in_turn(
+            model.tokenize, texts_of(request), ctx, request.chunks, bos=bos, where=request.text_name
+        )
         _write_logits(model, windows, request)
         return Measured(
             engine=engine.version,
@@ -41,6 +42,7 @@ def measure(request: Request) -> Measured:
             load_seconds=model.load_seconds,
             peak_memory=peak_memory,
             windows=windows,
+            texts=texts,
             vocab=model.n_vocab,
             logits_file=request.logits_file,
             **generated,

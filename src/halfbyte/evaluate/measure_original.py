@@ -13,8 +13,8 @@ import torch
 from halfbyte.calibration.text import scored_tokens
 from halfbyte.core.environment import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.progress import report
-from halfbyte.evaluate.quality import LogitsFile, model_logits, sample_text, windows_for
-from halfbyte.evaluate.worker import Measured, OriginalRequest, serve
+from halfbyte.evaluate.quality import LogitsFile, model_logits, sample_text, windows_of
+from halfbyte.evaluate.worker import Measured, OriginalRequest, serve, texts_of
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import vocabulary
@@ -35,8 +35,9 @@ def measure(request: OriginalRequest) -> Measured:
     source, load_seconds = _load(request, device)
     generated = _generate(source, request) if request.max_tokens else {}
     peak = peak_memory(device)
-    text = Path(request.text_file).read_text(encoding="utf-8")
-    windows = windows_for(source, text, request.ctx, request.chunks, where=request.text_name)
+    windows, texts = windows_of(
+        source.tokenizer, texts_of(request), request.ctx, request.chunks, where=request.text_name
+    )
     vocab = vocabulary(source.model, source.family)
     kept = LogitsFile(Path(request.logits_file), vocab, scored_tokens(request.ctx))
     kept.write(windows, model_logits(source.model), request.stage)
@@ -54,6 +55,7 @@ def measure(request: OriginalRequest) -> Measured:
         load_seconds=load_seconds,
         peak_memory=peak,
         windows=windows,
+        texts=texts,
         vocab=vocab,
         logits_file=request.logits_file,
         fingerprint=source.fingerprint,

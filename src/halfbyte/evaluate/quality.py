@@ -7,8 +7,8 @@ token of each window is replaced by BOS. Of each window the predictions from pos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.calibration.text import SOURCES, first_scored, load_text, scored
+from halfbyte.calibration.text import SOURCES, first_scored, load_text, scored_in_turn
 from halfbyte.core.errors import HalfbyteError, reading
 from halfbyte.core.files import check_space, write_error
 from halfbyte.core.progress import report
@@ -77,14 +77,18 @@ def measure(
     token_windows: Sequence[Sequence[int]],
     logits: Iterator[torch.Tensor],
     reference: Iterator[torch.Tensor] | None = None,
+    texts: Sequence[str] | None = None,
 ) -> Quality:
     """Score logits ``[ctx / 2 - 1, vocab]`` of each window against the text and, if given, a reference's logits.
+
+    Args:
+        texts: name of the text that each window is from.
 
     Raises:
         HalfbyteError: the vocabularies differ.
     """
     meter = QualityMeter()
-    for window in token_windows:
+    for window, text in zip(token_windows, texts or [""] * len(token_windows), strict=True):
         ours = next(logits)
         theirs = next(reference) if reference is not None else None
         if theirs is not None and theirs.shape[-1] != ours.shape[-1]:
@@ -93,7 +97,7 @@ def measure(
                 fix="compare files of the same model",
             )
         targets = targets_of(window).to(ours.device)
-        meter.add(ours, targets, theirs.to(ours.device) if theirs is not None else None)
+        meter.add(ours, targets, theirs.to(ours.device) if theirs is not None else None, text)
     return meter.result()
 
 
@@ -131,6 +135,7 @@ class Quality:
         top1_agreement: share of tokens with the same most likely token (None without one).
         tokens: tokens scored.
         kld_error: standard error of kld_mean.
+        kld_of_texts: kld_mean of each kind of text, where there are several.
     """
 
     ppl: float
@@ -140,6 +145,7 @@ class Quality:
     kld_p99: float | None = None
     top1_agreement: float | None = None
     kld_error: float | None = None
+    kld_of_texts: dict[str, float] = field(default_factory=dict)
 
 
 class QualityMeter:
@@ -150,14 +156,26 @@ class QualityMeter:
         self._reference_nll: list[torch.Tensor] = []
         self._kl: list[torch.Tensor] = []
         self._same: list[torch.Tensor] = []
+        self._texts: list[str] = []
 
-    def add(self, logits: torch.Tensor, targets: torch.Tensor, reference_logits: torch.Tensor | None = None) -> None:
-        """Score one chunk: ``logits`` ``[tokens, vocab]``, ``targets`` ``[tokens]``, reference like ``logits``."""
+    def add(
+        self,
+        logits: torch.Tensor,
+        targets: torch.Tensor,
+        reference_logits: torch.Tensor | None = None,
+        text: str = "",
+    ) -> None:
+        """Score one chunk: ``logits`` ``[tokens, vocab]``, ``targets`` ``[tokens]``, reference like ``logits``.
+
+        Args:
+            text: the name of the text that it is from.
+        """
         self._nll.append(nll_per_token(logits, targets).cpu())
         if reference_logits is not None:
             self._reference_nll.append(nll_per_token(reference_logits, targets).cpu())
             self._kl.append(kl_per_token(reference_logits, logits).cpu())
             self._same.append(same_top(reference_logits, logits).cpu())
+            self._texts.append(text)
 
     def result(self) -> Quality:
         """The summary of everything added so far."""
@@ -174,13 +192,21 @@ class QualityMeter:
             kld_p99=float(torch.quantile(kl, 0.99)),
             top1_agreement=float(torch.cat(self._same).float().mean()),
             kld_error=float(kl.std() / kl.numel() ** 0.5),
+            kld_of_texts=self._of_texts(),
         )
 
+    def _of_texts(self) -> dict[str, float]:
+        """KL of each text, if there are several."""
+        names = dict.fromkeys(self._texts)
+        chunks = list(zip(self._texts, self._kl, strict=True))
+        own = {name: torch.cat([kl for text, kl in chunks if text == name]) for name in names}
+        return {name: float(kl.mean()) for name, kl in own.items()} if len(own) > 1 else {}
 
-def evaluation_text(name: str, searched: str | None) -> tuple[str, str]:
-    """(name, text) to evaluate on: not what a plan's search has seen.
 
-    A named source and a mixture give their ``eval`` part. A file is used whole, or, if the plan was searched on it, its
+def evaluation_text(name: str, searched: str | None) -> tuple[str, dict[str, str]]:
+    """What to evaluate on, not what a plan's search has seen: its name, and name -> text of what it consists of.
+
+    A named source and a mixture give ``eval`` parts. A file is used whole, or, if the plan was searched on it, its
     ``eval`` part.
 
     Args:
@@ -191,23 +217,28 @@ def evaluation_text(name: str, searched: str | None) -> tuple[str, str]:
     file = Path(text.name)
     own = text.record()["search"].partition(",")[0]
     if text.name in SOURCES or not file.exists() or own in (searched or "").split(","):
-        return f"{text.name} (eval part)", text.parts["eval"]
-    return text.name, file.read_text(encoding="utf-8")
+        return f"{text.name} (eval part)", {one.name: one.parts["eval"] for one in text.mixed or (text,)}
+    return text.name, {text.name: file.read_text(encoding="utf-8")}
 
 
 def windows_for(source: SourceModel, text: str, ctx: int, chunks: int, *, where: str) -> list[list[int]]:
-    """Scored windows with the model's own tokenizer; BOS in front if the tokenizer adds one."""
-    return windows_of(source.tokenizer, text, ctx, chunks, where=where)
+    """Scored windows of one text with the model's own tokenizer; BOS in front if the tokenizer adds one."""
+    return windows_of(source.tokenizer, {where: text}, ctx, chunks, where=where)[0]
 
 
-def windows_of(tokenizer: PreTrainedTokenizerBase, text: str, ctx: int, chunks: int, *, where: str) -> list[list[int]]:
-    """The same for a tokenizer alone."""
+def windows_of(
+    tokenizer: PreTrainedTokenizerBase, texts: Mapping[str, str], ctx: int, chunks: int, *, where: str
+) -> tuple[list[list[int]], list[str]]:
+    """The same of several texts for a tokenizer alone, and the name of the text of each window."""
     with_special = tokenizer("a").input_ids
     bos = tokenizer.bos_token_id
     if not isinstance(bos, int) or with_special[:1] != [bos]:
         bos = None
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return scored(ids, ctx, chunks, bos=bos, where=where)
+
+    def tokenize(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
+
+    return scored_in_turn(tokenize, texts, ctx, chunks, bos=bos, where=where)
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

@@ -20,7 +20,7 @@ from halfbyte.evaluate.quality import (
     measure,
     model_logits,
     sample_text,
-    windows_for,
+    windows_of,
 )
 from halfbyte.models.loading import SourceModel, made_with
 from halfbyte.models.modules import vocabulary
@@ -82,20 +82,25 @@ def simulate(options: SimulateOptions) -> SimulationResult:
 
 
 def _simulated(options: SimulateOptions, plan: Plan) -> SimulationResult:
-    text_name, text = evaluation_text(options.text, plan.text.get("search"))
+    text_name, texts = evaluation_text(options.text, plan.text.get("search"))
     report("load model", 0, 1, options.model_id or plan.model_id)
     source = load_for_plan(
         plan, options.model_id, device=options.device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )
-    windows = windows_for(source, text, options.ctx, options.chunks, where=text_name)
+    windows, names = windows_of(source.tokenizer, texts, options.ctx, options.chunks, where=text_name)
     report("load model", 1, 1, f"text {text_name}, {len(windows)} windows of {options.ctx}")
     with scratch_folder() as folder:
-        rows = list(_rows(options, plan, source, windows, folder))
+        rows = list(_rows(options, plan, source, windows, names, folder))
     return SimulationResult(rows, plan, text_name, made_with(source))
 
 
 def _rows(
-    options: SimulateOptions, plan: Plan, source: SourceModel, windows: list[list[int]], folder: Path
+    options: SimulateOptions,
+    plan: Plan,
+    source: SourceModel,
+    windows: list[list[int]],
+    names: list[str],  # of the text of each window
+    folder: Path,
 ) -> Iterator[SimulationRow]:
     """Each row is measured when it is asked for, while the model is what the row is about."""
     logits_of = model_logits(source.model)
@@ -103,7 +108,7 @@ def _rows(
     kept = LogitsFile(folder / "reference", vocab, scored_tokens(options.ctx))
 
     def row(name: str, mean_bits: float | None) -> SimulationRow:
-        quality = measure(windows, live(windows, logits_of, name), iter(kept))
+        quality = measure(windows, live(windows, logits_of, name), iter(kept), names)
         return SimulationRow(name, quality, mean_bits, sample_text(source, options.prompt, options.max_tokens))
 
     kept.write(windows, logits_of, "original")

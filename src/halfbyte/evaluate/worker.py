@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import IO, Any
 
 from halfbyte.core.errors import HalfbyteError
@@ -177,7 +178,7 @@ class Request:
     Attributes:
         path: the GGUF file, or the model id.
         stage: what progress calls it.
-        text_file, text_name: the text to score, and what it is called.
+        texts, text_name: files of the texts to score by their names, and what they are called together.
         logits_file: where the logits of the scored windows go.
         ctx, chunks: tokens per window, and windows.
         engine: llama.cpp binding.
@@ -187,7 +188,7 @@ class Request:
 
     path: str
     stage: str
-    text_file: str
+    texts: dict[str, str]
     text_name: str
     logits_file: str
     ctx: int
@@ -223,6 +224,7 @@ class Measured:
         load_seconds: until the model could answer.
         peak_memory: bytes, of the process (of the GPU, where one was used) until text was scored.
         windows: scored tokens, each window with its context.
+        texts: name of the text of each window.
         vocab: tokens that a row of logits has.
         logits_file: fp32 logits of all windows.
         prompt_tokens_per_second, generation_tokens_per_second: None if nothing was to be generated.
@@ -243,6 +245,22 @@ class Measured:
     sample: str | None = None
     fingerprint: str | None = None
     kernels: tuple[str, ...] = ()
+    texts: list[str] | None = None
+
+
+def text_files_in(folder: Path, texts: Mapping[str, str]) -> dict[str, str]:
+    """Write texts for a :class:`Request` into ``folder``: name -> file."""
+    files = {}
+    for at, (name, text) in enumerate(texts.items()):
+        file = folder / f"text-{at}.txt"
+        file.write_text(text, encoding="utf-8")
+        files[name] = str(file)
+    return files
+
+
+def texts_of(request: Request) -> dict[str, str]:
+    """Name -> text."""
+    return {name: Path(file).read_text(encoding="utf-8") for name, file in request.texts.items()}
 
 
 def measure_apart(request: Request) -> Measured:

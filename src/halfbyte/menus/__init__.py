@@ -108,7 +108,6 @@ class Menu(Searchable):
         HalfbyteError: there is too little memory.
     """
 
-    preparation_memory: int | None = None  # bytes on the device until the W4 codes stood
     front_share: ClassVar[int] = 5  # of the generations, for each budget of a front
 
     def __init__(self, setting: Setting) -> None:
@@ -122,13 +121,21 @@ class Menu(Searchable):
             HalfbyteError: anything the user can put right.
         """
 
+    @property
+    @abstractmethod
+    def losses_stage(self) -> str:
+        """What progress calls the losses of single units."""
+
     @abstractmethod
     def prepare(self, model: Model) -> None:
         """The long work: candidates for every unit, and what each format loses alone. Changes ``model.source``."""
 
     @abstractmethod
     def effort(self) -> dict[str, float]:
-        """What is to be done, stage -> tokens of whole forward passes that take as long; known after :meth:`check`."""
+        """What is to be done, stage -> tokens of whole forward passes that take as long; known after :meth:`check`.
+
+        Stages are in their order, and called as in progress.
+        """
 
     def search_effort(self, units: int) -> dict[str, float]:
         """:meth:`effort` of what every menu does when it is prepared.
@@ -138,7 +145,7 @@ class Menu(Searchable):
         options = self.options
         genomes = options.ga_pop + LIKELY * options.ga_gen * max(1, options.ga_pop - ELITE)
         return {
-            "losses of single units": ROUNDED * 0.5 * units * options.search_tokens,
+            self.losses_stage: ROUNDED * 0.5 * units * options.search_tokens,
             f"search of {self.title}": ROUNDED * SHARE * genomes * options.search_tokens,
             "validation": ROUNDED * VALIDATED * options.search_tokens,
         }

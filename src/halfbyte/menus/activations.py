@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from halfbyte.core.distributed import processes
-from halfbyte.core.environment import peak_memory
 from halfbyte.core.files import sha256
 from halfbyte.core.progress import report
 from halfbyte.menus import Menu, Model, Setting, Written
@@ -20,9 +19,11 @@ from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear, move_
 from halfbyte.plan import Codes, Plan, codes_path, load_codes, save_codes
 from halfbyte.prepare.simulation import become_simulation_
+from halfbyte.prepare.token_weights import STAGE as WEIGH_STAGE
 from halfbyte.prepare.tune import BATCH_TOKENS, Judged, tuned_codes
 from halfbyte.prepare.tune import STAGE as TUNE_STAGE
 from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
+from halfbyte.prepare.walk import STAGE as PREPARE_STAGE
 from halfbyte.quant.quant_linear import Bits
 from halfbyte.report.search_reports import ACTIVATION_REPORTS, FRONT_REPORTS, beside, write_activation_reports
 from halfbyte.search.evaluator import KLEvaluator
@@ -34,6 +35,7 @@ from halfbyte.workdir import Workdir
 
 TUNED_CODES = "codes-tuned.safetensors"
 FISHER_WINDOWS = 4  # of calibration text, for loss gradients
+GRADIENTS = "loss gradients"  # the stage
 WEIGHED_AS = 4.0  # forward passes that weighing calibration tokens takes as long as
 PREPARED_AS = 2.5  # the same for preparation, per calibration token, ...
 CODES_AS = 20_000.0  # ... and tokens of forward passes for what does not depend on the text
@@ -73,12 +75,19 @@ class ActivationMenu(Menu):
     def effort(self) -> dict[str, float]:
         calib = 1.0 * self.options.calib_tokens
         weighs = self.recipe.quantiser.looks_at_inputs and self.options.weights_from is None
-        work = {"transforms and W4 codes": (PREPARED_AS + WEIGHED_AS * weighs) * calib + CODES_AS}
+        work = {WEIGH_STAGE: WEIGHED_AS * calib} if weighs else {}
+        work[PREPARE_STAGE] = PREPARED_AS * calib + CODES_AS
         if self.gradients:
-            work["loss gradients"] = 1.2 * FISHER_WINDOWS * self.options.ctx
+            work[GRADIENTS] = 1.2 * FISHER_WINDOWS * self.options.ctx
+        if self.on_whole_model:
+            work |= self.search_effort(len(self.units))
         if self.options.tune:
             work[TUNE_STAGE] = TUNED_AS * BATCH_TOKENS * self.options.tune
-        return {**work, **(self.search_effort(len(self.units)) if self.on_whole_model else {})}
+        return work
+
+    @property
+    def losses_stage(self) -> str:
+        return f"KL of each unit at A{self.recipe.a_bits[0]}"
 
     def prepare(self, model: Model) -> None:
         source, device, workdir = model.source, self.setting.device, model.workdir
@@ -87,7 +96,6 @@ class ActivationMenu(Menu):
             answers = self._transformed(answers, source)
         head = linear(source.model, source.family.head).weight
         self.prepared = self._prepared(model)
-        self.preparation_memory = peak_memory(device)
         move_(source.model, source.family, device, without_embedding=self.packed and not self.gradients)
         head_name = f"{source.family.head}.weight"
         if self.options.weights_from is not None and head_name in self.prepared.codes.parameters:
@@ -293,7 +301,7 @@ class ActivationMenu(Menu):
         def measure() -> dict[str, float]:
             power: dict[str, float] = {}
             for done, power in enumerate(output_gradient_power(source.model, layers, windows), start=1):  # noqa: B007
-                report("loss gradients", done, len(windows), f"window {done}")
+                report(GRADIENTS, done, len(windows), f"window {done}")
             return power
 
         power = model.workdir.value("gradients", measure)
@@ -308,8 +316,7 @@ class ActivationMenu(Menu):
         found = []
         for loss in self.on_search_text.one_at_a_time():
             found.append(loss - base)
-            stage = f"KL of each unit at A{self.recipe.a_bits[0]}"
-            report(stage, len(found), len(self.units), self.units[len(found) - 1].name)
+            report(self.losses_stage, len(found), len(self.units), self.units[len(found) - 1].name)
         return found
 
     def _table_gains(self, name: str) -> list[float]:

@@ -23,6 +23,7 @@ from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear
 from halfbyte.options import SearchOptions
 from halfbyte.plan import Plan, types_path
+from halfbyte.prepare.candidates import STAGE as ENCODE_STAGE
 from halfbyte.prepare.candidates import (
     Candidates,
     TensorMenu,
@@ -34,6 +35,7 @@ from halfbyte.prepare.candidates import (
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.prepare.refine import STAGE as REFINE_STAGE
 from halfbyte.prepare.refine import refine_types_
+from halfbyte.prepare.screen import STAGE as TRY_STAGE
 from halfbyte.prepare.screen import screened
 from halfbyte.quant.ggml.encoded import Encoded, save_encoded
 from halfbyte.quant.quant_linear import set_parameters_
@@ -98,14 +100,19 @@ class TypeMenu(Menu):
     def effort(self) -> dict[str, float]:
         calib = 1.0 * self.options.calib_tokens
         per_token, fixed = ROUNDED_AS if self._rounds else (ENCODED_AS, CANDIDATES_AS)
-        work = {"encode candidates": per_token * calib + fixed}
+        work = {}
+        if self.transforms is None:
+            work[TRY_STAGE] = TRIED_AS * (calib + self.options.search_tokens) + CANDIDATES_AS / 7
+        work[ENCODE_STAGE] = per_token * calib + fixed
+        work |= self.search_effort(len(self.menus))
+        work[f"search of {self.title}"] *= DECODED_AS
         if self._refines:
             work[REFINE_STAGE] = REFINED_AS[0] * calib + REFINED_AS[1]
-        if self.transforms is None:
-            work["transforms that help"] = TRIED_AS * (calib + self.options.search_tokens) + CANDIDATES_AS / 7
-        search = self.search_effort(len(self.menus))
-        search[f"search of {self.title}"] *= DECODED_AS
-        return {**work, **search}
+        return work
+
+    @property
+    def losses_stage(self) -> str:
+        return "KL of each matrix"
 
     def prepare(self, model: Model) -> None:
         source, device = model.source, self.setting.device
@@ -379,7 +386,7 @@ class TypeMenu(Menu):
         folding = evaluator.score(self.mixed.original)
         for done, (at, loss) in enumerate(evaluator.each_alone([0] * len(self.menus)), start=1):
             found[at] = loss - folding
-            report("KL of each matrix", done, len(found), self.menus[at].name)
+            report(self.losses_stage, done, len(found), self.menus[at].name)
         return found
 
     def _no_larger(self, types: Mapping[str, str]) -> Genome:

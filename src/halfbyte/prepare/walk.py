@@ -27,6 +27,7 @@ from halfbyte.search.sensitivity import LayerSensitivity
 from halfbyte.workdir import Workdir, read_kept, write_kept
 
 PREPARED = "prepared.json"
+STAGE = "transforms and W4 codes"
 BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
 
 
@@ -90,7 +91,7 @@ def prepare_(
     for step in walk_blocks(model, family, tokens, device=device, batch=batch, leave=work.pack_ if packed else None):
         work.block_(step)
         outputs = step.outputs[0]
-        report("transforms and W4 codes", step.index + 1, source.config.num_hidden_layers, f"block {step.index}")
+        report(STAGE, step.index + 1, source.config.num_hidden_layers, f"block {step.index}")
     made = work.made
     set_activation_bits_(model, dict.fromkeys(made.layers, None))
     if checkpoint is None or expected is None:

@@ -25,11 +25,11 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import whole_file
+from halfbyte.core.language import say
 from halfbyte.report.tables import significant
 from halfbyte.search.sensitivity import RULE_EDGE_THRESHOLD, RULE_THRESHOLD
 
 DOTS_PER_INCH = 150
-THRESHOLDS = {"rule threshold": RULE_THRESHOLD, "rule threshold, first and last block": RULE_EDGE_THRESHOLD}
 COLOUR_MAP = "viridis"  # perceptually uniform, and readable without telling red from green
 MISSING_COLOUR = "#d9d9d9"
 GRID_COLOUR = "#e3e3e3"
@@ -46,7 +46,7 @@ def sensitivity_heatmap(
     *,
     title: str,
     chosen_bits: Sequence[Sequence[int | None]] | None = None,
-    thresholds: Mapping[str, float] = THRESHOLDS,
+    thresholds: Mapping[str, float] | None = None,
     widths: tuple[int, int] = (4, 8),
 ) -> None:
     """Write a PNG of how much more error the fewest activation bits make than the most, layer by layer.
@@ -62,7 +62,8 @@ def sensitivity_heatmap(
             values are drawn as gaps.
         title: printed above.
         chosen_bits: ``[blocks][kinds]`` activation bits of a plan; layers with the most get an outline.
-        thresholds: name -> ratio, marked on the colour bar, or named below when they are off the scale.
+        thresholds: name -> ratio, by default those of the rule; marked on the colour bar, or named below when they are
+            off the scale.
         widths: the fewest and the most activation bits.
 
     Raises:
@@ -94,11 +95,14 @@ def sensitivity_heatmap(
         for block, kind in np.argwhere(_grid(chosen_bits, len(blocks), len(kinds), "chosen_bits") == widths[1]):
             axes.add_patch(Rectangle((kind - 0.45, block - 0.39), 0.9, 0.78, fill=False, **outline))
         middle = colormaps[COLOUR_MAP](0.5)
-        handles.append(Patch(facecolor=middle, label=f"A{widths[1]} chosen", **outline))
-        handles.append(Patch(facecolor=middle, label=f"A{widths[0]} chosen"))
+        handles.append(Patch(facecolor=middle, label=say("A{bits} chosen", bits=widths[1]), **outline))
+        handles.append(Patch(facecolor=middle, label=say("A{bits} chosen", bits=widths[0])))
     if np.isnan(grid).any():
-        handles.append(Patch(facecolor=MISSING_COLOUR, label="no value"))
-    label = f"MSE of A{widths[0]} / MSE of A{widths[1]} (log scale)"
+        handles.append(Patch(facecolor=MISSING_COLOUR, label=say("no value")))
+    label = say("MSE of A{low} / MSE of A{high} (log scale)", low=widths[0], high=widths[1])
+    if thresholds is None:
+        edges = say("rule threshold, first and last block")
+        thresholds = {say("rule threshold"): RULE_THRESHOLD, edges: RULE_EDGE_THRESHOLD}
     handles += _add_colour_bar(figure, axes, norm, thresholds, (low, high), label)
     if handles:
         figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=8)
@@ -142,20 +146,22 @@ def convergence_plot(
     axes, strip = _axes_with_strip(figure, list(far.values()))
     set_title(figure, title)
     marker = "o" if len(history) == 1 else None
-    axes.plot(evaluations, best, color="black", linewidth=2, marker=marker, drawstyle="steps-post", label="best so far")
-    axes.plot(evaluations, mean, color=SEARCH_COLOUR, linewidth=1.2, marker=marker, label="mean of the population")
+    axes.plot(
+        evaluations, best, color="black", linewidth=2, marker=marker, drawstyle="steps-post", label=say("best so far")
+    )
+    axes.plot(evaluations, mean, color=SEARCH_COLOUR, linewidth=1.2, marker=marker, label=say("mean of the population"))
     if len(history) > 1:
         band: dict[str, Any] = {
             "color": SEARCH_COLOUR,
             "alpha": 0.15,
             "linewidth": 0,
-            "label": "± 1 standard deviation",
+            "label": say("± 1 standard deviation"),
         }
         axes.fill_between(evaluations, mean - std, mean + std, **band)
     if noise:
-        floor: dict[str, Any] = {"color": GRID_COLOUR, "linewidth": 0, "zorder": 0, "label": "± noise floor"}
+        floor: dict[str, Any] = {"color": GRID_COLOUR, "linewidth": 0, "zorder": 0, "label": say("± noise floor")}
         axes.axhspan(float(best[-1]) - noise, float(best[-1]) + noise, **floor)
-    axes.set_xlabel("genomes evaluated")
+    axes.set_xlabel(say("genomes evaluated"))
     axes.set_ylabel(score_label)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.margins(x=0.01)
@@ -171,9 +177,10 @@ def convergence_plot(
             panel.axhline(value, color=colours[name], linewidth=1.2, linestyle=(0, (5, 2)))
     figure.legend(loc="outside lower left", ncols=3, frameon=False, fontsize=8.5)
     figure.draw_without_rendering()  # so that heights are known
-    scores = {**baselines, "search": float(best[-1])}
+    search = say("search")
+    scores = {**baselines, search: float(best[-1])}
     texts = _distinct(scores)
-    for panel, names in ((axes, [*near, "search"]), (strip, [*far])):
+    for panel, names in ((axes, [*near, search]), (strip, [*far])):
         _label_right(panel, {f"{name}: {texts[name]}": (scores[name], colours.get(name, "black")) for name in names})
     save_figure(figure, path)
 
@@ -187,7 +194,7 @@ def _grid(values: Sequence[Sequence[float | None]], blocks: int, kinds: int, nam
 
 def _dress_grid(axes: Axes, kinds: Sequence[str], blocks: Sequence[int], every: int) -> None:
     """Names of kinds and blocks, thin white lines between cells, no frame."""
-    axes.set_ylabel("transformer block")
+    axes.set_ylabel(say("transformer block"))
     axes.set_yticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]], fontsize=8)
     axes.set_xticks(range(len(kinds)), list(kinds), fontsize=9)
     axes.tick_params(which="both", length=0, bottom=False, labeltop=True, labelbottom=False)
@@ -233,8 +240,8 @@ def _add_colour_bar(
             bar.ax.axhline(threshold, color=INK, linewidth=2, linestyle=style)
             entries.append(Line2D([], [], color="black", linewidth=2, linestyle=style, label=label))
         else:
-            side = "above" if threshold < low else "below"
-            entries.append(Line2D([], [], linestyle="none", label=f"{label} (every layer is {side})"))
+            side = say("every layer is above" if threshold < low else "every layer is below")
+            entries.append(Line2D([], [], linestyle="none", label=f"{label} ({side})"))
     return entries
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from halfbyte.core.files import short_name, write_text
+from halfbyte.core.language import say
 from halfbyte.models.layers import Outcome, Unit, mean_bits_fraction
 from halfbyte.plan import Plan
 from halfbyte.report.plots import (
@@ -25,7 +26,7 @@ from halfbyte.report.plots import (
     sensitivity_heatmap,
     set_title,
 )
-from halfbyte.report.tables import csv_text, significant
+from halfbyte.report.tables import csv_text, format_bytes, significant
 from halfbyte.search.run import Found
 from halfbyte.search.sensitivity import LayerSensitivity
 
@@ -179,37 +180,64 @@ def _dearest(rows: Sequence[Mapping[str, Any]], widths: tuple[int, int]) -> str:
         if row["ratio"] is not None and math.isfinite(row["ratio"]):
             kinds.setdefault(row["layer"].rpartition(".")[2], []).append(row["ratio"])
     if not kinds:
-        return f"what {widths[0]}-bit activations cost"
+        return say("what {bits}-bit activations cost", bits=widths[0])
     kind, ratio = max(((kind, median(ratios)) for kind, ratios in kinds.items()), key=lambda item: item[1])
-    return f"{widths[0]}-bit activations cost {kind} most, {significant(ratio, 2)} times the error of {widths[1]} bits"
+    return say(
+        "{low}-bit activations cost {kind} most, {ratio} times the error of {high} bits",
+        low=widths[0],
+        high=widths[1],
+        kind=kind,
+        ratio=significant(ratio, 2),
+    )
 
 
 def _gained(best: float, baselines: Mapping[str, float]) -> str:
     """What the search gained over the best that it started from; the ends of the menu keep to no budget."""
     starts = {label: score for label, score in baselines.items() if not label.startswith("all ")}
     if not starts:
-        return "genetic search"
+        return say("genetic search")
     label = min(starts, key=lambda name: starts[name])
     if best >= starts[label]:
-        return f"the genetic search found nothing better than {label} on the search text"
+        return say("the genetic search found nothing better than {label} on the search text", label=label)
     if starts[label] <= 0:
-        return f"the genetic search, from {significant(starts[label])} ({label}) to {significant(best)}"
-    return f"the genetic search is {100 * (1 - best / starts[label]):.1f}% below {label} on the search text"
+        return say(
+            "the genetic search, from {first} ({label}) to {best}",
+            first=significant(starts[label]),
+            label=label,
+            best=significant(best),
+        )
+    share = f"{100 * (1 - best / starts[label]):.1f}%"
+    return say("the genetic search is {share} below {label} on the search text", share=share, label=label)
 
 
 def draw_bits_front(path: Path, plan: Plan, points: Sequence[Mapping[str, Any]]) -> Path:
     """KL against activation bits; ``points`` are those of ``front.json``."""
-    title = f"{short_name(plan.model_id)}: KL against activation bits"
     bits = [point["mean_bits"] for point in points]
-    axis = "mean activation bits, weighted by multiply-accumulates"
+    axis = say("mean activation bits, weighted by multiply-accumulates")
+    title = (
+        f"{short_name(plan.model_id)}: {_over_front(points, [say('{bits} bits', bits=f'{one:.2f}') for one in bits])}"
+    )
     return _draw_front(path, bits, points, axis, title, chosen=8 * plan.budget_reached)
 
 
 def draw_sizes_front(path: Path, plan: Plan, points: Sequence[Mapping[str, Any]], nbytes: int) -> Path:
     """KL against size; ``points`` are those of ``types-front.json``, ``nbytes`` is what the plan has."""
-    title = f"{short_name(plan.model_id)}: KL against size"
     sizes = [point["bytes"] / 1e6 for point in points]
-    return _draw_front(path, sizes, points, "size of the matrices, MB", title, chosen=nbytes / 1e6)
+    names = [format_bytes(point["bytes"]) for point in points]
+    title = f"{short_name(plan.model_id)}: {_over_front(points, names)}"
+    return _draw_front(path, sizes, points, say("size of the matrices, MB"), title, chosen=nbytes / 1e6)
+
+
+def _over_front(points: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
+    """How KL falls from the smallest budget to the largest, whose names these are."""
+    scores = [point.get("kl_refined", point["kl_validation"]) for point in points]
+    return say(
+        "KL {first} at {smallest}, {last} at {largest}",
+        first=significant(scores[0], 2),
+        smallest=names[0],
+        last=significant(scores[-1], 2),
+        largest=names[-1],
+    )
 
 
 def _draw_front(
@@ -227,7 +255,7 @@ def _draw_front(
         color=LINE_COLOURS[0],
         linestyle="--",
         marker="x",
-        label="knapsack over one-at-a-time KL",
+        label=say("knapsack over one-at-a-time KL"),
     )
     axes.errorbar(
         places,
@@ -236,14 +264,14 @@ def _draw_front(
         color=SEARCH_COLOUR,
         marker="o",
         capsize=3,
-        label="search; bars: noise floor",
+        label=say("search; bars: noise floor"),
     )
     refined = [point["kl_refined"] for point in points if "kl_refined" in point]  # of all or of none
     if refined:
-        axes.plot(places, refined, color=LINE_COLOURS[1], marker="s", label="search, refined")
-    axes.axvline(chosen, color="#555555", linestyle=":", label="the plan")
+        axes.plot(places, refined, color=LINE_COLOURS[1], marker="s", label=say("search, refined"))
+    axes.axvline(chosen, color="#555555", linestyle=":", label=say("the plan"))
     axes.set_xlabel(axis)
-    axes.set_ylabel("KL on the validation text, nats per token")
+    axes.set_ylabel(say("KL on the validation text, nats per token"))
     axes.set_ylim(bottom=0)
     axes.grid(color=GRID_COLOUR)
     axes.legend(frameon=False, fontsize=8)

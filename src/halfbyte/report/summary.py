@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from halfbyte.core.language import say
+from halfbyte.options import DEFAULT_PLAN
 from halfbyte.report.tables import (
     MISSING,
     Cell,
@@ -48,120 +50,204 @@ LLAMACPP_ROUNDS = (
 )
 
 
-def search_summary(result: SearchResult, seconds: Mapping[str, float]) -> str:
-    """What was found and what it had to beat, what it costs, and what it took.
+def search_summary(result: SearchResult, config: str, *, verbose: bool = False) -> str:
+    """What was found, where it is, and what to do next.
 
     Args:
-        seconds: spent in each stage.
+        config: the plan's file, as it was named.
+        verbose: also what it had to beat, on both texts, and what is special about layers.
     """
-    plan = result.plan
-    lines = []
+    plan, lines = result.plan, []
     if "activations" in result.found:
-        lines += [*_found(result.found["activations"]), _activation_bits(plan)]
+        found = result.found["activations"]
+        lines.append(f"{activation_bits(plan)}; {_score(found)}")
+        lines += _details(found) if verbose else []
     if "types" in result.found:
         found = result.found["types"]
-        heading = "\nggml types, activations left alone" if lines else "ggml types"
-        lines += [heading, *_found(found), _file_types(plan, found)]
-    note = f" ({plan.text['note']})" if plan.text.get("note") else ""
-    lines.append(f"plan {plan.hash}, text {plan.text['name']}{note}")
-    notes = Counter(outcome.note for outcome in result.outcomes if outcome.note)
-    lines += [f"{count} layers: {note}" for note, count in notes.items()]
-    lines.append(f"took {sum(seconds.values()):.0f} s, peak memory {format_bytes(result.peak_memory)}")
+        lines.append(f"{_file_types(plan, found)}; {_score(found)}")
+        lines += _details(found) if verbose else []
+    if verbose:
+        note = f" ({plan.text['note']})" if plan.text.get("note") else ""
+        lines.append(say("text {name}", name=f"{plan.text['name']}{note}"))
+        notes = Counter(outcome.note for outcome in result.outcomes if outcome.note)
+        lines += [say("{count} layers: {note}", count=count, note=note) for note, count in notes.items()]
+    seconds = sum(stage.seconds for stage in result.stages.values())
+    peak = format_bytes(result.peak_memory)
+    lines.append(say("took {time}, peak memory {memory}", time=format_seconds(seconds), memory=peak))
+    lines.append(_next(NEXT[plan.target].format(given_config(config))))
     return "\n".join(lines)
 
 
-def _found(found: Found) -> list[str]:
+NEXT = {
+    "gguf": "python export_gguf_official.py{0}",
+    "vllm": "halfbyte export vllm{0}",
+    "sim": "python test_mixed_precision.py{0}",
+}
+
+
+def given_config(config: str) -> str:
+    """``--config`` where the plan has not the usual name."""
+    return "" if config == DEFAULT_PLAN else f" --config {config}"
+
+
+def _next(command: str) -> str:
+    return say("next: {command}", command=command)
+
+
+def _score(found: Found) -> str:
+    """The plan's score on the text that decided, and those of the ends of the menu or of llama.cpp's types."""
+    scores, where = (
+        (found.validation_scores, say("validation text"))
+        if found.validation_scores
+        else (found.search_scores, say("search text"))
+    )
+    refined = found.refinement.after if found.refinement and found.refined else scores.get("plan")
+    ends = {label: score for label, score in scores.items() if label.startswith(("all ", "types of "))}
+    others = [f"{label} {significant(score)}" for label, score in ends.items()]
+    label = "KL" if found.score_label.startswith("KL") else found.score_label
+    beside = f" ({', '.join(others)})" if others else ""
+    return say("{label} {score} on the {text}", label=label, score=significant(refined), text=where) + beside
+
+
+def _details(found: Found) -> list[str]:
     """Scores of the winner and of what it had to beat, on both texts, and how sure the choice is."""
-    headers = ["choice", "search text"]
+    headers = [say("choice"), say("search text")]
     rows: list[list[Cell]] = [[label, score] for label, score in found.search_scores.items()]
     if not found.validation_scores:
         return [found.score_label, text_table(headers, rows)]
     labels = dict.fromkeys([*found.search_scores, *found.validation_scores])
     rows = [[label, found.search_scores.get(label), found.validation_scores.get(label)] for label in labels]
-    lines = [
-        found.score_label,
-        text_table([*headers, "validation text"], rows),
-        decided(found),
-    ]
+    lines = [found.score_label, text_table([*headers, say("validation text")], rows), decided(found)]
     return lines if found.refinement is None else [*lines, f"{found.refinement.what}: {found.refinement.said}"]
 
 
 def decided(found: Found | Record) -> str:
     """Who won, and how sure the choice is."""
-    return (
-        f"the plan is from: {found.winner}; {found.ties} of {found.finalists} finalists are ties on the validation "
-        f"text (noise floor {found.noise_floor:.2g})"
+    return say(
+        "the plan is from: {winner}; {ties} of {finalists} finalists are ties on the validation text "
+        "(noise floor {noise})",
+        winner=found.winner,
+        ties=found.ties,
+        finalists=found.finalists,
+        noise=f"{found.noise_floor:.2g}",
     )
 
 
-def _activation_bits(plan: Plan) -> str:
+def activation_bits(plan: Plan) -> str:
+    """How many layers have how many bits, and the mean."""
     counts = Counter(entry.a_bits for entry in plan.layers.values())
-    parts = ", ".join(f"{count} layers A{bits}" for bits, count in sorted(counts.items()))
-    return f"{parts}, mean activation bits {8 * plan.budget_reached:.2f} (budget {8 * plan.budget_asked:.2f})"
+    layers = [say("{count} layers A{bits}", count=count, bits=bits) for bits, count in sorted(counts.items())]
+    return say(
+        "activations: {layers}, {bits} bits on average of {allowed} allowed",
+        layers=", ".join(layers),
+        bits=f"{8 * plan.budget_reached:.2f}",
+        allowed=f"{8 * plan.budget_asked:.2f}",
+    )
 
 
 def _file_types(plan: Plan, found: Found) -> str:
     counts = Counter(plan.tensors.values())
-    return f"{format_bytes(found.cost)} of {format_bytes(found.budget)} for {len(plan.tensors)} matrices: " + ", ".join(
-        f"{count} {kind}" for kind, count in counts.most_common()
+    return say(
+        "file: {size} of {allowed} for {count} matrices, {kinds}",
+        size=format_bytes(found.cost),
+        allowed=format_bytes(found.budget),
+        count=len(plan.tensors),
+        kinds=", ".join(f"{count} {kind}" for kind, count in counts.most_common()),
     )
 
 
-def export_summary(result: ExportResult) -> str:
-    """Types and sizes of a GGUF file, and what the check saw."""
+def export_summary(result: ExportResult, config: str, *, verbose: bool = False) -> str:
+    """Types and size of a GGUF file, and what the check saw."""
     kinds: dict[str, list[int]] = {}
     for row in result.rows:
         kinds.setdefault(row.type, []).append(row.nbytes)
-    rows = [[kind, len(sizes), format_bytes(sum(sizes))] for kind, sizes in kinds.items()]
-    lines = [text_table(["type", "tensors", "size"], rows)]
-    what = "the W4A8 simulation" if result.policy == "exact" else "the simulation with these weights"
-    if result.kl is not None and result.top1 is not None:
-        lines.append(
-            f"checked: {len(result.rows)} tensors read back, {result.exact} matrices hold exactly what was searched; "
-            f"llama.cpp against {what}: KL {result.kl:.2g} nats per token, top-1 {_percent(result.top1)}"
-        )
-    lines.append(LLAMACPP_ROUNDS)
-    lines.append(f"policy {result.policy}, {format_bytes(result.path.stat().st_size)}")
+    lines = []
+    if verbose:
+        rows = [[kind, len(sizes), format_bytes(sum(sizes))] for kind, sizes in kinds.items()]
+        lines.append(text_table([say("type"), say("tensors"), say("size")], rows))
+    counts = ", ".join(f"{len(sizes)} {kind}" for kind, sizes in kinds.items())
+    size = format_bytes(result.path.stat().st_size)
+    lines.append(say("{size}, policy {policy}: {kinds}", size=size, policy=result.policy, kinds=counts))
+    lines += filter(None, [checked_gguf(result)])
+    lines.append(say(LLAMACPP_ROUNDS))
+    lines.append(_next(f"python compare_real_quant.py{given_config(config)} --mixed_path {result.path}"))
     return "\n".join(lines)
 
 
-def vllm_export_summary(result: VllmExportResult) -> str:
+def checked_gguf(result: ExportResult) -> str:
+    """What the check saw; empty if there was none."""
+    if result.kl is None or result.top1 is None:
+        return ""
+    return say(
+        "checked: {tensors} tensors read back, {exact} matrices hold exactly what was searched; llama.cpp against "
+        "{simulation}: KL {kl} nats per token, top-1 {top1}",
+        tensors=len(result.rows),
+        exact=result.exact,
+        simulation=say("the W4A8 simulation" if result.policy == "exact" else "the simulation with these weights"),
+        kl=f"{result.kl:.2g}",
+        top1=_percent(result.top1),
+    )
+
+
+def vllm_export_summary(result: VllmExportResult, config: str) -> str:
     """What a folder's layers are computed as, its size, and what the check saw."""
-    lines = [text_table(["computed as", "layers"], [[group, count] for group, count in result.groups.items()])]
-    if result.checked:
-        logits = (
-            f"logits not compared: {result.skipped}"
-            if result.difference is None
-            else f"transformers against the simulation: logits differ by at most {result.difference:.1g}"
-        )
-        lines.append(f"checked: {result.checked} tensors read back; {logits}")
-    lines.append(f"{result.tensors} tensors, {format_bytes(result.nbytes)}")
+    lines = [text_table([say("computed as"), say("layers")], list(result.groups.items()))]
+    lines += filter(None, [checked_folder(result)])
+    lines.append(say("{count} tensors, {size}", count=result.tensors, size=format_bytes(result.nbytes)))
+    lines.append(_next(f"halfbyte compare{given_config(config)} --served {result.path}"))
     return "\n".join(lines)
 
 
-def comparison_summary(comparison: Comparison) -> str:
-    """One line per model that was measured, the reason for each one that is missing, and the sample texts."""
+def checked_folder(result: VllmExportResult) -> str:
+    """What the check saw; empty if there was none."""
+    if not result.checked:
+        return ""
+    if result.difference is None:
+        logits = say("logits not compared: {why}", why=result.skipped)
+    else:
+        most = f"{result.difference:.1g}"
+        logits = say("transformers against the simulation: logits differ by at most {most}", most=most)
+    return say("checked: {tensors} tensors read back; {logits}", tensors=result.checked, logits=logits)
+
+
+def comparison_summary(comparison: Comparison, *, verbose: bool = False) -> str:
+    """One line per model that was measured, and the reason for each one that is missing.
+
+    Args:
+        verbose: also the sample texts.
+    """
     rows = comparison.rows
     against = (
-        "; KL and top-1 against the F16 original in llama.cpp, speed-up over its generation"
+        say("; KL and top-1 against the F16 original in llama.cpp, speed-up over its generation")
         if comparison.against_original
         else ""
     )
-    scored = f"{comparison.chunks} windows of {comparison.ctx}, second half scored"
-    return "\n".join(
-        [
-            text_table(COMPARISON_HEADERS, [comparison_cells(row) for row in rows if row.measured]),
-            *(f"{row.name}: {row.missing}" for row in rows if row.missing),
-            *(f"{row.name}: {row.note}" for row in rows if row.note),
-            f"text {comparison.text}, {scored}{against}",
-            f"prompt: {comparison.prompt}",
-            *(
-                f"\n[{row.name}, {row.engine}] {row.measured.sample.strip()}"
-                for row in rows
-                if row.measured and row.measured.sample
-            ),
+    texts = kl_of_texts(rows)
+    scored = say("{count} windows of {ctx}, second half scored", count=comparison.chunks, ctx=comparison.ctx)
+    lines = [
+        text_table(list(map(say, COMPARISON_HEADERS)), [comparison_cells(row) for row in rows if row.measured]),
+        *([] if texts is None else [text_table(*texts)]),
+        *(f"{row.name}: {row.missing}" for row in rows if row.missing),
+        *(f"{row.name}: {row.note}" for row in rows if row.note),
+        say("text {name}", name=comparison.text) + f", {scored}{against}",
+    ]
+    if verbose:
+        lines.append(say("prompt: {prompt}", prompt=comparison.prompt))
+        lines += [
+            f"\n[{row.name}, {row.engine}] {row.measured.sample.strip()}"
+            for row in rows
+            if row.measured and row.measured.sample
         ]
-    )
+    return "\n".join(lines)
+
+
+def kl_of_texts(rows: Sequence[CompareRow | Row]) -> tuple[list[str], list[list[str]]] | None:
+    """Headers and rows of the KL on each kind of text; None where there is one kind or no original."""
+    found = [(row.name, row.quality.kld_of_texts) for row in rows if row.quality and row.quality.kld_of_texts]
+    if not found:
+        return None
+    texts = list(dict.fromkeys(text for _, own in found for text in own))
+    return [say("KL on"), *texts], [[name, *(significant(own.get(text)) for text in texts)] for name, own in found]
 
 
 def comparison_cells(row: CompareRow | Row) -> list[str]:
@@ -183,8 +269,12 @@ def comparison_cells(row: CompareRow | Row) -> list[str]:
     ]
 
 
-def simulation_summary(result: SimulationResult) -> str:
-    """The table of simulations, what made it, and the sample texts."""
+def simulation_summary(result: SimulationResult, *, verbose: bool = False) -> str:
+    """The table of simulations, and what made it.
+
+    Args:
+        verbose: also the sample texts.
+    """
     rows: list[list[Cell]] = [
         [
             row.name,
@@ -197,13 +287,17 @@ def simulation_summary(result: SimulationResult) -> str:
         for row in result.rows
     ]
     plan, tokens = result.plan, result.rows[0].quality.tokens
-    return "\n".join(
-        [
-            text_table(["simulation", "mean A bits", "ppl", "KL", "KL 99%", "top-1"], rows),
-            f"plan {plan.hash}, text {result.text}, {tokens} tokens, seed {plan.seed}, {result.versions['device']}",
-            *(f"\n[{row.name}] {row.sample}" for row in result.rows),
-        ]
+    headers = [say("simulation"), say("mean A bits"), "ppl", "KL", "KL 99%", "top-1"]
+    about = say(
+        "plan {hash}, text {text}, {tokens} tokens, seed {seed}, {device}",
+        hash=plan.hash,
+        text=result.text,
+        tokens=tokens,
+        seed=plan.seed,
+        device=result.versions["device"],
     )
+    samples = [f"\n[{row.name}] {row.sample}" for row in result.rows] if verbose else []
+    return "\n".join([text_table(headers, rows), about, *samples])
 
 
 def evaluation_summary(result: Evaluation) -> str:

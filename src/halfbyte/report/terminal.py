@@ -1,4 +1,4 @@
-"""Progress for the person at the terminal: a live bar, or a plain line now and then when it is not a terminal."""
+"""Progress for the person at the terminal: a live line, or a plain line now and then when it is not a terminal."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import time
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
+from halfbyte.core.language import say
 from halfbyte.core.progress import Progress
+from halfbyte.report.forecast import Forecast
+from halfbyte.report.tables import format_seconds
 
-PLAIN_SECONDS = 10.0  # between plain lines of one stage
+PLAIN_SECONDS = 30.0  # between plain lines
 
 
 class Drawing:
-    """Draws what the library reports, and adds up the time of its stages.
+    """Draws what the library reports.
 
     Args:
         stream: where to draw; by default standard error, so that results have standard output for themselves.
 
     Attributes:
-        seconds: spent in each stage so far.
+        verbose: leave a line of every stage.
         quiet: draw nothing: one of several processes, and not the one that speaks.
     """
 
@@ -30,59 +33,57 @@ class Drawing:
         self._stream = sys.stderr if stream is None else stream
         self._console = Console(file=self._stream)
         self._bar: Bar | None = None
-        self._task: TaskID | None = None
-        self._stage = ""
-        self._started = self._said = time.monotonic()
-        self._since = self._started
-        self.seconds: dict[str, float] = {}
-        self.quiet = False
+        self._forecast = Forecast()
+        self._stage, self._said = "", time.monotonic()
+        self.verbose = self.quiet = False
 
     def report(self, progress: Progress) -> None:
         """Show one report."""
         now = time.monotonic()
-        self.seconds[progress.stage] = self.seconds.get(progress.stage, 0.0) + now - self._since
-        self._since = now
+        self._forecast.note(progress, now)
         if self.quiet:
             return
         if self._console.is_terminal:
-            self._live(progress)
+            self._live(progress, now)
         else:
-            self._plain(progress)
+            self._plain(progress, now)
 
-    def _live(self, progress: Progress) -> None:
+    def _live(self, progress: Progress, now: float) -> None:
         if self._bar is None:
             self._bar = Bar(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[left]}  {task.fields[note]}"),
                 console=self._console,
             )
             self._bar.start()
-        if progress.stage != self._stage or self._task is None:
-            self._stage = progress.stage
-            self._task = self._bar.add_task(progress.stage, total=progress.total, note=progress.note)
-        self._bar.update(self._task, completed=progress.done, total=progress.total, note=progress.note)
+        if not self._bar.tasks or (self.verbose and progress.stage != self._stage):
+            self._bar.add_task(progress.stage, total=1.0, note="", left="")
+        self._stage = progress.stage
+        last = self._bar.tasks[-1].id
+        share, left = self._forecast.share(now), self._left(now)
+        note = progress.note if self.verbose else ""
+        self._bar.update(last, description=progress.stage, completed=share, note=note, left=left)
 
-    def _plain(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if progress.stage != self._stage:
-            self._stage, self._started, self._said = progress.stage, now, 0.0
-        finished = progress.done >= progress.total
-        if finished or now - self._said >= PLAIN_SECONDS:
-            self._said = now
-            spent = now - self._started
-            left = spent / progress.done * (progress.total - progress.done) if progress.done else None
-            when = f"{spent:.0f} s" if finished or left is None else f"{spent:.0f} s, {left:.0f} s left"
-            share = f"{100 * progress.done / max(progress.total, 1):3.0f}%"
-            self._stream.write(f"[{share}] {progress.stage}: {progress.note} ({when})\n")
-            self._stream.flush()
+    def _left(self, now: float) -> str:
+        left = self._forecast.left(now)
+        return "" if left is None else say("{time} left", time=format_seconds(round(left)))
+
+    def _plain(self, progress: Progress, now: float) -> None:
+        finished, new = progress.done >= progress.total, progress.stage != self._stage
+        self._stage = progress.stage
+        if now - self._said < PLAIN_SECONDS and not (self.verbose and (finished or new)):
+            return
+        self._said = now
+        times = ", ".join(filter(None, (format_seconds(round(self._forecast.spent(now))), self._left(now))))
+        note = f": {progress.note}" if self.verbose else ""
+        self._stream.write(f"[{100 * self._forecast.share(now):3.0f}%] {progress.stage}{note} ({times})\n")
+        self._stream.flush()
 
     def finish(self) -> None:
-        """Leave the bar as it stands."""
+        """Leave the line as it stands."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar = self._task = None
+            self._bar = None

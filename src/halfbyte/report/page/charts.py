@@ -11,6 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from halfbyte.core.files import scratch_folder
+from halfbyte.core.language import say
 from halfbyte.core.schema import read_json
 from halfbyte.plan import Plan
 from halfbyte.report.plots import GRID_COLOUR, LINE_COLOURS, SEARCH_COLOUR
@@ -56,51 +57,51 @@ def charts_of(path: Path, plan: Plan, prefix: str) -> tuple[list[Chart], list[st
         def chart(kind: str, title: str, text: str, draw: Callable[[Path, dict[str, Any]], object]) -> None:
             numbers, picture = beside(path, kind), folder / f"{kind}.svg"
             if not numbers.is_file():
-                missing.append(f"{numbers.name} (not beside the plan)")
+                missing.append(f"{numbers.name} ({say('not beside the plan')})")
                 return
             try:
                 found = read_json(numbers, "report")
                 if found["made_by"]["plan"] != plan.hash:
-                    missing.append(f"{numbers.name} (of another plan)")
+                    missing.append(f"{numbers.name} ({say('of another plan')})")
                     return
                 draw(picture, found)
             except Exception as error:  # noqa: BLE001 - numbers that somebody changed
-                missing.append(f"{numbers.name} (cannot be drawn: {type(error).__name__}: {error})")
+                missing.append(f"{numbers.name} ({say('cannot be drawn')}: {type(error).__name__}: {error})")
                 return
             charts.append(Chart(title, text, _inline(picture.read_text(encoding="utf-8"), f"{prefix}-{len(charts)}")))
 
         if plan.layers:
             chart(
                 "sensitivity.json",
-                "Where few activation bits hurt",
-                SENSITIVITY,
+                say("Where few activation bits hurt"),
+                say(SENSITIVITY),
                 lambda picture, found: draw_sensitivity(picture, plan, found["layers"], tuple(found["a_bits"])),
             )
             chart(
                 "history.json",
-                "How the search of activation bits went",
-                CONVERGENCE,
+                say("How the search of activation bits went"),
+                say(CONVERGENCE),
                 lambda picture, found: draw_convergence(picture, plan, found),
             )
         if plan.tensors:
             chart(
                 "types.json",
-                "How the search of ggml types went",
-                CONVERGENCE,
+                say("How the search of ggml types went"),
+                say(CONVERGENCE),
                 lambda picture, found: draw_convergence(picture, plan, found),
             )
         if plan.layers and beside(path, "front.json").is_file():
             chart(
                 "front.json",
-                "What other budgets would give",
-                FRONT,
+                say("What other budgets would give"),
+                say(FRONT),
                 lambda picture, found: draw_bits_front(picture, plan, found["points"]),
             )
         if plan.tensors and beside(path, "types-front.json").is_file():
             chart(
                 "types-front.json",
-                "What other sizes would give",
-                FRONT,
+                say("What other sizes would give"),
+                say(FRONT),
                 lambda picture, found: draw_sizes_front(picture, plan, found["points"], plan.file["nbytes"]),
             )
     return charts, missing

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from markupsafe import Markup
 
-from halfbyte.report.summary import COMPARISON_HEADERS, comparison_cells
+from halfbyte.core.language import say
+from halfbyte.report.summary import COMPARISON_HEADERS, comparison_cells, kl_of_texts
 from halfbyte.report.tables import format_bytes, significant
 
 ALIKE = 0.02  # difference of two sizes, relative to one, up to which they count as the same
@@ -36,6 +37,7 @@ class Scores:
     ppl: float | None = None
     kld_mean: float | None = None
     top1_agreement: float | None = None
+    kld_of_texts: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Row:
     speed_up: float | None = None
     missing: str = ""
     note: str = ""
+    plan: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,11 @@ class Comparison:
 
 
 def headline(comparisons: Sequence[Comparison], plans: Collection[str]) -> str:
-    """The newest comparison of our file with Q4_K_M in a sentence; empty if there is none of these plans (hashes)."""
+    """The newest comparison of a file of one of these plans (hashes) with Q4_K_M, in a sentence; empty without one."""
     for comparison in reversed(comparisons):
-        rows = {row.name: row for row in comparison.rows}
-        ours, theirs = rows.get("mixed"), rows.get("Q4_K_M")
-        if comparison.plan in plans and ours and theirs and not ours.note:  # a note: the file holds another plan
-            said = _headline(ours, theirs, comparison.machine)
-            if said:
+        theirs = next((row for row in comparison.rows if row.name == "Q4_K_M"), None)
+        for ours in (row for row in comparison.rows if row.plan in plans):
+            if theirs and (said := _headline(ours, theirs, comparison.machine)):
                 return said
     return ""
 
@@ -83,21 +84,38 @@ def _headline(ours: Row, theirs: Row, machine: str) -> str:
         return ""
     size, other = ours.measured.bytes, theirs.measured.bytes
     alike = abs(size - other) <= ALIKE * other
-    text = f"At {format_bytes(size)}, {'the size of' if alike else f'{format_bytes(other)} for'} {theirs.name}, "
-    text += f"KL to the original is {significant(ours.quality.kld_mean)} against {significant(theirs.quality.kld_mean)}"
+    text = say(
+        "At {size}, the size of {other}, KL to the original is {kl} against {their_kl}"
+        if alike
+        else "At {size}, {their_size} for {other}, KL to the original is {kl} against {their_kl}",
+        size=format_bytes(size),
+        their_size=format_bytes(other),
+        other=theirs.name,
+        kl=significant(ours.quality.kld_mean),
+        their_kl=significant(theirs.quality.kld_mean),
+    )
     speed, their_speed = ours.measured.generation_tokens_per_second, theirs.measured.generation_tokens_per_second
     if speed and their_speed:
-        text += f"; generation {significant(speed)} tokens/s against {significant(their_speed)} on {machine}"
-    return f"{text}."
+        text += say(
+            "; generation {speed} tokens/s against {their_speed} on {machine}",
+            speed=significant(speed),
+            their_speed=significant(their_speed),
+            machine=machine,
+        )
+    return say("{sentence}.", sentence=text)
 
 
 def section_of(comparison: Comparison) -> dict[str, Any]:
     """For the template: the table, what is missing, and the texts."""
     measured = [row for row in comparison.rows if row.measured]
     samples = [(row.name, row.measured.sample.strip()) for row in measured if row.measured and row.measured.sample]
-    about = [f"text {comparison.text}", comparison.machine, *([f"plan {comparison.plan}"] if comparison.plan else [])]
+    about = [say("text {name}", name=comparison.text), comparison.machine]
+    if comparison.plan:
+        about.append(say("plan {hash}", hash=comparison.plan))
+    texts = kl_of_texts(measured)
     return {
-        "headers": COMPARISON_HEADERS,
+        "headers": list(map(say, COMPARISON_HEADERS)),
+        "texts": {"headers": texts[0], "rows": texts[1]} if texts else None,
         "about": "; ".join(about),
         "prompt": comparison.prompt,
         "rows": [comparison_cells(row) for row in measured],

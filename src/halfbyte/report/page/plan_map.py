@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
+from halfbyte.core.language import say
 from halfbyte.plan import Plan
 from halfbyte.quant.ggml.types import bits_per_weight
 from halfbyte.report.plots import needs_white
@@ -55,10 +56,10 @@ def maps_of(plan: Plan) -> list[PlanMap]:
     maps = []
     if plan.layers:
         formats = {name: f"A{entry.a_bits}" for name, entry in plan.layers.items()}
-        note = LLAMACPP_ROUNDS if plan.target == "gguf" else ""
-        maps.append(_map("Bits of activations", note, formats, lambda kind: float(kind[1:])))
+        note = say(LLAMACPP_ROUNDS) if plan.target == "gguf" else ""
+        maps.append(_map(say("Bits of activations"), note, formats, lambda kind: float(kind[1:])))
     if plan.tensors:
-        maps.append(_map("ggml types of weights", "", plan.tensors, bits_per_weight))
+        maps.append(_map(say("ggml types of weights"), "", plan.tensors, bits_per_weight))
     return maps
 
 

@@ -20,7 +20,9 @@ from halfbyte.quant.ggml.types import FP16_MAX, check_largest, row_bytes
 from halfbyte.quant.kernels import use_triton
 
 TOGETHER, ON_CPU = 1 << 23, 1 << 18  # weights whose scales are searched at once: 270 MB on a GPU; what caches hold
-BEYOND = torch.linspace(-0.9, 2.4, 12).tolist()  # levels that a tried range has more than the type: it cuts peaks off
+# Levels that a tried range has more than the type: it cuts peaks off. Types without minima need fewer tries, since they
+# try steps of both signs.
+BEYOND, BEYOND_SYMMETRIC = (torch.linspace(-0.9, 2.4, tries).tolist() for tries in (12, 8))
 UNITS = torch.linspace(0.95, 1.35, 48).tolist()  # times the unit that just reaches the largest of a block's steps
 AGAIN = 2  # how often codes and scales are fitted to each other after that
 FLOOR = 2.0**-31  # of the largest importance
@@ -147,9 +149,9 @@ def symmetric_steps(x: Tensor, u: Tensor, numbers: Numbers, factors: Sequence[fl
     """Steps ``[...]`` of groups ``[..., n]``, with which ``step * number`` explains most of Σ u x².
 
     Args:
-        factors: of the step that just covers the group, to try; by default those of ``BEYOND``.
+        factors: of the step that just covers the group, to try; by default those of ``BEYOND_SYMMETRIC``.
     """
-    shares = factors or [numbers.levels / (numbers.levels + more) for more in BEYOND]
+    shares = factors or [numbers.levels / (numbers.levels + more) for more in BEYOND_SYMMETRIC]
     ends = [end for end in (numbers.low, numbers.high) if end]
     shares = torch.tensor([share / end for end in ends for share in shares], device=x.device)
     if use_triton(x):

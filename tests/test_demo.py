@@ -18,6 +18,7 @@ pytestmark = [
 ]
 SMALL = ["--spaces", "activations", "--ctx", "64", "--calib_tokens", "512", "--search_tokens", "64"]
 SMALL += ["--ga_pop", "4", "--ga_gen", "1", "--transforms", "smooth", "--alpha", "0.5", "--weights", "rtn"]
+SMALL += ["--fitness", "mse"]
 EVAL = ["--text", "pydoc", "--ctx", "256", "--chunks", "2"]
 
 

@@ -53,7 +53,8 @@ def test_interrupted_in_every_stage(folder, whole, stages, tmp_path):
         with pytest.raises(KeyboardInterrupt), listening(stop):
             run(folder, output, "gguf", **MORE, resume=True)
         assert not output.exists()
-    assert same(run(folder, output, "gguf", **MORE, resume=True).plan, whole)
+    assert same(run(folder, output, "gguf", **MORE, resume=True, verbose=True, lang="zh").plan, whole)
+    assert '"resumed": true' in (tmp_path / "plan.report.html").read_text(encoding="utf-8")
     assert not (tmp_path / ".plan.json.work").exists()
 
 

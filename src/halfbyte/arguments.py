@@ -22,6 +22,8 @@ LONGEST_NAME, LONGEST_PATH = 200, 3800  # bytes of a file's name and of its path
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+OF_COMMANDS = ("json", "verbose", "lang")  # which functions of the library do not have
+
 Names = Callable[[], tuple[str, ...]]
 
 
@@ -185,7 +187,7 @@ def options_of(kind: type[Kind], given: Mapping[str, Any], *, where: str) -> Kin
     Raises:
         HalfbyteError: an unknown name, or a value of another type or that is not allowed.
     """
-    known = {item.name: item for item in fields(kind) if item.name != "json"}  # only the commands write that
+    known = {item.name: item for item in fields(kind) if item.name not in OF_COMMANDS}
     values = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
     for name, value in values.items():
         if name not in known:

@@ -222,9 +222,9 @@ def _run(command: str, arguments: Sequence[str], prog: str | None) -> int:
         _quiet_libraries()
         with listening(draw.report), speaking(options.lang):
             answer = work(options, draw)
-            draw.finish()
+            draw.finish(done=True)
             if not draw.quiet:
-                _tell(answer, options)
+                _tell(answer, options, draw.warnings)
         return 0
     except HalfbyteError as error:
         line, code = f"error: {error}", 2
@@ -284,18 +284,18 @@ def _saved(error: Exception) -> Path | str:
     return f"this: {text.splitlines()[-1]}"
 
 
-def _tell(answer: Answer, options: CommandOptions) -> None:
-    files = [*answer.files]
-    if options.json is not None:
-        write_text(options.json, json.dumps(answer.record, indent=1, default=str))
-        files.append(Path(options.json))
-    named = files
+def _tell(answer: Answer, options: CommandOptions, warnings: Sequence[str]) -> None:
+    files = named = [*answer.files]
     if len(files) > FEW_FILES and not options.verbose:
         named = [files[0], *(path for path in files if path.suffix == ".html")]
+    if options.json is not None:
+        write_text(options.json, json.dumps(answer.record, indent=1, default=str))
     try:
         if answer.text:
             print(answer.text)
-        for path in named:
+        for note in dict.fromkeys(warnings):
+            print(say("note: {text}", text=note))
+        for path in [*named, *([Path(options.json)] if options.json else [])]:
             print(say("wrote {path}", path=path))
         if len(named) < len(files):
             print(say("wrote {count} more files beside them; --verbose names them", count=len(files) - len(named)))

@@ -55,7 +55,10 @@ class CommandOptions(Options):
     json: str | None = option(None, "also write the result as JSON", OUTPUT, metavar="FILE", path=True)
     verbose: bool = option(False, "say more: every stage while it works, tables and texts at the end", OUTPUT)
     lang: str = option(
-        "auto", "language of summaries and of the page; auto is the locale's, else en", OUTPUT, choices=_languages
+        "auto",
+        "language of the page and of what commands say at the end; auto is the locale's, else en",
+        OUTPUT,
+        choices=_languages,
     )
 
 

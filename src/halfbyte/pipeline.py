@@ -19,7 +19,7 @@ from halfbyte.core.environment import device_name, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.core.language import ENGLISH, speaking
-from halfbyte.core.progress import report
+from halfbyte.core.progress import report, warn
 from halfbyte.core.stages import Stage, Stages, watched
 from halfbyte.menus import Menu, Model, Setting, check_options, menus_of, weights_of
 from halfbyte.models.checkpoint import CheckpointCodes, QuantisedFolder
@@ -112,8 +112,10 @@ def _searched(
         scored = torch.cat([windows["search"], windows["valid"]])
         started = time.monotonic()
         answers = reference(source.model, source.family, scored, device=device)
+        report("reference", 1, 1, f"{scored.numel()} tokens")
         if device.type == "cpu":
-            _foretell((time.monotonic() - started) / scored.numel(), list(menus.values()), workdir)
+            per_token = (time.monotonic() - started) / scored.numel()
+            _foretell(per_token, list(menus.values()), workdir, once=not options.pareto)
         model = Model(source, windows, answers, workdir, checkpoint)
         plan = Plan(
             model_id=options.model_id,
@@ -148,8 +150,12 @@ def _searched(
     return SearchResult(plan, found, outcomes, files, stages.stages, stages.peak_memory)
 
 
-def _foretell(seconds_per_token: float, menus: Sequence[Menu], workdir: Workdir) -> None:
-    """Say how long the search will take, from how long the reference took."""
+def _foretell(seconds_per_token: float, menus: Sequence[Menu], workdir: Workdir, *, once: bool) -> None:
+    """Say how long the search will take, from how long the reference took.
+
+    Args:
+        once: each stage is run once; otherwise nobody knows how much of the whole is done.
+    """
     expected: dict[str, float] = {}
     for menu in menus:
         for stage, tokens in menu.effort().items():
@@ -157,7 +163,7 @@ def _foretell(seconds_per_token: float, menus: Sequence[Menu], workdir: Workdir)
     minutes = sum(expected.values()) / 60
     parts = ", ".join(f"{stage} {seconds / 60:.1f}" for stage, seconds in expected.items())
     less = "; less, since an interrupted search goes on" if workdir.resumed else ""
-    report("time", 1, 1, f"about {max(1.0, minutes):.0f} minutes from here ({parts}{less})", expected)
+    report("time", 1, 1, f"about {max(1.0, minutes):.0f} minutes from here ({parts}{less})", expected if once else None)
 
 
 def _write(
@@ -183,6 +189,7 @@ def _write(
                 written = menu.write(output, plan, outcomes, found[name], workdir, reports)
             moved += written.moved
             plans |= written.plans
+        report("write", 1, 1, f"{len(reports)} reports")
         for here, there in moved:
             here.replace(there)
         for path, one in reversed(plans.items()):
@@ -197,11 +204,11 @@ def _write(
         raise
     files = [*plans, *(there for _, there in moved), *reports]
     try:
-        kept = Kept(plans={plan.hash: Made(stages)})
+        kept = Kept(plans={plan.hash: Made(stages, resumed=workdir.resumed)})
         files.append(write_page(beside(output, PAGE), [output], kept))
     except Exception as error:  # noqa: BLE001 - a page that cannot be drawn takes no plan away
         beside(output, PAGE).unlink(missing_ok=True)  # of the plan that was there before
-        report("page", 1, 1, f"not written: {first_line(error)}; halfbyte report makes it")
+        warn(f"the page was not written, {first_line(error)}; halfbyte report makes it")
     return plan, outcomes, files
 
 
@@ -262,6 +269,8 @@ def _texts(setting: Setting, source: SourceModel) -> tuple[Text, dict[str, torch
         return text
 
     text = load_text(options.calib, written_by_model=written_by_model)
+    if text.note:
+        warn(text.note)
     wanted = {"calib": options.calib_tokens, "search": options.search_tokens, "valid": options.search_tokens}
     if options.tune:
         wanted["tune"] = min(options.tune * BATCH_TOKENS, TUNE_TOKENS)  # what there is of it
@@ -276,7 +285,7 @@ def _texts(setting: Setting, source: SourceModel) -> tuple[Text, dict[str, torch
 
 def _settings(setting: Setting, source: SourceModel, text: Text, checkpoint: CheckpointCodes | None) -> dict[str, Any]:
     """What a resumed search must have in common with the interrupted one."""
-    ignored = ("resume", "force", "json", "output", "device", "trust_remote_code")
+    ignored = ("resume", "force", "json", "output", "device", "trust_remote_code", "verbose", "lang")
     settings = {key: value for key, value in asdict(setting.options).items() if key not in ignored}
     taken = {} if checkpoint is None else {"weights_from": checkpoint.folder.digest}
     run = {"device": setting.device.type, "fingerprint": source.fingerprint, "text": text.record()}

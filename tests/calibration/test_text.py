@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from halfbyte.calibration.text import cut, load_text, scored, scored_in_turn, split
+from halfbyte.calibration.text import cut, load_text, scored, scored_of_each, split
 from halfbyte.core import environment as hub
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.evaluate.quality import evaluation_text
@@ -94,10 +94,9 @@ def test_bos_is_in_front_of_the_text_and_of_every_window():
 
 def test_windows_of_several_texts_are_shared_out():
     texts = {"long": "a" * 100, "short": "b" * 25, "third": "c" * 100}
-    windows, names = scored_in_turn(lambda text: [ord(one) for one in text], texts, 10, 8, bos=None, where="texts")
-    assert names == ["long"] * 2 + ["short"] * 2 + ["third"] * 3  # of three windows that the short one should have
+    windows, names = scored_of_each(lambda text: [ord(one) for one in text], texts, 10, 8, bos=None, where="texts")
+    assert names == ["long"] * 3 + ["short"] * 2 + ["third"] * 2  # the short one has no third window
     assert {chr(window[5]) for window in windows} == {"a", "b", "c"}
-    with pytest.raises(HalfbyteError, match="fewer windows than texts, expected at least 3, got 2"):
-        scored_in_turn(list, texts, 10, 2, bos=None, where="texts")
+    assert scored_of_each(list, texts, 10, 1, bos=None, where="texts")[1] == ["long"]
     with pytest.raises(HalfbyteError, match="short: text is shorter"):
-        scored_in_turn(list, {"long": "a" * 100, "short": "b"}, 10, 2, bos=None, where="texts")
+        scored_of_each(list, {"long": "a" * 100, "short": "b"}, 10, 2, bos=None, where="texts")

@@ -159,6 +159,10 @@ def test_a_headline_is_of_this_plan_and_has_no_gaps(tmp_path):
     other["rows"][1]["plan"] = "0" * 12
     noted = compared(config)
     noted["rows"][1]["note"] = "made yesterday"
+    elsewhere = compared(config)
+    elsewhere["rows"][1]["engine"] = "vLLM, one H100"
+    text = write_page(tmp_path / "page.html", [config], Kept([elsewhere])).read_text()
+    assert "is 0.00490 against 0.0172." in text  # speeds of two machines say nothing
     for comparisons, there in (([bare], False), ([other], False), ([noted], True), ([whole, bare], True)):
         text = write_page(tmp_path / "page.html", [config], Kept(comparisons)).read_text()
         assert ("against 0.0172; generation 137 tokens/s" in text) == there
@@ -225,8 +229,8 @@ def test_what_was_exported_and_what_stages_took_are_kept(tmp_path):
     for size in (1_000_000, 2_000_000):
         assert add_export(config, hash_, Exported("my.gguf", size, "checked: all of it")) == page
     text = page.read_text()
-    assert "<td>my.gguf</td><td>2.0\N{NO-BREAK SPACE}MB</td><td>checked: all of it</td>" in text
-    assert "1.0\N{NO-BREAK SPACE}MB" not in text
+    assert "<td>my.gguf</td><td>2.0 MB</td><td>checked: all of it</td>" in text
+    assert "1.0 MB" not in text
     assert "<td>encode candidates</td><td>1 min 15 s</td><td>3.00 GB</td><td>18.40 GB</td>" in text
     assert "<td>validation</td>" not in text  # too short to be named
     assert cli.run("report", ["--config", str(config), "--output", str(tmp_path / "copy.html")]) == 0

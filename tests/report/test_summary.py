@@ -58,7 +58,7 @@ def test_both_menus_of_a_search():
         "activations: 1 layers A4, 1 layers A8, 6.00 bits on average of 6.40 allowed; KL 0.300 on the validation text",
         "file: 1.5 MB of 2.0 MB for 3 matrices, 2 Q4_K, 1 Q6_K; KL 0.300 on the validation text",
         "took 3.00 s, peak memory 3.0 MB",
-        "next: python export_gguf_official.py --config my.pt",
+        "next: halfbyte export --config my.pt",
     ]
     text = said(verbose=True, activations=found(), types=found())
     assert text.count("genetic search; 2 of 5 finalists are ties on the validation text (noise floor 0.001)") == 2
@@ -69,6 +69,7 @@ def test_both_menus_of_a_search():
 
 def test_a_refined_winner():
     refinement = Refinement("refined", before=0.3, after=0.2, noise=0.01)
+    assert "KL 0.300 on the validation text; refined 0.200" in said(types=found(refinement=refinement))
     assert "refined: KL on the validation text 0.3 -> 0.2 (noise 0.01): kept" in said(
         verbose=True, types=found(refinement=refinement)
     )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
+from rich.console import Console
 
 from halfbyte.core.progress import Progress
 from halfbyte.report import terminal
@@ -79,3 +81,18 @@ def test_lines_where_there_is_no_terminal(monkeypatch, verbose):
             "[ 30%] encode (1 min 00 s, 2 min 20 s left)",
             "[ 50%] encode (1 min 40 s, 1 min 40 s left)",
         ]
+
+
+def test_a_live_line():
+    said = io.StringIO()
+    draw = Drawing(said)
+    draw._console = Console(file=said, force_terminal=True, width=100)
+    draw.report(Progress("time", 1, 1, expected={"encode": 1000.0, "search": 1000.0}))
+    draw.report(Progress("encode", 1, 5, "block 1"))
+    draw.report(Progress("note", 1, 1, "wikitext2 was not available", warning=True))
+    draw.finish(done=True)
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.getvalue()).splitlines()[-1]
+    assert "encode" in last
+    assert "100%" in last
+    assert "left" not in last
+    assert draw.warnings == ["wikitext2 was not available"]

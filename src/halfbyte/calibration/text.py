@@ -162,8 +162,9 @@ def load_text(name: str, *, written_by_model: Callable[[], str] | None = None) -
     """
     path = home_expanded(name)
     if "," in name and not path.exists():
-        names = [one.strip() for one in name.split(",")]
-        return _mixed([load_text(one, written_by_model=written_by_model) for one in names])
+        found = [load_text(one.strip(), written_by_model=written_by_model) for one in name.split(",")]
+        single = {one.name: one for text in found for one in text.mixed or (text,)}  # of mixtures their parts
+        return _mixed(list(single.values())) if len(single) > 1 else found[0]
     if name == "auto":
         try:
             general = _wikitext2()
@@ -254,7 +255,7 @@ def scored(token_ids: Sequence[int], ctx: int, chunks: int, *, bos: int | None, 
     return [[bos, *window[1:]] for window in cut([bos, *token_ids], ctx, chunks, where=where)]
 
 
-def scored_in_turn(
+def scored_of_each(
     tokenize: Callable[[str], Sequence[int]],
     texts: Mapping[str, str],
     ctx: int,
@@ -267,16 +268,15 @@ def scored_in_turn(
 
     Args:
         texts: name -> text.
-        chunks: windows of all texts together; a text that is too short has fewer.
+        chunks: windows of all texts together, the first ones having one more where that cannot be even; a text that is
+            too short has fewer.
 
     Raises:
-        HalfbyteError: see :func:`scored`; or there are more texts than windows.
+        HalfbyteError: see :func:`scored`.
     """
-    if chunks < len(texts):
-        raise HalfbyteError(f"--chunks: fewer windows than texts, expected at least {len(texts)}, got {chunks}")
     windows, names = [], []
-    for at, (name, text) in enumerate(texts.items()):
-        share = (at + 1) * chunks // len(texts) - at * chunks // len(texts)
+    for at, (name, text) in enumerate(list(texts.items())[:chunks]):
+        share = chunks // len(texts) + (at < chunks % len(texts))
         own = scored(tokenize(text), ctx, share, bos=bos, where=name if len(texts) > 1 else where)
         windows += own
         names += [name] * len(own)

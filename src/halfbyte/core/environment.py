@@ -90,7 +90,10 @@ def resolve_device(name: str) -> torch.device:
         raise HalfbyteError(
             f"--device: device is not available, expected {there}, got {name}", fix="pass --device auto"
         )
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and device.index is not None:  # where Triton launches, and what counters are asked for
+        torch.cuda.set_device(device)
+    return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -124,7 +127,7 @@ def start_peak_again(device: torch.device) -> None:
     """From here on :func:`peak_memory` is of what comes; on a GPU, where else there is no such counter."""
     import torch
 
-    if device.type == "cuda":
+    if device.type == "cuda" and torch.cuda.is_initialized():
         torch.cuda.reset_peak_memory_stats(device)
 
 

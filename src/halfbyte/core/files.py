@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -219,6 +220,7 @@ def check_space(path: str | Path, nbytes: int) -> None:
         )
 
 
+@cache
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,7 +24,7 @@ def languages() -> tuple[str, ...]:
 def own_language() -> str:
     """That of the locale (POSIX.1-2017, section 8.2: LC_ALL, else LC_MESSAGES, else LANG) if there is a catalogue."""
     locale = next(filter(None, map(os.environ.get, ("LC_ALL", "LC_MESSAGES", "LANG"))), "")
-    short = locale.partition("_")[0].partition(".")[0].lower()
+    short = re.split("[_.@-]", locale)[0].lower()
     return short if short in languages() else ENGLISH
 
 

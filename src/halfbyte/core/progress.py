@@ -13,6 +13,7 @@ class Progress:
 
     Attributes:
         note: what to show beside it.
+        warning: the note is no progress, but something that the reader of the result has to know.
         expected: foretold, if this report foretells something: stage -> seconds that it will take, in their order.
     """
 
@@ -21,6 +22,7 @@ class Progress:
     total: int
     note: str = ""
     expected: Mapping[str, float] | None = None
+    warning: bool = False
 
 
 Listener = Callable[[Progress], None]
@@ -29,8 +31,18 @@ _listeners: list[Listener] = []
 
 def report(stage: str, done: int, total: int, note: str = "", expected: Mapping[str, float] | None = None) -> None:
     """Tell whoever listens that ``done`` of ``total`` steps of ``stage`` are finished."""
+    tell(Progress(stage, done, total, " ".join(note.split()), expected))
+
+
+def warn(note: str) -> None:
+    """Tell whoever listens what the reader of the result has to know."""
+    tell(Progress("note", 1, 1, " ".join(note.split()), warning=True))
+
+
+def tell(progress: Progress) -> None:
+    """Hand a report to whoever listens."""
     if _listeners:
-        _listeners[-1](Progress(stage, done, total, " ".join(note.split()), expected))
+        _listeners[-1](progress)
 
 
 def told() -> Listener | None:

@@ -24,7 +24,7 @@ class Stage:
     Attributes:
         seconds: until its last report, without the stages before it.
         host: most bytes of main memory that the process held at one of its reports, pages of mapped files included.
-        device: most bytes allocated on the accelerator; None where there is none.
+        device: most bytes allocated on a CUDA device; None on others.
     """
 
     seconds: float = 0.0
@@ -42,13 +42,16 @@ class Stages:
     def __init__(self, device: torch.device) -> None:
         self.stages: dict[str, Stage] = {}
         self._device, self._process, self._since = device, psutil.Process(), time.monotonic()
+        start_peak_again(device)  # of earlier work
 
     def note(self, progress: Progress) -> None:
         """Count what went by since the last report to this one's stage."""
+        if progress.warning:
+            return
         now, stage = time.monotonic(), self.stages.setdefault(progress.stage, Stage())
         stage.seconds += now - self._since
         stage.host = max(stage.host, self._process.memory_info().rss)
-        if self._device.type != "cpu":
+        if self._device.type == "cuda":
             stage.device = max(stage.device or 0, peak_memory(self._device))
             start_peak_again(self._device)
         self._since = now
@@ -56,7 +59,7 @@ class Stages:
     @property
     def peak_memory(self) -> int:
         """Most bytes allocated on the device; on a CPU, that the process held."""
-        return max((stage.device or 0 for stage in self.stages.values()), default=0) or peak_memory(self._device)
+        return max(peak_memory(self._device), *(stage.device or 0 for stage in self.stages.values()))
 
 
 @contextmanager

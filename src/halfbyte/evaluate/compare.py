@@ -21,7 +21,7 @@ from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
 from halfbyte.evaluate.measure_served import ServedRequest, check_folder, measure_served, record_of, serve_python
 from halfbyte.evaluate.quality import LogitsFile, Quality, evaluation_text, measure, windows_of
-from halfbyte.evaluate.worker import Measured, OriginalRequest, Request, measure_apart, text_files_in
+from halfbyte.evaluate.worker import Measured, OriginalRequest, Request, measure_apart, written_texts
 from halfbyte.models.gguf_file import halfbyte_keys
 from halfbyte.models.loading import load_tokenizer
 from halfbyte.options import DEFAULT_MODEL, CompareOptions
@@ -71,7 +71,7 @@ class Comparison:
     Attributes:
         model: the original.
         plan: the plan at hand, if there is one.
-        text, ctx, chunks: what was scored.
+        text, ctx, chunks: what was scored, in windows of so many tokens, and how many windows.
         prompt: what the sample texts answer.
         against_original: whether the original was run, which KL, top-1 and speed-up are measured against.
         machine: processor and cores.
@@ -146,7 +146,7 @@ def _compared(options: CompareOptions, plan: Plan | None, model_id: str) -> Comp
         plan=plan,
         text=text_name,
         ctx=options.ctx,
-        chunks=options.chunks,
+        chunks=max(len(row.measured.windows) for row in rows if row.measured),
         prompt=options.prompt,
         against_original=not options.skip_original,
         machine=f"{cpu_name()}, {cores()} cores",
@@ -189,7 +189,7 @@ class _Runs:
     ) -> None:
         self.options, self.model_id, self.text_name, self.plan_hash = options, model_id, text_name, plan_hash
         self.folder, self.texts = folder, texts
-        self.text_files = text_files_in(folder, texts)
+        self.text_files = written_texts(folder, texts)
         self.reference: Measured | None = None
 
     def rows(self) -> Iterator[CompareRow]:

@@ -30,7 +30,7 @@ from halfbyte.evaluate.quality import (
     model_logits,
     windows_of,
 )
-from halfbyte.evaluate.worker import Measured, Request, measure_apart, text_files_in
+from halfbyte.evaluate.worker import Measured, Request, measure_apart, written_texts
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.gguf_file import halfbyte_keys
 from halfbyte.models.loading import SourceModel, find, load, load_tokenizer, made_with
@@ -170,7 +170,7 @@ def _in_llamacpp(options: EvalOptions, folder: Path, text_name: str, texts: dict
     request = Request(
         path=str(options.gguf),
         stage="llama.cpp",
-        texts=text_files_in(folder, texts),
+        texts=written_texts(folder, texts),
         text_name=text_name,
         logits_file=str(folder / "gguf.logits"),
         ctx=options.ctx,

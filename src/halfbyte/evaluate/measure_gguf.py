@@ -6,13 +6,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from halfbyte.calibration.text import first_scored, scored_in_turn
+from halfbyte.calibration.text import first_scored, scored_of_each
 from halfbyte.core.environment import peak_process_memory
 from halfbyte.core.files import check_space, write_error
 from halfbyte.core.progress import report
 from halfbyte.engines import open_engine
 from halfbyte.engines.llamacpp.model import GGUFModel
-from halfbyte.evaluate.worker import Measured, Request, serve, texts_of
+from halfbyte.evaluate.worker import Measured, Request, read_texts, serve
 
 PROMPT_ROOM = 512  # context kept free for the sample's prompt
 SPEED_TOKENS = 64  # generated tokens that are timed
@@ -32,8 +32,8 @@ def measure(request: Request) -> Measured:
         generated = _generate(model, request) if max_tokens else {}
         peak_memory = peak_process_memory()
         bos = model.bos if model.adds_bos else None
-        windows, texts = scored_in_turn(
-            model.tokenize, texts_of(request), ctx, request.chunks, bos=bos, where=request.text_name
+        windows, texts = scored_of_each(
+            model.tokenize, read_texts(request), ctx, request.chunks, bos=bos, where=request.text_name
         )
         _write_logits(model, windows, request)
         return Measured(

@@ -14,7 +14,7 @@ from halfbyte.calibration.text import scored_tokens
 from halfbyte.core.environment import peak_memory, resolve_device, resolve_dtype
 from halfbyte.core.progress import report
 from halfbyte.evaluate.quality import LogitsFile, model_logits, sample_text, windows_of
-from halfbyte.evaluate.worker import Measured, OriginalRequest, serve, texts_of
+from halfbyte.evaluate.worker import Measured, OriginalRequest, read_texts, serve
 from halfbyte.models.estimate import check_memory, estimate_load
 from halfbyte.models.loading import SourceModel, find, load
 from halfbyte.models.modules import vocabulary
@@ -36,7 +36,7 @@ def measure(request: OriginalRequest) -> Measured:
     generated = _generate(source, request) if request.max_tokens else {}
     peak = peak_memory(device)
     windows, texts = windows_of(
-        source.tokenizer, texts_of(request), request.ctx, request.chunks, where=request.text_name
+        source.tokenizer, read_texts(request), request.ctx, request.chunks, where=request.text_name
     )
     vocab = vocabulary(source.model, source.family)
     kept = LogitsFile(Path(request.logits_file), vocab, scored_tokens(request.ctx))

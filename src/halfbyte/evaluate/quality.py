@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from halfbyte.calibration.text import SOURCES, first_scored, load_text, scored_in_turn
+from halfbyte.calibration.text import SOURCES, first_scored, load_text, scored_of_each
 from halfbyte.core.errors import HalfbyteError, reading
 from halfbyte.core.files import check_space, write_error
 from halfbyte.core.progress import report
@@ -238,7 +238,7 @@ def windows_of(
     def tokenize(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
 
-    return scored_in_turn(tokenize, texts, ctx, chunks, bos=bos, where=where)
+    return scored_of_each(tokenize, texts, ctx, chunks, bos=bos, where=where)
 
 
 def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:

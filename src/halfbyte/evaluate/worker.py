@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from halfbyte.core.errors import HalfbyteError
-from halfbyte.core.progress import listening, report
+from halfbyte.core.progress import Progress, listening, tell
 
 CLEAN_UP_SECONDS = 10
 
@@ -85,7 +85,7 @@ def run_command(
             for line in process.stdout:
                 message = _message(line)
                 if "progress" in message:
-                    report(**message["progress"])
+                    tell(Progress(**message["progress"]))
                 elif "error" in message:
                     process.wait()
                     raise WorkerError(message["error"], _all_of(noise))
@@ -248,7 +248,7 @@ class Measured:
     texts: list[str] | None = None
 
 
-def text_files_in(folder: Path, texts: Mapping[str, str]) -> dict[str, str]:
+def written_texts(folder: Path, texts: Mapping[str, str]) -> dict[str, str]:
     """Write texts for a :class:`Request` into ``folder``: name -> file."""
     files = {}
     for at, (name, text) in enumerate(texts.items()):
@@ -258,7 +258,7 @@ def text_files_in(folder: Path, texts: Mapping[str, str]) -> dict[str, str]:
     return files
 
 
-def texts_of(request: Request) -> dict[str, str]:
+def read_texts(request: Request) -> dict[str, str]:
     """Name -> text."""
     return {name: Path(file).read_text(encoding="utf-8") for name, file in request.texts.items()}
 

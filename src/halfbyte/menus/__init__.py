@@ -147,7 +147,7 @@ class Menu(Searchable):
         return {
             self.losses_stage: ROUNDED * 0.5 * units * options.search_tokens,
             f"search of {self.title}": ROUNDED * SHARE * genomes * options.search_tokens,
-            "validation": ROUNDED * VALIDATED * options.search_tokens,
+            f"validation of {self.title}": ROUNDED * VALIDATED * options.search_tokens,
         }
 
     @property

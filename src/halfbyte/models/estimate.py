@@ -131,7 +131,8 @@ def estimate_types(
     rows = nbytes * (1 - min(sizes.embedding, matrix) / sizes.decoded)  # an embedding of its own is only looked up
     weights = max(int(rows) + sizes.unit, block + alone) if packed else sizes.decoded + 2 * matrix + alone
     folded = dtype.itemsize * sizes.linear + 2 * sizes.embedding  # R1 changes the ends too
-    candidates = CANDIDATE_BITS * max(block, matrix) // (8 * dtype.itemsize)  # all types of one part, until written
+    # All types of one part, until written, while the next block is encoded.
+    candidates = CANDIDATE_BITS * max(2 * block, matrix) // (8 * dtype.itemsize)
     widest = max(layer.in_features for layer in sizes.layers)
     kept = 4 * calib * (5 * hidden + widest)
     tried = judged * hidden * ((VARIANTS // 2 + 1) * dtype.itemsize + 4)  # and what is known of the reference

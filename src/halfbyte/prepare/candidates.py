@@ -235,9 +235,10 @@ class _Writer:
     def __enter__(self) -> _Writer:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
         self._pool.shutdown()
-        self._wait()
+        if kind is None:  # otherwise that is what is told
+            self._wait()
 
     def write(self, stem: str, rows: Rows, parameters: Mapping[str, torch.Tensor], errors: Errors) -> None:
         """Begin to write, when the part before is written.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from halfbyte.calibration.imatrix_file import Importance
     from halfbyte.evaluate.compare import CompareRow, Comparison
     from halfbyte.evaluate.evaluate import Evaluation
-    from halfbyte.evaluate.simulate import SimulationResult
+    from halfbyte.evaluate.simulate import SimulationResult, SimulationRow
     from halfbyte.pipeline import SearchResult
     from halfbyte.plan import Plan
     from halfbyte.report.doctor import Finding
@@ -51,7 +52,7 @@ LLAMACPP_ROUNDS = (
 
 
 def search_summary(result: SearchResult, config: str, *, verbose: bool = False) -> str:
-    """What was found, where it is, and what to do next.
+    """What was found, what it took, and what to do next.
 
     Args:
         config: the plan's file, as it was named.
@@ -79,15 +80,15 @@ def search_summary(result: SearchResult, config: str, *, verbose: bool = False) 
 
 
 NEXT = {
-    "gguf": "python export_gguf_official.py{0}",
+    "gguf": "halfbyte export{0}",
     "vllm": "halfbyte export vllm{0}",
-    "sim": "python test_mixed_precision.py{0}",
+    "sim": "halfbyte simulate{0}",
 }
 
 
 def given_config(config: str) -> str:
     """``--config`` where the plan has not the usual name."""
-    return "" if config == DEFAULT_PLAN else f" --config {config}"
+    return "" if config == DEFAULT_PLAN else f" --config {shlex.quote(config)}"
 
 
 def _next(command: str) -> str:
@@ -101,12 +102,17 @@ def _score(found: Found) -> str:
         if found.validation_scores
         else (found.search_scores, say("search text"))
     )
-    refined = found.refinement.after if found.refinement and found.refined else scores.get("plan")
     ends = {label: score for label, score in scores.items() if label.startswith(("all ", "types of "))}
     others = [f"{label} {significant(score)}" for label, score in ends.items()]
-    label = "KL" if found.score_label.startswith("KL") else found.score_label
     beside = f" ({', '.join(others)})" if others else ""
-    return say("{label} {score} on the {text}", label=label, score=significant(refined), text=where) + beside
+    if not found.score_label.startswith("KL"):
+        return f"{found.score_label} {significant(scores.get('plan'))}{beside}"
+    said = say("KL {score} on the {text}", score=significant(scores.get("plan")), text=where) + beside
+    if found.refinement is None or not found.refined:
+        return said
+    return say(
+        "{score}; {what} {after}", score=said, what=found.refinement.what, after=significant(found.refinement.after)
+    )
 
 
 def _details(found: Found) -> list[str]:
@@ -170,7 +176,7 @@ def export_summary(result: ExportResult, config: str, *, verbose: bool = False) 
     lines.append(say("{size}, policy {policy}: {kinds}", size=size, policy=result.policy, kinds=counts))
     lines += filter(None, [checked_gguf(result)])
     lines.append(say(LLAMACPP_ROUNDS))
-    lines.append(_next(f"python compare_real_quant.py{given_config(config)} --mixed_path {result.path}"))
+    lines.append(_next(f"halfbyte compare{given_config(config)} --mixed_path {shlex.quote(str(result.path))}"))
     return "\n".join(lines)
 
 
@@ -194,7 +200,7 @@ def vllm_export_summary(result: VllmExportResult, config: str) -> str:
     lines = [text_table([say("computed as"), say("layers")], list(result.groups.items()))]
     lines += filter(None, [checked_folder(result)])
     lines.append(say("{count} tensors, {size}", count=result.tensors, size=format_bytes(result.nbytes)))
-    lines.append(_next(f"halfbyte compare{given_config(config)} --served {result.path}"))
+    lines.append(_next(f"halfbyte compare{given_config(config)} --served {shlex.quote(str(result.path))}"))
     return "\n".join(lines)
 
 
@@ -229,7 +235,7 @@ def comparison_summary(comparison: Comparison, *, verbose: bool = False) -> str:
         *([] if texts is None else [text_table(*texts)]),
         *(f"{row.name}: {row.missing}" for row in rows if row.missing),
         *(f"{row.name}: {row.note}" for row in rows if row.note),
-        say("text {name}", name=comparison.text) + f", {scored}{against}",
+        say("text {name}, {windows}{against}", name=comparison.text, windows=scored, against=against),
     ]
     if verbose:
         lines.append(say("prompt: {prompt}", prompt=comparison.prompt))
@@ -241,7 +247,7 @@ def comparison_summary(comparison: Comparison, *, verbose: bool = False) -> str:
     return "\n".join(lines)
 
 
-def kl_of_texts(rows: Sequence[CompareRow | Row]) -> tuple[list[str], list[list[str]]] | None:
+def kl_of_texts(rows: Sequence[CompareRow | Row | SimulationRow]) -> tuple[list[str], list[list[str]]] | None:
     """Headers and rows of the KL on each kind of text; None where there is one kind or no original."""
     found = [(row.name, row.quality.kld_of_texts) for row in rows if row.quality and row.quality.kld_of_texts]
     if not found:
@@ -287,7 +293,7 @@ def simulation_summary(result: SimulationResult, *, verbose: bool = False) -> st
         for row in result.rows
     ]
     plan, tokens = result.plan, result.rows[0].quality.tokens
-    headers = [say("simulation"), say("mean A bits"), "ppl", "KL", "KL 99%", "top-1"]
+    headers = [say("simulation"), say("mean A bits"), say("ppl"), "KL", "KL 99%", "top-1"]
     about = say(
         "plan {hash}, text {text}, {tokens} tokens, seed {seed}, {device}",
         hash=plan.hash,
@@ -296,28 +302,34 @@ def simulation_summary(result: SimulationResult, *, verbose: bool = False) -> st
         seed=plan.seed,
         device=result.versions["device"],
     )
+    texts = kl_of_texts(result.rows)
     samples = [f"\n[{row.name}] {row.sample}" for row in result.rows] if verbose else []
-    return "\n".join([text_table(headers, rows), about, *samples])
+    return "\n".join([text_table(headers, rows), *([text_table(*texts)] if texts else []), about, *samples])
 
 
 def evaluation_summary(result: Evaluation) -> str:
     """The numbers on one line, and what they are about."""
     quality = result.quality
-    headers = ["ppl", "ppl of the reference", "KL", "KL 99%", "top-1", "tokens"]
+    headers = [say("ppl"), say("ppl of the reference"), "KL", "KL 99%", "top-1", say("tokens")]
     cells: list[Cell] = [quality.ppl, quality.ppl_reference, quality.kld_mean, quality.kld_p99]
     lines = [
         text_table(headers, [[*cells, _percent(quality.top1_agreement), quality.tokens]]),
-        f"{result.evaluated} in {result.engine}, text {result.text}",
+        say("{what} in {engine}, text {text}", what=result.evaluated, engine=result.engine, text=result.text),
     ]
+    if quality.kld_of_texts:
+        kl: list[Cell] = list(quality.kld_of_texts.values())
+        lines.insert(1, text_table([say("KL on"), *quality.kld_of_texts], [["", *kl]]))
     lines += [f"vLLM: {kernel}" for kernel in result.kernels]
     if result.tokenizers_agree is False:
-        lines.append("note: llama.cpp and the tokenizer split this text differently; llama.cpp's tokens were scored")
+        split = say("llama.cpp and the tokenizer split this text differently; llama.cpp's tokens were scored")
+        lines.append(say("note: {text}", text=split))
     return "\n".join(lines)
 
 
 def imatrix_summary(made: Importance) -> str:
     """How many matrices, of which text."""
-    return f"{len(made.values)} matrices, {made.tokens} tokens of {', '.join(made.texts)}"
+    texts = ", ".join(made.texts)
+    return say("{count} matrices, {tokens} tokens of {texts}", count=len(made.values), tokens=made.tokens, texts=texts)
 
 
 def doctor_summary(findings: Sequence[Finding]) -> str:

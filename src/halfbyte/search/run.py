@@ -212,7 +212,7 @@ def search_menu(
     validation_scores: dict[str, float] = {}
     unseen = menu.on_validation_text
     if scorer is not None and unseen is not None:
-        report("validation", 0, 1, f"{unseen.windows * unseen.length} tokens each")
+        report(f"validation of {menu.title}", 0, 1, f"{unseen.windows * unseen.length} tokens each")
         ranked = sorted(result.scores, key=lambda genome: (result.scores[genome], genome))[:FINALISTS]
         candidates = list(dict.fromkeys([*starts.values(), *ranked]))
         within = [genome for genome in candidates if not at_most or unseen.score(genome) <= at_most]
@@ -222,7 +222,7 @@ def search_menu(
         winner, finalists, ties, noise_floor = chosen.winner, len(candidates), len(chosen.ties), chosen.noise_floor
         named = {**ends, **starts, "plan": winner}
         validation_scores = {label: unseen.score(genome) for label, genome in named.items()}
-        report("validation", 1, 1, f"noise floor {noise_floor:.2g}")
+        report(f"validation of {menu.title}", 1, 1, f"noise floor {noise_floor:.2g}")
     labels = {genome: label for label, genome in reversed(starts.items())}  # of equal ones the first
     return Found(
         genome=winner,

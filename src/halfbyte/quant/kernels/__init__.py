@@ -1,4 +1,4 @@
-"""Functions in torch, each with a Triton twin in ``triton_kernels.py``; which of the two runs is decided here.
+"""Functions in torch, each with a Triton twin in a module of this folder; :func:`use_triton` says which one runs.
 
 Here too, because both sides use them: the two loops over columns of GPTQ, for one block of columns at a time. Rows are
 independent, columns are not: in torch every column is a handful of small operations; the Triton twins keep a few rows

@@ -1,4 +1,4 @@
-"""Triton kernels for CUDA: the search for steps of groups in ``halfbyte.quant.ggml.block_scales``, in one launch.
+"""Triton kernels for CUDA: the two searches for steps of groups in ``halfbyte.quant.ggml.block_scales``.
 
 A program keeps some groups in registers and tries one step after the other; torch reads and writes them for every
 operation of every try. Sums run in another order, so of two steps that are equally good the other may be chosen.

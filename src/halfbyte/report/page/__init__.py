@@ -23,8 +23,8 @@ from halfbyte.arguments import checked_path
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.files import short_name, write_text
 from halfbyte.core.guard import Touched, guarded
-from halfbyte.core.language import say, spoken
-from halfbyte.core.progress import report
+from halfbyte.core.language import ENGLISH, say, speaking, spoken
+from halfbyte.core.progress import warn
 from halfbyte.core.schema import parsed, read_json
 from halfbyte.core.stages import Stage
 from halfbyte.options import ReportOptions
@@ -39,7 +39,6 @@ from halfbyte.report.tables import format_bytes, format_cell, format_seconds, si
 PAGE = "report.html"
 KEPT = re.compile(r'<script type="application/json" id="kept">(.*?)</script>', re.DOTALL)
 MOST_COMPARISONS = 3  # that a page keeps
-NO_BREAK = "\N{NO-BREAK SPACE}"
 SHORTEST = 0.5  # seconds of a stage that is named
 MOST_ROWS = 12  # units and matrices that are named because they lose most
 KL = (
@@ -89,10 +88,12 @@ class Made:
 
     Attributes:
         stages: what each stage of the search took.
+        resumed: only since it was resumed.
         exported: the newest last.
     """
 
     stages: dict[str, Stage] = field(default_factory=dict)
+    resumed: bool = False
     exported: list[Exported] = field(default_factory=list)
 
 
@@ -103,15 +104,19 @@ class Kept:
     Attributes:
         comparisons: as ``halfbyte compare --json`` writes them, the newest last.
         plans: hash of a plan -> what is known of it.
+        language: that the page is in.
     """
 
     comparisons: list[dict[str, Any]] = field(default_factory=list)
     plans: dict[str, Made] = field(default_factory=dict)
+    language: str = ENGLISH
 
     def add(self, other: Kept) -> None:
         """What another page holds too."""
         self.comparisons += other.comparisons
-        self.plans |= other.plans
+        for hash_, made in other.plans.items():
+            own = self.plans.setdefault(hash_, made)
+            own.exported += [one for one in made.exported if one not in own.exported]
 
 
 def make_report(options: ReportOptions) -> Path:
@@ -153,7 +158,8 @@ def write_page(page: Path, configs: Sequence[Path], kept: Kept | None = None) ->
     plans = [load_plan(path, with_codes=False) for path in configs]
     names = {short_name(plan.model_id) for plan in plans}
     records = [one for at, one in enumerate(kept.comparisons) if one not in kept.comparisons[at + 1 :]]
-    kept = Kept(records[-MOST_COMPARISONS:], {plan.hash: kept.plans.get(plan.hash, Made()) for plan in plans})
+    made = {plan.hash: kept.plans.get(plan.hash, Made()) for plan in plans}
+    kept = Kept(records[-MOST_COMPARISONS:], made, spoken())
     found = [parsed(Comparison, dict(one), where="comparison") for one in kept.comparisons]
     for one in found:
         if short_name(one.model) not in names:
@@ -194,18 +200,19 @@ def add_to_page(config: str | Path, change: Callable[[Kept], None]) -> Path | No
     """Change what the page beside the plan at ``config`` keeps, and make it anew.
 
     Returns:
-        The page; None if there is none that halfbyte wrote, or it cannot be written: then progress says why.
+        The page; None if there is none that halfbyte wrote, or it cannot be written: then a warning says why.
     """
     page = beside(Path(config), PAGE)
+    if _kept(page) is None:
+        return None
     try:
-        kept = _kept(page)
-        if kept is None:
-            return None
-        change(kept)
         with guarded(Touched(inputs=plan_files(config), outputs=[page]), json=None, force=True):
-            return write_page(page, [Path(config)], kept)
+            kept = _kept(page) or Kept()  # read where nobody else writes
+            change(kept)
+            with speaking(kept.language):
+                return write_page(page, [Path(config)], kept)
     except Exception as error:  # noqa: BLE001 - what was measured must not be lost for a page
-        report("page", 1, 1, f"{page} is as it was: {first_line(error)}")
+        warn(f"{page} is as it was: {first_line(error)}")
         return None
 
 
@@ -247,21 +254,20 @@ class _Section:
                     "title": title,
                     "label": say(KL) if record.fitness == "kl" else say(ERRORS),
                     "rows": _score_rows(record),
-                    "decided": decided(record) if record.validation else "",
+                    "decided": decided(record) if record.winner else "",
                 }
                 for title, record in ((say("Activation bits"), self.bits), (say("ggml types"), self.file))
                 if record.scores
             ],
             "charts": charts,
             "dearest": self._dearest(),
-            "exported": [
-                [one.path, format_bytes(one.bytes).replace(" ", NO_BREAK), one.checked] for one in self.made.exported
-            ],
+            "exported": [[one.path, format_bytes(one.bytes), one.checked] for one in self.made.exported],
             "stages": [
                 [name, format_seconds(one.seconds), format_bytes(one.host), format_bytes(one.device)]
                 for name, one in self.made.stages.items()
                 if one.seconds >= SHORTEST
             ],
+            "stages_of": say("Time and memory since it was resumed" if self.made.resumed else "Time and memory"),
             "made_by": self._made_by(),
             "missing": missing,
         }

@@ -95,7 +95,7 @@ def _headline(ours: Row, theirs: Row, machine: str) -> str:
         their_kl=significant(theirs.quality.kld_mean),
     )
     speed, their_speed = ours.measured.generation_tokens_per_second, theirs.measured.generation_tokens_per_second
-    if speed and their_speed:
+    if speed and their_speed and ours.engine == theirs.engine:  # else it may be another machine
         text += say(
             "; generation {speed} tokens/s against {their_speed} on {machine}",
             speed=significant(speed),

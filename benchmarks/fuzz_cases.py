@@ -164,7 +164,10 @@ def model_case(world: World, chance: random.Random) -> Case:
         gone = False
         evil = json.loads((world.template / "model" / "config.json").read_text())
         evil |= {"_attn_implementation": "somebody/kernel", "auto_map": {"AutoConfig": "evil.Config"}}
-        (world.model / "config.json").write_text(json.dumps(evil))
+        config = world.model / "config.json"
+        if config.is_symlink():  # to itself, by now
+            config.unlink()
+        config.write_text(json.dumps(evil))
         (world.model / "evil.py").write_text("from pathlib import Path\nPath('ran').write_text('')\n")
     needed = gone and file.name in ("config.json", "model.safetensors", "tokenizer.json")
     return chance.choice(

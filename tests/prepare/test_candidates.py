@@ -13,6 +13,7 @@ from halfbyte.models.modules import linear
 from halfbyte.prepare import candidates
 from halfbyte.prepare.candidates import encode_candidates_, menus_of
 from halfbyte.prepare.recipe import Recipe
+from halfbyte.quant.ggml.inputs import input_block, rounding_power
 from halfbyte.quant.ggml.types import decode_tensor
 
 CPU = torch.device("cpu")
@@ -59,7 +60,8 @@ def test_an_error_is_the_squared_output_error_per_token(tiny, tmp_path):
     for kind in menu.types:
         decoded = decode_tensor(made.encoded.rows(name, kind), kind)
         assert menu.nbytes(kind) == made.encoded.rows(name, kind).numel()
-        expected = float((x @ (decoded - weight).T).square().sum() / len(x))
+        changed = rounding_power([x], input_block(kind), x.device)  # by llama.cpp, in the inputs
+        expected = float((x @ (decoded - weight).T).square().sum() / len(x) + (weight.square() @ changed).sum())
         assert made.errors[name][kind] == pytest.approx(expected, rel=1e-3)
 
 

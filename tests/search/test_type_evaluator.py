@@ -11,6 +11,7 @@ from halfbyte.evaluate.quality import kl_per_token
 from halfbyte.models.modules import is_tied, linear
 from halfbyte.prepare.candidates import encode_candidates_, menus_of
 from halfbyte.prepare.recipe import Recipe
+from halfbyte.quant.ggml.inputs import InputRounding
 from halfbyte.quant.ggml.types import decode_tensor
 from halfbyte.search import reference as reference_module
 from halfbyte.search import type_evaluator
@@ -59,8 +60,11 @@ def test_score_is_the_kl_of_whole_forward_passes(mixed, family, transforms):
             linear(source.model, menu.name).weight = torch.nn.Parameter(weight)
             if tied and menu.name == source.family.embedding:
                 linear(source.model, source.family.head).weight = linear(source.model, menu.name).weight
+        head = types.matrices[types.head].types[genome[types.head]]
+        rounding = InputRounding(linear(source.model, source.family.head), head)  # those in blocks have theirs
         with torch.no_grad():
             logits = source.model(tokens).logits
+        rounding.handle.remove()
         direct = kl_per_token(expected.flatten(0, 1), logits.flatten(0, 1)).mean()
         assert score == pytest.approx(float(direct), rel=1e-3)
         assert score > 0

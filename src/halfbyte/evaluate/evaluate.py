@@ -37,7 +37,14 @@ from halfbyte.models.loading import SourceModel, find, load, load_tokenizer, mad
 from halfbyte.models.modules import vocabulary
 from halfbyte.options import DEFAULT_MODEL, EvalOptions
 from halfbyte.plan import Plan, codes_path, load_codes, load_plan, plan_files
-from halfbyte.prepare.simulation import become_simulation_, become_types_, check_same_model, load_types, plan_bits
+from halfbyte.prepare.simulation import (
+    become_simulation_,
+    become_types_,
+    check_same_model,
+    load_types,
+    plan_bits,
+    round_inputs_,
+)
 from halfbyte.quant.quant_linear import set_activation_bits_
 
 
@@ -262,6 +269,7 @@ def _load(model_id: str, options: EvalOptions) -> SourceModel:
 def _become_(source: SourceModel, plan: Plan, config: str) -> None:
     if not plan.layers:
         become_types_(source, plan.tensors, load_types(config))
+        round_inputs_(source, plan.tensors)
         return
     become_simulation_(source, load_codes(codes_path(config)), plan.layers)
     set_activation_bits_(source.model, plan_bits(plan))

@@ -26,7 +26,14 @@ from halfbyte.models.loading import SourceModel, made_with
 from halfbyte.models.modules import vocabulary
 from halfbyte.options import SimulateOptions
 from halfbyte.plan import Plan, codes_path, load_codes, load_plan, plan_files
-from halfbyte.prepare.simulation import become_simulation_, become_types_, load_for_plan, load_types, plan_bits
+from halfbyte.prepare.simulation import (
+    become_simulation_,
+    become_types_,
+    load_for_plan,
+    load_types,
+    plan_bits,
+    round_inputs_,
+)
 from halfbyte.quant.quant_linear import set_activation_bits_
 
 
@@ -130,12 +137,15 @@ def _rows(
 
 @contextmanager
 def _types_loaded_(source: SourceModel, plan: Plan, config: str) -> Iterator[None]:
-    """The model with the weights of the GGUF file; afterwards its own again."""
+    """The model with the weights of the GGUF file, and inputs rounded; afterwards its own again."""
     own = dict(source.model.named_parameters(remove_duplicate=False))
     become_types_(source, plan.tensors, load_types(config))
+    rounding = round_inputs_(source, plan.tensors)
     try:
         yield
     finally:
+        for hook in rounding:
+            hook.handle.remove()
         for name, parameter in own.items():
             module, _, leaf = name.rpartition(".")
             setattr(source.model.get_submodule(module), leaf, parameter)

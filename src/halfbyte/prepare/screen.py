@@ -19,6 +19,7 @@ from halfbyte.prepare.folding import fold_block_
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.encoded import StoredMatrix
 from halfbyte.quant.ggml.gptq import Job, encode_
+from halfbyte.quant.ggml.inputs import InputRounding
 from halfbyte.quant.ggml.types import bits_per_weight, decode_tensor
 from halfbyte.search.reference import Reference
 
@@ -156,7 +157,7 @@ class _Rounded:
 
 
 def _round_(step: BlockStep, source: SourceModel, types: Mapping[str, str], recipe: Recipe, rounded: _Rounded) -> None:
-    """Round the original's weights, in place."""
+    """Round the original's weights, in place, and from then on the inputs that they get."""
     family = source.family
     for group in family.groups:
         seen, hessian = step.seen.pop(group[0]), None
@@ -175,3 +176,4 @@ def _round_(step: BlockStep, source: SourceModel, types: Mapping[str, str], reci
                 rounded.add(part, matrix, weight)
             with torch.no_grad():
                 layer.weight.copy_(weight)
+            InputRounding(layer, types[name])

@@ -15,6 +15,7 @@ from halfbyte.models.loading import SourceModel, find, load, stored_dtype
 from halfbyte.models.modules import blocks, is_tied, linear
 from halfbyte.plan import Codes, LayerPlan, Plan, types_path
 from halfbyte.quant.ggml.encoded import Encoded
+from halfbyte.quant.ggml.inputs import InputRounding
 from halfbyte.quant.ggml.types import decode_tensor
 from halfbyte.quant.quant_linear import InputScheme, SharedInput, replace_linear_, set_parameters_
 
@@ -104,6 +105,17 @@ def become_types_(source: SourceModel, types: Mapping[str, str], encoded: Encode
         layer.weight = nn.Parameter(decode_tensor(rows, kind).to(layer.weight.dtype), requires_grad=False)
         if tied and name == source.family.embedding:
             linear(source.model, source.family.head).weight = layer.weight
+
+
+def round_inputs_(source: SourceModel, types: Mapping[str, str]) -> list[InputRounding]:
+    """Round the inputs of all matrices as llama.cpp does for their types; what is returned does it, and can be removed.
+
+    What this loses is what llama.cpp loses; single answers differ, since a last bit can move an input to the next step.
+    """
+    reading = {name: kind for name, kind in types.items() if name != source.family.embedding}
+    if is_tied(source.model, source.family):
+        reading[source.family.head] = types[source.family.embedding]
+    return [InputRounding(linear(source.model, name), kind) for name, kind in reading.items()]
 
 
 def load_types(config: str | Path) -> Encoded:

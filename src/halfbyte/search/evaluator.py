@@ -164,7 +164,12 @@ class KLEvaluator:
         """KL per token, from what the last block made."""
         with torch.no_grad():
             final = self.model.get_submodule(self.family.final_norm)(states).flatten(0, 1)
-            return self._reference(batch[0].genome).kl(self.head.weight, final, windows)
+            read = self._read_by_head(final, batch[0].genome)
+            return self._reference(batch[0].genome).kl(self.head.weight, read, windows)
+
+    def _read_by_head(self, final: torch.Tensor, genome: Genome) -> torch.Tensor:
+        """What the head of ``genome`` multiplies, ``[tokens, hidden]``."""
+        return final
 
     def _reference(self, genome: Genome) -> Reference:
         """The reference for the head that ``genome`` has."""

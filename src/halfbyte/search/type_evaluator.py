@@ -1,7 +1,7 @@
 """KL of a model whose matrices are encoded as ggml types, as a pure function of the genome.
 
-A gene is a place in the menu of its matrix, or ``ORIGINAL``. Activations are left alone: what llama.cpp does to them
-is the same for every type. Weights are decoded where the model is, and only those that the next genome has otherwise.
+A gene is a place in the menu of its matrix, or ``ORIGINAL``. Inputs of a matrix are rounded as llama.cpp rounds them on
+a CPU for its type. Weights are decoded where the model is, and only those that the next genome has otherwise.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from halfbyte.models.estimate import SIDE_BY_SIDE
 from halfbyte.models.families import Family
 from halfbyte.models.modules import blocks, is_tied, linear
 from halfbyte.quant.ggml.encoded import Encoded, StoredLinear, StoredMatrix, store_matrix_
+from halfbyte.quant.ggml.inputs import InputRounding, input_block, rounded_inputs
 from halfbyte.quant.ggml.types import decode_tensor
 from halfbyte.search.evaluator import KLEvaluator, Row
 from halfbyte.search.problem import Genome
@@ -76,6 +77,8 @@ class MixedTypes:
         self._stored = [store_matrix_(model, name, device) for name in names] if packed else []
         if packed and self._tied:
             model.set_submodule(family.head, StoredLinear(self._stored[self.embedding], None))
+        inside = [at for at, matrix in enumerate(matrices) if matrix.block >= 0]
+        self._rounding = {at: InputRounding(model.get_submodule(names[at])) for at in inside}
         for at in range(len(self.matrices)):
             self._load(at, ORIGINAL)
         model.to(device)  # of a packed one: norms and biases
@@ -107,12 +110,18 @@ class MixedTypes:
             for at in own if self.packed else ():
                 self._stored[at].hold_(on_device=False)
 
+    def input_block(self, at: int, gene: int) -> int:
+        """How the inputs of a matrix are rounded; see :func:`halfbyte.quant.ggml.inputs.rounded_inputs`."""
+        return 0 if gene == ORIGINAL else input_block(self.matrices[at].types[gene])
+
     def unquantised(self, at: int) -> torch.Tensor:
         """The weight of a matrix as it was, where it was."""
         return self._weights[self.matrices[at].name]
 
     def _load(self, at: int, gene: int) -> None:
         matrix = self.matrices[at]
+        if at in self._rounding:
+            self._rounding[at].block = self.input_block(at, gene)
         original, kind = self._weights[matrix.name], "" if gene == ORIGINAL else matrix.types[gene]
         rows = self.encoded.rows(matrix.name, kind) if kind else None
         if self.packed:
@@ -233,6 +242,9 @@ class TypeEvaluator(KLEvaluator):
 
     def _kl(self, batch: Sequence[Row], hidden: torch.Tensor, start: int) -> torch.Tensor:
         return super()._kl(batch, self._hidden(batch[0].genome) if start == 0 else hidden, start)
+
+    def _read_by_head(self, final: torch.Tensor, genome: Genome) -> torch.Tensor:
+        return rounded_inputs(final, self.mixed.input_block(self.mixed.head, genome[self.mixed.head]))
 
     def _reference(self, genome: Genome) -> Reference:
         gene = genome[self.mixed.head]

@@ -61,6 +61,15 @@ def bits_per_weight(type_name: str) -> float:
     return 8 * block_bytes / block
 
 
+def block_size(type_name: str) -> int:
+    """How many elements a block of a ggml type has.
+
+    Raises:
+        HalfbyteError: there is no such type.
+    """
+    return _sizes(type_name)[0]
+
+
 def fits(in_features: int, type_name: str) -> bool:
     """Whether rows of ``in_features`` elements divide into blocks of a type that :func:`encode` can write.
 

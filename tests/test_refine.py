@@ -11,7 +11,7 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.menus import types
 from halfbyte.models.loading import find, load
 from halfbyte.plan import load_plan
-from halfbyte.prepare.simulation import become_types_, load_for_plan, load_types
+from halfbyte.prepare.simulation import become_types_, load_for_plan, load_types, round_inputs_
 from halfbyte.search.run import Refinement
 from tests.searches import SMALLEST, run, same
 
@@ -46,6 +46,7 @@ def test_the_plan_has_the_weights_that_were_measured(kept, tiny_folder, tmp_path
     assert refinement.before != pytest.approx(refinement.after, rel=1e-3)
     source = load_for_plan(plan, str(folder), device="cpu", dtype="fp32")
     become_types_(source, plan.tensors, load_types(path))
+    round_inputs_(source, plan.tensors)
     measured = refinement.after if kept else refinement.before
     assert validation_kl(source, folder) == pytest.approx(measured, rel=1e-3)
     assert plan.file["validation"].get("plan, refined", plan.file["validation"]["plan"]) == measured
@@ -72,6 +73,7 @@ def test_every_point_of_a_front_is_refined(tiny_folder, tmp_path, monkeypatch):
         beside = path.with_name(f"plan.{ftype}.json")
         source = load_for_plan(plan := load_plan(beside), str(folder), device="cpu", dtype="fp32")
         become_types_(source, plan.tensors, load_types(beside))
+        round_inputs_(source, plan.tensors)
         assert validation_kl(source, folder) == pytest.approx(point.refinement.after, rel=1e-2)
 
 
@@ -101,6 +103,7 @@ def test_too_little_memory_keeps_what_the_search_has(tiny_folder, tmp_path, monk
     assert found.refinement is None
     source = load_for_plan(plan := load_plan(path), str(folder), device="cpu", dtype="fp32")
     become_types_(source, plan.tensors, load_types(path))
+    round_inputs_(source, plan.tensors)
     assert validation_kl(source, folder) == pytest.approx(found.validation_scores["plan"], rel=1e-3)
 
 

@@ -9,7 +9,7 @@ that any mixture of types can be put together afterwards. If the chosen mixture 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ from halfbyte.prepare.folding import fold_block_, fold_ends_, mixed_inputs
 from halfbyte.prepare.recipe import Recipe
 from halfbyte.quant.ggml.encoded import Encoded, save_encoded, save_tensors
 from halfbyte.quant.ggml.gptq import Job, encode_
-from halfbyte.quant.ggml.inputs import input_block, rounding_power
+from halfbyte.quant.ggml.inputs import error_of_rounding, rounding_powers
 from halfbyte.quant.ggml.types import bits_per_weight, fits, row_bytes
 from halfbyte.quant.int4 import check_finite
 from halfbyte.quant.quantisers.gptq import Ordered, factorised
@@ -277,7 +277,7 @@ def _encoded_block(
         own = [menus[f"{family.blocks}.{step.index}.{part}"] for part in group]
         weights = [linear(step.original, part).weight.float() for part in group]
         seen, known = step.seen.pop(group[0]), None
-        changed = _rounding_powers(seen, {kind for menu in own for kind in menu.types}, weights[0].device)
+        changed = rounding_powers(seen, {kind for menu in own for kind in menu.types}, weights[0].device)
         if rounded:
             measured = power_of(seen, name, weights[0].device)
         else:
@@ -288,7 +288,7 @@ def _encoded_block(
         for job in jobs:
             rows[job.where, job.type] = job.rows.cpu()
             errors.setdefault(job.where, {})[job.type] = float(
-                job.error.sum() + _by_inputs(job.weight, job.type, changed)
+                job.error.sum() + error_of_rounding(job.weight, job.type, changed)
             )
     parameters = {
         f"{family.blocks}.{step.index}.{name}": value.detach().cpu()
@@ -316,7 +316,7 @@ def _encode_top(
         final = [norm.to(device)(states.to(device, source.dtype)).float().flatten(0, 1) for states in hidden]
     norm.to(source.device)
     hessian = mean_square(final, family.head, device)
-    changed = _rounding_powers(final, {kind for menu in menus for kind in menu.types}, device)
+    changed = rounding_powers(final, {kind for menu in menus for kind in menu.types}, device)
     del final
     measured = hessian.diagonal().clone()
     if rounded:
@@ -329,28 +329,11 @@ def _encode_top(
         columns = importance.get(menu.name, measured).to(device) if is_read else torch.ones_like(measured)
         weight = linear(model, menu.name).weight
         made = encode_rows(weight, menu.types, columns, known if is_read else None, where=menu.name, plain=plain)
-        added = {kind: _by_inputs(weight, kind, changed) if is_read else 0.0 for kind in menu.types}
+        added = {kind: error_of_rounding(weight, kind, changed) if is_read else 0.0 for kind in menu.types}
         rows = {(menu.name, kind): rows for kind, (rows, _) in made.items()}
         save_encoded(folder / f"{menu.name}.safetensors", rows, parameters if is_read else {})
         totals = {kind: error + float(added[kind]) for kind, (_, error) in made.items()}
         write_kept(folder / f"{menu.name}.json", json.dumps({menu.name: totals}))
-
-
-def _rounding_powers(
-    batches: Sequence[torch.Tensor], kinds: Collection[str], device: torch.device
-) -> dict[int, torch.Tensor]:
-    """Input block -> mean square ``[in]`` of what llama.cpp's rounding of inputs changes, for the types at hand."""
-    sizes = {input_block(kind) for kind in kinds} - {0}
-    return {size: rounding_power(batches, size, device) for size in sizes}
-
-
-def _by_inputs(weight: torch.Tensor, kind: str, changed: Mapping[int, torch.Tensor]) -> torch.Tensor | float:
-    """Squared output error per token that rounding of inputs makes; its errors are independent."""
-    power = changed.get(input_block(kind))
-    if power is None:
-        return 0.0
-    parts = weight.split(TOP_ROWS)
-    return torch.stack([(part.to(power.device).float().square() @ power).sum() for part in parts]).sum()
 
 
 def encode_rows(

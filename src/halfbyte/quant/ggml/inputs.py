@@ -7,7 +7,7 @@ those in blocks of 256 with one (fp32) for 256. Source: ``vec_dot_type`` of ``gg
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 from halfbyte.quant.ggml.types import QUANTISED, SMALL_BLOCK, block_size
 
 LEVELS = 127
+ROWS = 8192  # of a matrix, squared at once
 
 
 def input_block(type_name: str) -> int:
@@ -45,6 +46,27 @@ def rounding_power(batches: Sequence[torch.Tensor], block: int, device: torch.de
     return (total / sum(len(part) for part in batches)).to(device)
 
 
+def rounding_powers(
+    batches: Sequence[torch.Tensor], kinds: Collection[str], device: torch.device
+) -> dict[int, torch.Tensor]:
+    """Input block -> :func:`rounding_power`, of all that the types ``kinds`` have."""
+    sizes = {input_block(kind) for kind in kinds} - {0}
+    return {size: rounding_power(batches, size, device) for size in sizes}
+
+
+def error_of_rounding(weight: torch.Tensor, kind: str, powers: Mapping[int, torch.Tensor]) -> torch.Tensor | float:
+    """Squared output error per token that rounding of inputs makes in ``weight`` ``[out, in]``, errors independent.
+
+    Args:
+        powers: from :func:`rounding_powers`, on the device where it is computed.
+    """
+    power = powers.get(input_block(kind))
+    if power is None:
+        return 0.0
+    parts = weight.split(ROWS)
+    return torch.stack([(part.to(power.device).float().square() @ power).sum() for part in parts]).sum()
+
+
 class InputRounding:
     """Rounds the inputs of a linear layer from now on, once it is registered as a hook before its forward pass.
 
@@ -53,7 +75,7 @@ class InputRounding:
     """
 
     def __init__(self, layer: nn.Module, type_name: str = "") -> None:
-        self.block = input_block(type_name) if type_name else 0
+        self.block = input_block(type_name)
         self.handle = layer.register_forward_pre_hook(self)
 
     def __call__(self, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -1,13 +1,12 @@
 """Time and memory of a search, and of encoding, on the shape of Qwen2.5-7B-Instruct, with random weights.
 
     python benchmarks/seven_b_shape.py --folder seven_b [--layers 28] [-- further flags of mixed_precision_ptq.py]
-    python benchmarks/seven_b_shape.py --folder seven_b --device-memory 8 -- --spaces types --codes packed
+    python benchmarks/seven_b_shape.py --folder seven_b -- --target sim --device_memory 8GB
     python benchmarks/seven_b_shape.py --folder seven_b --encode Q4_K_M [--json OUT]
     python benchmarks/seven_b_shape.py --folder seven_b --export [--json OUT]
 
 Writes the model once (15 GB in bf16), runs the real command on it and prints what each stage took. Random weights say
-nothing about quality; time and memory are those of the real model. With ``--device-memory`` PyTorch may allocate no
-more than that on the GPU, as if it were a smaller one.
+nothing about quality; time and memory are those of the real model.
 
 ``--encode`` writes one GGUF file instead: every matrix is encoded by llama.cpp's own quantiser in the type that the
 file type gives it, and written before the next one is read. Its main memory is what the process
@@ -37,6 +36,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from halfbyte.core.environment import peak_memory
+from halfbyte.core.files import sha256
 from halfbyte.models.families import family_of
 from halfbyte.models.layers import layers_of
 from halfbyte.models.loading import find, load
@@ -199,6 +199,7 @@ def random_plan(folder: Path, path: Path) -> None:
         scales = torch.full((rows, columns // recipe.group_size), 2.0**-7, dtype=torch.float16)
         codes.weights[layer.name] = PackedWeight(packed, scales)
     entry = LayerPlan(4, 8, recipe.group_size, a_symmetric=recipe.symmetric, arithmetic=recipe.arithmetic)
+    save_codes(codes_path(path), codes)
     plan = Plan(
         model_id=str(folder),
         fingerprint=source.fingerprint,
@@ -210,21 +211,9 @@ def random_plan(folder: Path, path: Path) -> None:
         budget_reached=1.0,
         text={"name": "none"},
         search={"scores": {"plan": 0.0}, "validation": {"plan": 0.0}},
-        codes_sha256=save_codes(codes_path(path), codes),
+        codes_sha256=sha256(codes_path(path)),
     )
     save_plan(path, plan)
-
-
-def run_search(arguments: list[str], device_memory: float) -> int:
-    """The real command in a process of its own, with at most ``device_memory`` GB on the GPU (0: all of it)."""
-    command = [sys.executable, str(ROOT / "mixed_precision_ptq.py")]
-    if device_memory:
-        share = device_memory * 1e9 / torch.cuda.get_device_properties(0).total_memory
-        growing = "from halfbyte.core.environment import use_growing_segments; use_growing_segments()"
-        start = f"import sys, runpy; {growing}; import torch"
-        limit = f"{start}; torch.cuda.set_per_process_memory_fraction({share})"
-        command = [sys.executable, "-c", f"{limit}; runpy.run_path(sys.argv.pop(1), run_name='__main__')", command[1]]
-    return subprocess.call([*command, *arguments])
 
 
 def search(options: argparse.Namespace, further: list[str]) -> Row:
@@ -236,10 +225,11 @@ def search(options: argparse.Namespace, further: list[str]) -> Row:
     folder, result = options.folder, options.folder / "result.json"
     arguments = ["--model_id", str(folder), "--output", str(folder / "plan.pt"), "--calib", "pydoc", "--force"]
     started = time.monotonic()
-    if code := run_search([*arguments, "--json", str(result), *further], options.device_memory):
+    command = [sys.executable, str(ROOT / "mixed_precision_ptq.py"), *arguments, "--json", str(result), *further]
+    if code := subprocess.call(command):
         raise SystemExit(code)
     measured = json.loads(result.read_text(encoding="utf-8"))["measured"]
-    return {"flags": further, "device_memory": options.device_memory, "wall": time.monotonic() - started, **measured}
+    return {"flags": further, "wall": time.monotonic() - started, **measured}
 
 
 def describe(row: Row) -> str:
@@ -302,7 +292,6 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, default=Path("seven_b"))
     for name, value in SHAPE.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--device-memory", type=float, default=0.0, help="GB of the GPU to use; 0 is all")
     parser.add_argument("--encode", metavar="FTYPE", help="write a file of this type of llama.cpp's, search nothing")
     parser.add_argument("--export", action="store_true", help="export a plan with random codes, search nothing")
     parser.add_argument("--decode", action="store_true", help="measure decoding only")

@@ -19,7 +19,7 @@ SCRIPTS = {
 def option_tables() -> str:
     """One section per command, one table per group: flag, default, meaning."""
     sections = ["# Options\n\nMade by `docs/generate.py` from `src/halfbyte/options.py`; a test keeps it true."]
-    for command, (options, work) in COMMANDS.items():
+    for command, (options, work, _) in COMMANDS.items():
         also = f" (`{SCRIPTS[command]}`)" if command in SCRIPTS else ""
         sections.append(f"## halfbyte {command}{also}\n\n{work.__doc__}")
         for group, items in in_groups(options).items():

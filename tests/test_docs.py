@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
 README_LINES = 150
 DOCUMENTS = [f"docs/{name}.md" for name in ("architecture", "methods", "results", "hardware", "serving", "faq")]
-ITEMS = [item for options, _ in COMMANDS.values() for item in fields(options)]
+ITEMS = [item for options, _, _ in COMMANDS.values() for item in fields(options)]
 FLAGS = {item.name for item in ITEMS} | {item.metadata["alias"] for item in ITEMS if item.metadata["alias"]}
 
 

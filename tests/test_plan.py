@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.files import sha256
 from halfbyte.plan import Codes, LayerPlan, Plan, codes_path, load_codes, load_plan, save_codes, save_plan
 from halfbyte.quant.balance import LowRank
 from halfbyte.quant.quantisers.rtn import round_to_nearest
@@ -23,7 +24,8 @@ def saved(request, tmp_path):
     weight = round_to_nearest(torch.randn(8, 64), 32).pack()
     low_rank = LowRank(torch.randn(64, 4), torch.randn(4, 4))
     codes = Codes({NAME: weight}, {NORM: torch.randn(8)}, {NAME: low_rank}, {NAME: torch.rand(64)})
-    digest = save_codes(codes_path(path), codes)
+    save_codes(codes_path(path), codes)
+    digest = sha256(codes_path(path))
     entry = LayerPlan(4, 8, 32, a4_clip=0.9, rank=4)
     plan = Plan(
         "demo",

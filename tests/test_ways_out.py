@@ -28,7 +28,7 @@ def test_what_nobody_foresaw_is_one_line_and_a_file(monkeypatch, capsys, tmp_pat
         raise KeyError("a\nb")
 
     monkeypatch.setenv("HALFBYTE_CACHE", str(tmp_path))
-    monkeypatch.setitem(cli.COMMANDS, "doctor", (cli.DoctorOptions, broken))
+    monkeypatch.setitem(cli.COMMANDS, "doctor", (cli.DoctorOptions, broken, "halfbyte.report.doctor"))
     assert cli.run("doctor", []) == 1
     (line,) = capsys.readouterr().err.splitlines()
     (saved,) = (tmp_path / "errors").iterdir()

@@ -144,6 +144,13 @@ class SearchOptions(ModelOptions):
         MODEL,
         choices=("auto", "packed", "decoded"),
     )
+    device_memory: str = option(
+        "",
+        "what PyTorch may allocate on the GPU, such as 8GB; by default all that is free",
+        MODEL,
+        metavar="SIZE",
+        size=True,
+    )
 
     transforms: str = option(
         "auto",

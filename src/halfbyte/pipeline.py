@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from halfbyte.arguments import parse_size
 from halfbyte.calibration.text import Text, cut, load_text, text_files, write_with
 from halfbyte.core.distributed import processes
-from halfbyte.core.environment import device_name, resolve_device, resolve_dtype
+from halfbyte.core.environment import device_name, limit_memory, resolve_device, resolve_dtype
 from halfbyte.core.errors import HalfbyteError, first_line
 from halfbyte.core.guard import Touched, guarded, model_files
 from halfbyte.core.language import ENGLISH, speaking
@@ -73,6 +74,8 @@ def search(options: SearchOptions) -> SearchResult:
     target = TARGETS.find(options.target, where="--target").on(options.hardware, options.tensor_parallel)
     check_options(options, target)
     device = _own_device(resolve_device(options.device))
+    if options.device_memory:
+        limit_memory(device, parse_size(options.device_memory, "--device_memory"))
     options = with_tokens(options, device)
     kinds = menus_of(options, target)
     with watched(device) as stages:
@@ -108,6 +111,7 @@ def _searched(
     counts = ", ".join(f"{tokens.numel()} {part}_tokens" for part, tokens in windows.items())
     report("load model", 1, 1, f"text {text.name}: {counts}")
 
+    source.model.to(setting.home)
     with Workdir(output, _settings(setting, source, text, checkpoint), resume=options.resume) as workdir:
         scored = torch.cat([windows["search"], windows["valid"]])
         started = time.monotonic()
@@ -285,7 +289,7 @@ def _texts(setting: Setting, source: SourceModel) -> tuple[Text, dict[str, torch
 
 def _settings(setting: Setting, source: SourceModel, text: Text, checkpoint: CheckpointCodes | None) -> dict[str, Any]:
     """What a resumed search must have in common with the interrupted one."""
-    ignored = ("resume", "force", "json", "output", "device", "trust_remote_code", "verbose", "lang")
+    ignored = ("resume", "force", "json", "output", "device", "device_memory", "trust_remote_code", "verbose", "lang")
     settings = {key: value for key, value in asdict(setting.options).items() if key not in ignored}
     taken = {} if checkpoint is None else {"weights_from": checkpoint.folder.digest}
     run = {"device": setting.device.type, "fingerprint": source.fingerprint, "text": text.record()}

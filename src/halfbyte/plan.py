@@ -237,8 +237,8 @@ def plan_files(path: str | Path) -> list[Path]:
     return [Path(path), codes_path(path), types_path(path)]
 
 
-def save_codes(path: str | Path, codes: Codes) -> str:
-    """Write ``codes`` to ``path`` (a ``.safetensors`` name); returns the file's sha256."""
+def save_codes(path: str | Path, codes: Codes) -> None:
+    """Write ``codes`` to ``path`` (a ``.safetensors`` name)."""
     from halfbyte.quant.ggml.encoded import save_tensors
 
     tensors = dict(codes.parameters)
@@ -249,7 +249,6 @@ def save_codes(path: str | Path, codes: Codes) -> str:
     for name, scales in codes.channel_scales.items():
         tensors[name + CHANNEL_SCALES] = scales
     save_tensors(path, tensors, "halfbyte.codes.v1")
-    return sha256(path)
 
 
 def _kind(grid: Grid) -> str:

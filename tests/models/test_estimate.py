@@ -45,9 +45,19 @@ def test_a_packed_search_of_a_7b_model_takes_half_the_memory():
     assert packed.device - packed.running == pytest.approx(codes + matrix, rel=0.001)  # and norms and biases
     assert packed.host == pytest.approx(codes + 2 * matrix, rel=0.001)
     assert decoded.host == pytest.approx(codes + 2 * decoded.parameters, rel=0.001)
-    assert packed.preparation == decoded.preparation
     assert packed.on(CUDA) == max(packed.device, packed.preparation)
     assert packed.on(CPU) == packed.host + packed.running + packed.preparation
+
+
+def test_preparation_of_a_packed_search_keeps_activations_in_main_memory():
+    config = seven_b()
+    decoded, packed = (estimate_search(config, FAMILY, torch.bfloat16, 32768, 512, packed=one) for one in (False, True))
+    assert decoded.preparation == pytest.approx(12.1e9, rel=0.1)  # measured on an H200
+    assert packed.on(CUDA) < 7.4e9
+    kept = 4 * 32768 * (7 * 3584 + 2 * 18944)
+    assert packed.host == int(packed.linear_parameters * 4.125 / 8) + kept
+    assert decoded.host < decoded.parameters * 2 + packed.linear_parameters * 4.125 / 8 + 1
+    assert search(config, packed=True).preparation == packed.preparation  # whatever the number of tokens
 
 
 def types(config, calib=32768, **more):
@@ -80,7 +90,8 @@ def test_a_tied_embedding_is_the_head_and_gradients_need_it():
 def test_what_is_stored_in_another_dtype_is_copied():
     mapped, copied = search(seven_b(), packed=True), search(seven_b(dtype=torch.float16), packed=True)
     assert copied.device == mapped.device
-    assert copied.host == pytest.approx(2 * copied.parameters + 0.516 * copied.linear_parameters, rel=0.01)
+    kept = 4 * 4096 * (7 * 3584 + 2 * 18944)
+    assert copied.host == pytest.approx(2 * copied.parameters + 0.516 * copied.linear_parameters + kept, rel=0.01)
     load, export = (
         estimate_load(seven_b(), FAMILY, torch.bfloat16, with_codes=True, packed=packed) for packed in (False, True)
     )

@@ -110,8 +110,31 @@ def available_memory(device: torch.device) -> int:
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        free, total = torch.cuda.mem_get_info(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(_index(device)) * total)
+        return min(free, allowed - torch.cuda.memory_allocated(device))
     return psutil.virtual_memory().available
+
+
+def limit_memory(device: torch.device, nbytes: int) -> None:
+    """Let PyTorch allocate no more than that on a CUDA device.
+
+    Raises:
+        HalfbyteError: another device.
+    """
+    import torch
+
+    if device.type != "cuda":
+        raise HalfbyteError(f"--device_memory: only for a GPU with CUDA, got {device.type}", fix="leave it out")
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), _index(device))
+
+
+def _index(device: torch.device) -> int:
+    """The number of a CUDA device; of ``cuda`` alone, the current one's."""
+    import torch
+
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def peak_memory(device: torch.device) -> int:

@@ -15,10 +15,12 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from halfbyte.core.environment import available_memory
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import home_expanded
 from halfbyte.core.registry import Registry
 from halfbyte.models.checkpoint import CheckpointCodes
+from halfbyte.models.estimate import estimate_load
 from halfbyte.models.layers import Outcome
 from halfbyte.models.loading import Origin, SourceModel, load
 from halfbyte.options import SearchOptions
@@ -30,6 +32,7 @@ from halfbyte.search.run import Found, Refinement, Searchable, search_menu
 from halfbyte.targets import Target
 from halfbyte.workdir import Workdir
 
+HOME_ROOM = 4  # unquantised models that a device must have room for, to keep the one that waits
 ROUNDED = 0.9  # time of a candidate per token over that of the reference, whose head is multiplied twice
 ELITE = 2  # genomes of a generation that are known already
 LIKELY = 0.8  # of the generations that were asked for: most searches find nothing better before the last
@@ -62,6 +65,15 @@ class Setting:
         return self.target.recipe_for(self.options)
 
     @property
+    def home(self) -> torch.device:
+        """Where an unquantised model waits: in main memory, or on a GPU with room for it and all else."""
+        cpu = torch.device("cpu")
+        if self.device.type != "cuda" or self.options.codes == "packed":
+            return cpu
+        need = HOME_ROOM * estimate_load(self.origin.config, self.origin.family, self.dtype).device
+        return self.device if need < available_memory(self.device) else cpu
+
+    @property
     def exact_device(self) -> torch.device:
         """Where to prepare: MPS has neither fp64 nor the factorisations of GPTQ."""
         return torch.device("cpu") if self.device.type == "mps" else self.device
@@ -72,7 +84,7 @@ class Model:
     """What all menus of one command share.
 
     Attributes:
-        source: the model, unquantised, in main memory.
+        source: the model, unquantised, where :attr:`Setting.home` says.
         windows: ``calib``, ``search`` and ``valid`` text, and ``tune`` if asked for, int64 ``[windows, length]``.
         reference: the unquantised model's answers on search and validation text.
         workdir: where intermediate results are kept.
@@ -92,7 +104,7 @@ class Model:
 
     def loaded_anew(self, setting: Setting) -> Model:
         """The same with the model as it is in its files: preparation changes it in place."""
-        return replace(self, source=load(setting.origin, device=torch.device("cpu"), dtype=setting.dtype))
+        return replace(self, source=load(setting.origin, device=setting.home, dtype=setting.dtype))
 
 
 class Menu(Searchable):
@@ -224,7 +236,7 @@ class Menu(Searchable):
         """Make weights once more, for the formats that were chosen; kept if that loses less.
 
         Args:
-            model: as it is in its files, in main memory; it is changed.
+            model: as it is in its files; it is changed.
             before: from :meth:`to_refine`; the model that was searched has been released since.
         """
         return found

@@ -285,6 +285,7 @@ class ActivationMenu(Menu):
                     packed=self.packed,
                     checkpoint=model.checkpoint,
                     seed=self.options.seed,
+                    keep_on=torch.device("cpu") if self.packed else None,
                 )
                 save_prepared(workdir, made)
         for path in (workdir.codes, workdir.folder / PREPARED):

@@ -76,7 +76,8 @@ def estimate_search(
         tokens: the larger of calibration and search tokens.
         ctx: tokens per window.
         gradients: the loss is differentiated (``--fitness fisher``), so every block's activations are kept.
-        packed: the simulation keeps its codes packed, and an embedding of its own stays on the host, without gradients.
+        packed: the simulation keeps its codes packed, and the host keeps calibration activations, and an embedding of
+            its own where there are no gradients.
         weighs_tokens: all hidden states of the calibration text are kept first, to see what each token counts.
     """
     sizes = _sizes(config, family, dtype)
@@ -91,13 +92,14 @@ def estimate_search(
     running += sizes.unit if packed else 0
     simulation = sizes.codes + sizes.outside if packed else sizes.codes + sizes.decoded
     states = dtype.itemsize * tokens * config.hidden_size * (config.num_hidden_layers + 1) if weighs_tokens else 0
+    preparation, kept = _preparation(config, sizes.layers, tokens, packed=packed)
     return MemoryEstimate(
         device=weights + running,
         running=running,
-        host=max(simulation, sizes.codes + sizes.converted, sizes.converted + states),  # one stage after the other
+        host=max(simulation, sizes.codes + sizes.converted + kept, sizes.converted + states),  # one after the other
         parameters=sizes.parameters,
         linear_parameters=sizes.linear,
-        preparation=_preparation(config, sizes.layers, tokens),
+        preparation=preparation,
     )
 
 
@@ -216,16 +218,25 @@ def _batch(config: PretrainedConfig, width: int, tokens: int) -> int:
     return max(block, head)
 
 
-def _preparation(config: PretrainedConfig, layers: list[Layer], tokens: int) -> int:
-    """Bytes for one block and its statistics, all in fp32: two copies, both streams of hidden states, what is seen of
-    inputs, and for the widest layer its Hessian (twice, a factor and its workspace) and eight matrices like its weight.
+def _preparation(config: PretrainedConfig, layers: list[Layer], tokens: int, *, packed: bool) -> tuple[int, int]:
+    """Bytes on the device to prepare one block, and those that are kept in main memory instead, all in fp32.
+
+    The largest of three moments: when transforms are folded (a block, what was seen of all inputs, the widest of these
+    once more, and two of its second moments), when the widest layer's Hessian is summed (two blocks, a batch in six
+    forms), and when codes are chosen (the Hessian, its factor, and eight matrices like the weight).
     """
     block = [layer for layer in layers if layer.block == 0]
-    widest = max(layer.in_features for layer in block)
-    seen = tokens * (3 * config.hidden_size + widest)
-    matrices = 8 * max(layer.macs for layer in block)
-    copies = 2 * sum(layer.macs for layer in block)
-    return 4 * (copies + 4 * tokens * config.hidden_size + seen + 4 * widest**2 + matrices)
+    whole, widest = sum(layer.macs for layer in block), max(layer.in_features for layer in block)
+    square, matrix = widest**2, max(layer.macs for layer in block)
+    states, inputs = 4 * tokens * config.hidden_size, tokens * widest  # before and after the block, in both versions
+    seen = 3 * tokens * config.hidden_size + inputs
+    batch = min(tokens, BATCH_TOKENS) * widest
+    on_device = 0 if packed else 1
+    fold = whole + on_device * (states + seen + inputs) + 2 * square + 2 * matrix + (1 - on_device) * 4 * batch
+    add = 2 * whole + on_device * (states + inputs) + square + 3 * matrix + 6 * batch
+    choose = 2 * whole + on_device * states + 2 * square + 8 * matrix
+    kept = 0 if on_device else states + seen + inputs
+    return 4 * max(fold, add, choose), 4 * kept
 
 
 def estimate_load(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,17 @@ def open_gguf(path: Path) -> GGUFReader:
     check_magic(path)
     with reading(path, "GGUF file", problem="is truncated or corrupt", fix="export or download it again"):
         return GGUFReader(path)
+
+
+def open_source(path: Path) -> GGUFReader:
+    """The same for a model that is read more than once: the header, which takes seconds, is kept until it changes."""
+    stat = path.stat() if path.exists() else None
+    return _kept(path, stat and (stat.st_mtime_ns, stat.st_size))
+
+
+@lru_cache(maxsize=1)
+def _kept(path: Path, version: tuple[int, int] | None) -> GGUFReader:
+    return open_gguf(path)
 
 
 def gguf_keys(path: Path) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from halfbyte.core.errors import HalfbyteError, reading
 from halfbyte.core.files import DEMO, home_expanded, sha256
 from halfbyte.core.schema import parsed
 from halfbyte.models.families import Family, family_of
-from halfbyte.models.gguf_file import open_gguf
+from halfbyte.models.gguf_file import open_source
 from halfbyte.models.gguf_source import config_and_tokenizer_folder, read_tensors
 from halfbyte.models.modules import rescale_, vocabulary
 
@@ -292,7 +292,7 @@ def _check_downloads(repo: str, since: float) -> None:
 
 def _from_gguf(origin: Origin, dtype: torch.dtype) -> torch.nn.Module:
     assert origin.gguf_file is not None
-    reader = open_gguf(origin.gguf_file)
+    reader = open_source(origin.gguf_file)
     names = {tensor.name for tensor in reader.tensors}
     origin.config.tie_word_embeddings = origin.family.gguf_name(f"{origin.family.head}.weight") not in names
     with no_init_weights():

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.precision import products
 from halfbyte.core.progress import report
 from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.families import Family
@@ -130,6 +131,7 @@ class Candidates:
         self.errors |= json.loads(read_kept(folder / f"{stem}.json") or "{}")
 
 
+@products(exact=False)
 def encode_candidates_(
     source: SourceModel,
     tokens: torch.Tensor,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.walk import BlockStep, walk_blocks
+from halfbyte.core.precision import products
 from halfbyte.core.progress import report
 from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.loading import SourceModel
@@ -31,6 +32,7 @@ from halfbyte.quant.quantisers.gptq import Ordered, corrected, factorised
 STAGE = "refine types"
 
 
+@products(exact=False)
 def refine_types_(
     source: SourceModel,
     tokens: torch.Tensor,

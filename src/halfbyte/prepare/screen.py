@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.walk import BlockStep, block_copy, call_block, capture
+from halfbyte.core.precision import products
 from halfbyte.core.progress import report
 from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.loading import SourceModel
@@ -31,6 +32,7 @@ TOKENS = 8192  # of calibration text
 STAGE = "transforms that help"
 
 
+@products(exact=False)
 def screened(
     source: SourceModel,
     tokens: torch.Tensor,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.walk import block_copy, call_block, capture
+from halfbyte.core.environment import available_memory
 from halfbyte.core.progress import report
 from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.families import Family
@@ -25,6 +26,7 @@ from halfbyte.search.reference import token_chunks
 
 STAGE = "token weights"
 POWER = 0.5  # of the squared gradient
+STATES_SHARE = 0.5  # of the device's free memory that hidden states may take
 
 
 def token_weights(
@@ -32,8 +34,8 @@ def token_weights(
 ) -> dict[str, torch.Tensor]:
     """First layer of a unit -> weight of every token, fp32 ``[windows, length]``, 1 on average, in main memory.
 
-    Blocks visit ``device`` one at a time, forwards and then backwards; between that all hidden states are in main
-    memory.
+    Blocks visit ``device`` one at a time, forwards and then backwards; between that all hidden states stay there, or in
+    main memory where they would fill the device.
 
     Args:
         source: the unquantised model; it stays as it is.
@@ -42,19 +44,25 @@ def token_weights(
     """
     model, family = source.model, source.family
     inputs = capture(model, family, tokens, device=device, batch=windows_at_once(device, tokens.shape[1]))
-    layers, states = blocks(model, family), [[part.cpu() for part in inputs.hidden]]
+    layers = blocks(model, family)
+    size = sum(part.nbytes for part in inputs.hidden) * (len(layers) + 1)
+    home = device if size < STATES_SHARE * available_memory(device) else torch.device("cpu")
+    states = [[part.to(home) for part in inputs.hidden]]
     for index, layer in enumerate(layers):
         block = block_copy(layer, device)
-        states.append([call_block(block, part.to(device), inputs.kwargs).cpu() for part in states[-1]])
+        states.append([call_block(block, part.to(device), inputs.kwargs).to(home) for part in states[-1]])
         report(STAGE, index, 2 * len(layers), f"block {index}")
     generator = torch.Generator().manual_seed(seed)
-    gradients = [_of_answers(source, part.to(device), generator).cpu() for part in states.pop()]
+    norm = copy.deepcopy(model.get_submodule(family.final_norm)).to(device)
+    head = linear(model, family.head).weight.detach().to(device)
+    gradients = [_of_answers(norm, head, part.to(device), generator).to(home) for part in states.pop()]
+    del norm, head
     found: dict[str, torch.Tensor] = {}
     for index, layer in reversed(list(enumerate(layers))):
         block, powers = block_copy(layer, device), []
         for at, hidden in enumerate(states.pop()):
             before, power = _through(block, family, hidden.to(device), gradients[at].to(device), inputs.kwargs)
-            gradients[at] = before.cpu()
+            gradients[at] = before.to(home)
             powers.append(power)
         for first in powers[0]:
             found[f"{family.blocks}.{index}.{first}"] = _weights(torch.cat([power[first] for power in powers]))
@@ -67,10 +75,8 @@ def _weights(power: torch.Tensor) -> torch.Tensor:
     return (weights / weights.mean()).cpu() if float(weights.mean()) > 0 else torch.ones_like(weights).cpu()
 
 
-def _of_answers(source: SourceModel, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _of_answers(norm: nn.Module, head: torch.Tensor, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """The gradient of −log p(y) at the last block's output ``[windows, length, hidden]``, y drawn for each token."""
-    norm = copy.deepcopy(source.model.get_submodule(source.family.final_norm)).to(hidden.device)
-    head = linear(source.model, source.family.head).weight.detach().to(hidden.device)
     found = []
     for part in token_chunks(hidden.flatten(0, 1)):
         states = part.detach().requires_grad_(True)

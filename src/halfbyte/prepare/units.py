@@ -14,7 +14,8 @@ from halfbyte.quant.int4 import GroupedWeight, fitting_group_size
 from halfbyte.quant.quant_linear import InputScheme
 from halfbyte.quant.quantisers import InputMoments
 
-SAMPLE = 1024  # tokens on which activation ranges are compared and layers measured
+SAMPLE = 1024  # tokens on which layers are measured
+CLIP_SAMPLE, CLIP_OUTPUTS = 512, 512  # tokens and outputs on which activation ranges are compared
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def quantise_unit(
     layers = [linear(step.original, part) for part in group]
     plain = torch.cat([layer.weight for layer in layers])
     weight = scheme.stored_weight(plain)  # [out, in]
-    seen = sample(step.seen[group[0]], SAMPLE)
+    seen = sample(step.seen[group[0]], SAMPLE).to(plain.device)
     inputs = scheme.transform(seen)
-    scheme = scheme.rule.calibrated(scheme, step.seen[group[0]])
+    scheme = scheme.rule.calibrated(scheme, (batch.to(plain.device) for batch in step.seen[group[0]]))
     if recipe.clip:
         scheme = replace(scheme, a4_clip=_best_clip(inputs, weight, scheme))
     note = ""
@@ -105,7 +106,9 @@ def _chosen(
 
 
 def _best_clip(inputs: torch.Tensor, weight: torch.Tensor, scheme: InputScheme) -> float:
-    """The share of a token's range whose 4-bit codes give the least output error."""
+    """The share of a token's range whose 4-bit codes give the least output error, on some tokens and outputs."""
+    inputs = inputs[:: max(1, len(inputs) // CLIP_SAMPLE)]
+    weight = weight[:: max(1, len(weight) // CLIP_OUTPUTS)]
 
     def error(clip: float) -> float:
         noise = replace(scheme, a4_clip=clip).rounded(inputs, 4) - inputs

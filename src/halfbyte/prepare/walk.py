@@ -10,6 +10,7 @@ import torch
 
 from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.precision import products
 from halfbyte.core.progress import report
 from halfbyte.models.checkpoint import CheckpointCodes
 from halfbyte.models.layers import layers_of
@@ -48,6 +49,7 @@ class Prepared:
     scales: dict[str, str] = field(default_factory=dict)
 
 
+@products(exact=False)
 def prepare_(
     source: SourceModel,
     tokens: torch.Tensor,
@@ -57,6 +59,7 @@ def prepare_(
     packed: bool = False,
     checkpoint: CheckpointCodes | None = None,
     seed: int = 0,
+    keep_on: torch.device | None = None,
 ) -> Prepared:
     """Transform and quantise ``source.model`` in place; it becomes its W4 simulation, where it was.
 
@@ -70,6 +73,7 @@ def prepare_(
         packed: blocks that are done keep their codes packed: on the host the same tensors as in the result.
         checkpoint: codes and other parameters that are taken over; the recipe then has no transforms.
         seed: of what :func:`halfbyte.prepare.token_weights.token_weights` draws.
+        keep_on: where hidden states and inputs of layers are kept, by default on ``device``.
 
     Raises:
         HalfbyteError: values that are not finite, or codes that cannot be packed, with the layer's name; or a
@@ -88,7 +92,8 @@ def prepare_(
     work = _Preparation(source, recipe, checkpoint, counts)
     batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
     outputs = tokens
-    for step in walk_blocks(model, family, tokens, device=device, batch=batch, leave=work.pack_ if packed else None):
+    leave = work.pack_ if packed else None
+    for step in walk_blocks(model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on):
         work.block_(step)
         outputs = step.outputs[0]
         report(STAGE, step.index + 1, source.config.num_hidden_layers, f"block {step.index}")

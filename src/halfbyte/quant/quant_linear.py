@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.precision import products
 from halfbyte.quant.arithmetics import ARITHMETICS, Arithmetic
 from halfbyte.quant.balance import LowRank
 from halfbyte.quant.grids import Grid
@@ -56,6 +57,12 @@ class InputScheme:
 
     def transform(self, x: torch.Tensor) -> torch.Tensor:  # [..., in] -> [..., in]
         """The input that the stored weights expect, before rounding; fp32 if anything changes."""
+        if x.dtype != torch.bfloat16:
+            return self._transformed(x)
+        with products(exact=False):  # still finer than the input
+            return self._transformed(x)
+
+    def _transformed(self, x: torch.Tensor) -> torch.Tensor:
         if self.low_rank is not None:
             x = self.low_rank.forward(x.float())
         return self._turned(x) if self.rotated else x

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.walk import run_blocks
+from halfbyte.core.precision import products
 from halfbyte.models.estimate import HEAD_CHUNK_ROWS, HEAD_CHUNK_TOKENS
 from halfbyte.models.families import Family
 from halfbyte.models.modules import linear
@@ -81,6 +82,7 @@ class Reference:
         projected = torch.cat([_project(original, part, other)[0] for part in parts])
         return Reference(projected.view_as(self.projected), self.negentropy, self.final)
 
+    @products(exact=True)
     def kl(self, head: Rows, final: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
         """KL of each token of some ``windows`` (their numbers), fp32 ``[tokens]``.
 
@@ -125,6 +127,7 @@ def log_sum_exp(head: Rows, hidden: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts).logsumexp(dim=0)
 
 
+@products(exact=True)
 def _product(rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """fp32 logits ``[tokens, rows]``; no head of these families has a bias.
 
@@ -137,6 +140,7 @@ def _product(rows: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     return hidden.float() @ rows.float().T
 
 
+@products(exact=True)
 def _project(head: Rows, hidden: torch.Tensor, onto: Rows | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Wᵀ p and Σ p log p of ``hidden`` ``[tokens, hidden]``; with ``onto`` as W, whose p still is the head's."""
     with torch.no_grad():

@@ -46,7 +46,8 @@ def learn_low_rank(unit: UnitStep) -> LowRank:
     inputs = weight.shape[1]
     x_moment = weight.new_zeros(inputs, inputs)
     for batch in unit.step.seen[unit.group[0]]:
-        x_moment.addmm_(batch.T, batch)
+        rows = batch.to(weight.device)
+        x_moment.addmm_(rows.T, rows)
     return low_rank_balance(x_moment, weight.T @ weight, rank_for(inputs))
 
 
@@ -61,7 +62,7 @@ def balance_heads_(unit: UnitStep) -> None:
     seen = step.seen[family.attention_out]
 
     def by_head(rows: torch.Tensor) -> torch.Tensor:  # [rows, in] -> [heads, rows * query heads per head, head_dim]
-        return rows.view(len(rows), heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
+        return rows.to(out.device).view(len(rows), heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
 
     x_moment = sum((by_head(batch).mT @ by_head(batch) for batch in seen), out.new_zeros(heads, head_dim, head_dim))
     w_moment = by_head(out).mT @ by_head(out)
@@ -72,6 +73,8 @@ def balance_heads_(unit: UnitStep) -> None:
     )
     transform_heads_(step.original, family, forward, backward, head_dim)
     step.seen[family.attention_out] = [
-        torch.einsum("thgd,hed->thge", batch.view(len(batch), heads, -1, head_dim), forward).reshape(batch.shape)
+        torch.einsum("thgd,hed->thge", batch.to(out.device).view(len(batch), heads, -1, head_dim), forward)
+        .reshape(batch.shape)
+        .to(batch.device)
         for batch in seen
     ]

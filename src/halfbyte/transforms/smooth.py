@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7)
 POWERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-SAMPLE, OUTPUTS = 512, 1024  # tokens and outputs on which candidates are compared
+SAMPLE, OUTPUTS = 256, 512  # tokens and outputs on which candidates are compared
 
 
 class Smooth(Transform):

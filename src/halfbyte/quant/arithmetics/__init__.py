@@ -7,7 +7,7 @@ measured with the numbers that its engine computes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -32,7 +32,7 @@ class Arithmetic(ABC):
     a_bits: ClassVar[tuple[int, ...]] = (4, 8)
     own_weights: ClassVar[frozenset[int]] = frozenset()
 
-    def calibrated(self, scheme: InputScheme, seen: Sequence[torch.Tensor]) -> InputScheme:
+    def calibrated(self, scheme: InputScheme, seen: Iterable[torch.Tensor]) -> InputScheme:
         """``scheme`` with what the rule keeps fixed at run time.
 
         Args:

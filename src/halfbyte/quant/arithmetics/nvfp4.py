@@ -14,7 +14,7 @@ scale only loses bits below 2⁻⁶, and 448 is 28,672 times that.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ class Nvfp4(Arithmetic):
 
     a_bits = (4, NOT_ROUNDED)
 
-    def calibrated(self, scheme: InputScheme, seen: Sequence[torch.Tensor]) -> InputScheme:
+    def calibrated(self, scheme: InputScheme, seen: Iterable[torch.Tensor]) -> InputScheme:
         return replace(scheme, scale=global_scale(scheme.transform(batch) for batch in seen))
 
     def rounded_to(self, x: torch.Tensor, bits: int, scheme: InputScheme) -> torch.Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from halfbyte.core.precision import products
 from halfbyte.quant.ggml.block_scales import choose_rows
 from halfbyte.quant.ggml.grid import GRIDS, grid_of, has_grid, with_codes
 from halfbyte.quant.ggml.types import decode_tensor, encode
@@ -44,6 +45,7 @@ class Job:
     error: torch.Tensor = field(init=False)
 
 
+@products(exact=True)
 def encode_(jobs: Sequence[Job], importance: torch.Tensor, known: Ordered | None, *, plain: bool) -> None:
     """Encode matrices that share their input, on its device.
 

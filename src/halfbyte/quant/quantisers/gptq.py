@@ -19,6 +19,7 @@ from dataclasses import replace
 
 import torch
 
+from halfbyte.core.precision import products
 from halfbyte.quant.grids import INT4, Grid
 from halfbyte.quant.int4 import ANY_FP16, GroupedWeight, ScaleRule, encode_with_scales, searched_scales
 from halfbyte.quant.kernels import Codes, descend_columns, round_columns
@@ -51,7 +52,9 @@ class Ordered:
         self.back = torch.argsort(self.order)
         last_first = self.order.flip(0)
         self._mean = hessian.diagonal().mean()
-        self._hessian = hessian[last_first][:, last_first]
+        self._hessian = hessian[last_first]
+        for rows in self._hessian.split(BLOCK):
+            rows.copy_(rows[:, last_first])
         self._damping = 0.0
         self._factor = hessian.new_empty(0)
 
@@ -220,6 +223,7 @@ def factorised(known: Ordered) -> Ordered:
     return identity
 
 
+@products(exact=True)
 def corrected(moments: InputMoments, known: Ordered) -> torch.Tensor:
     """``W + β E[W (x − x̂) x̂ᵀ] H⁻¹``, ``[out, in]``: what is rounded.
 
@@ -230,6 +234,7 @@ def corrected(moments: InputMoments, known: Ordered) -> torch.Tensor:
     return moments.weight + share * known.divide(moments.drift)
 
 
+@products(exact=True)
 def quantise(
     weight: torch.Tensor, group_size: int, moments: InputMoments, *, where: object, rule: ScaleRule = ANY_FP16
 ) -> tuple[GroupedWeight, str]:

@@ -17,7 +17,7 @@ from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFReader, GGUFValue
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_output, check_space, scratch_folder, whole_file
 from halfbyte.core.progress import report
-from halfbyte.models.gguf_file import open_gguf
+from halfbyte.models.gguf_file import open_gguf, open_source
 from halfbyte.models.gguf_source import halves_from_pairs
 from halfbyte.models.loading import SourceModel
 from halfbyte.quant.ggml.types import decode
@@ -78,7 +78,7 @@ def write_gguf(
             left behind.
     """
     path = check_output(path, force=True)
-    reader = open_gguf(source.origin.gguf_file) if source.origin.gguf_file else None
+    reader = open_source(source.origin.gguf_file) if source.origin.gguf_file else None
     types = TensorTypes(embedding_type, output_type, layer_types)
     factors = rope_frequency_factors(source.config)
     plans = plan_tensors(source, weights or {}, overrides or {}, types, factors, encoded, made)
@@ -95,7 +95,7 @@ def header_bytes(source: SourceModel) -> int:
     Raises:
         HalfbyteError: what :func:`check_exportable` refuses.
     """
-    reader = open_gguf(source.origin.gguf_file) if source.origin.gguf_file else None
+    reader = open_source(source.origin.gguf_file) if source.origin.gguf_file else None
     plans = plan_tensors(source, {}, {}, TensorTypes("F16", "F16"), rope_frequency_factors(source.config))
     with scratch_folder() as folder:
         path = folder / "header"

@@ -1,0 +1,24 @@
+"""How exactly CUDA multiplies fp32 matrices: in fp32, or in TF32, which is several times as fast.
+
+TF32 rounds both factors to 10 bits of mantissa (3 more than bf16 has) and adds up in fp32. For sums over thousands of
+tokens, and for weights that will be rounded to 4 bits, that is enough (docs/results.md); for logits and for systems of
+equations it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def products(*, exact: bool) -> Iterator[None]:
+    """Inside, products of fp32 matrices on CUDA are computed in fp32 (``exact``) or in TF32; also as a decorator."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = not exact
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before

@@ -222,8 +222,9 @@ def _preparation(config: PretrainedConfig, layers: list[Layer], tokens: int, *, 
     """Bytes on the device to prepare one block, and those that are kept in main memory instead, all in fp32.
 
     The largest of three moments: when transforms are folded (a block, what was seen of all inputs, the widest of these
-    once more, and two of its second moments), when the widest layer's Hessian is summed (two blocks, a batch in six
-    forms), and when codes are chosen (the Hessian, its factor, and eight matrices like the weight).
+    once more, and two of its second moments), when the widest layer's Hessian is summed (a block and what is left of
+    the original, a batch in eight forms), and when codes are chosen (the Hessian, its factor, and eight matrices like
+    the weight).
     """
     block = [layer for layer in layers if layer.block == 0]
     whole, widest = sum(layer.macs for layer in block), max(layer.in_features for layer in block)
@@ -233,8 +234,8 @@ def _preparation(config: PretrainedConfig, layers: list[Layer], tokens: int, *, 
     batch = min(tokens, BATCH_TOKENS) * widest
     on_device = 0 if packed else 1
     fold = whole + on_device * (states + seen + inputs) + 2 * square + 2 * matrix + (1 - on_device) * 4 * batch
-    add = 2 * whole + on_device * (states + inputs) + square + 3 * matrix + 6 * batch
-    choose = 2 * whole + on_device * states + 2 * square + 8 * matrix
+    add = whole + on_device * (states + inputs) + square + 4 * matrix + 8 * batch
+    choose = whole + on_device * states + 2 * square + 9 * matrix
     kept = 0 if on_device else states + seen + inputs
     return 4 * max(fold, add, choose), 4 * kept
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
+from torch import nn
 
 from halfbyte.calibration.walk import BlockStep, walk_blocks
 from halfbyte.core.errors import HalfbyteError
@@ -15,6 +16,7 @@ from halfbyte.core.progress import report
 from halfbyte.models.checkpoint import CheckpointCodes
 from halfbyte.models.layers import layers_of
 from halfbyte.models.loading import SourceModel
+from halfbyte.models.modules import linear
 from halfbyte.plan import Codes, LayerPlan, load_codes, save_codes
 from halfbyte.prepare.checkpoint import check_same_model, original_answers, take_block_, take_ends_
 from halfbyte.prepare.folding import changed_ends, fold_block_, fold_ends_
@@ -150,6 +152,8 @@ class _Preparation:
             self.made.layers[name] = _entry(unit, codes, self.recipe)
             self.made.sensitivity[name] = _sensitivity(name, unit.errors[part])
             replace_linear_(step.quantised, part, codes, self._shared, unit.scheme)
+            if step.quantised is not step.original:  # which nothing reads any more: room for the next unit
+                linear(step.original, part).weight = nn.Parameter(codes.scales.new_empty(0), requires_grad=False)
         set_activation_bits_(step.quantised, dict.fromkeys(unit.codes, self.recipe.stream_bits))
 
     def pack_(self, step: BlockStep) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from halfbyte.core.distributed import Group
 from halfbyte.quant.int4 import encode_with_scales, searched_scales
 from halfbyte.quant.quantisers import QUANTISERS, InputMoments
 from halfbyte.quant.quantisers.gptq import output_error
@@ -47,3 +48,35 @@ def test_means_over_all_batches(sizes, rows):
     assert moments.tokens == 60
     assert torch.allclose(moments.hessian, rounded.T @ rounded / 60, atol=1e-5)
     assert torch.allclose(moments.drift, weight @ (x - rounded).T @ rounded / 60, atol=1e-5)
+
+
+class Pair(Group):
+    """One of two processes, of which the other has seen what is known here."""
+
+    size = 2
+
+    def __init__(self, other: InputMoments) -> None:
+        self.other, self.sums = other, [other.hessian, other.away]
+
+    def merge(self, results):
+        return [*results, self.other.tokens]
+
+    def sum_(self, tensor):
+        share = self.other.tokens / sum(self.merge([5]))  # the means of the other, as it would send them
+        return tensor.add_(self.sums.pop(0) * share)
+
+
+@pytest.mark.parametrize("outputs", [4, 20])  # fewer and more than inputs
+def test_moments_of_two_processes_are_those_of_one(outputs):
+    weight, parts = torch.randn(outputs, 8), [(torch.randn(n, 8), torch.randn(n, 8)) for n in (5, 7)]
+    whole, mine, theirs = (InputMoments(weight) for _ in range(3))
+    for one, (x, rounded) in zip((mine, theirs), parts, strict=True):
+        one.add(x, rounded)
+        whole.add(x, rounded)
+    mine.merge_(Pair(theirs))
+    assert mine.tokens == whole.tokens == 12
+    assert torch.allclose(mine.hessian, whole.hessian, atol=1e-5)
+    assert torch.allclose(mine.drift, whole.drift, atol=1e-5)
+    mine.keep_(slice(1, 3))
+    assert torch.equal(mine.weight, weight[1:3])
+    assert torch.allclose(mine.drift, whole.drift[1:3], atol=1e-5)

@@ -80,5 +80,5 @@ def test_a_given_alpha_is_not_discussed(tiny):
 
 def test_samples_are_spread_over_all_batches():
     batches = list(torch.arange(100.0).view(4, 25, 1))
-    assert sample(batches, 10).flatten().tolist() == [0, 10, 20, 25, 35, 45, 50, 60, 70, 75]
-    assert len(sample(batches, 1000)) == 100
+    assert sample(batches, 10, torch.device("cpu")).flatten().tolist() == [0, 10, 20, 25, 35, 45, 50, 60, 70, 75]
+    assert len(sample(batches, 1000, torch.device("cpu"))) == 100

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from halfbyte.core.distributed import ALONE, Group
 from halfbyte.models.families import Family
 from halfbyte.models.modules import blocks
 
@@ -49,6 +50,7 @@ class BlockStep:
         quantised: after :meth:`split`, its copy, whose linears are to be replaced one group after the other.
         seen: after :meth:`observe`, first linear of a group -> per batch its input in the original ``[tokens, in]``.
         outputs: after :meth:`observe`, per batch the original's output ``[windows, length, hidden]``.
+        group: processes that walk over the same blocks, each with its share of the batches.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class BlockStep:
         hidden: list[tuple[torch.Tensor, torch.Tensor]],
         kwargs: dict[str, Any],
         attention_out: str,
+        group: Group = ALONE,
     ) -> None:
+        self.group = group
         self.index, self.original, self.quantised = index, block, block
         self.seen: dict[str, list[torch.Tensor]] = {}
         self._hidden, self._kwargs = hidden, kwargs
@@ -165,6 +169,7 @@ def walk_blocks(
     leave: Callable[[BlockStep], None] | None = None,
     keep_on: torch.device | None = None,
     copies: Sequence[torch.Tensor] | None = None,
+    group: Group = ALONE,
 ) -> Iterator[BlockStep]:
     """Yield a :class:`BlockStep` per block; afterwards the model holds the quantised copy where the block was.
 
@@ -178,6 +183,7 @@ def walk_blocks(
             device that is too small for them.
         copies: what the first block's copy is called with, one ``[windows, length, hidden]`` per batch; by default what
             the block itself is.
+        group: see :class:`BlockStep`; ``tokens`` are this process's share.
     """
     inputs = capture(model, family, tokens, device=device, batch=batch)
     kept = [part.to(keep_on or device).float() for part in inputs.hidden]
@@ -190,7 +196,7 @@ def walk_blocks(
         block = blocks(model, family)[index]
         first = next(block.parameters())
         home, dtype = first.device, first.dtype
-        step = BlockStep(index, block_copy(block, device, torch.float32), hidden, kwargs, family.attention_out)
+        step = BlockStep(index, block_copy(block, device, torch.float32), hidden, kwargs, family.attention_out, group)
         del block, first  # nothing but the model holds them, so that its memory is free when the copy takes its place
         yield step
         hidden = step.advance()
@@ -199,10 +205,14 @@ def walk_blocks(
         setattr(holder, str(index), step.quantised.to(dtype).to(home))  # converted where it is, then moved
 
 
-def sample(batches: Sequence[torch.Tensor], tokens: int) -> torch.Tensor:
-    """At most ``tokens`` rows, evenly spaced over all batches of ``[tokens, in]``."""
-    stride = max(1, sum(len(batch) for batch in batches) // tokens)
-    return torch.cat([batch[::stride] for batch in batches])[:tokens]
+def sample(batches: Sequence[torch.Tensor], tokens: int, device: torch.device, group: Group = ALONE) -> torch.Tensor:
+    """At most ``tokens`` rows, evenly spaced over all batches of ``[tokens, in]``, on ``device``.
+
+    Args:
+        group: each of whose processes has a share of the batches; all get the same rows.
+    """
+    stride = max(1, sum(group.merge([len(batch) for batch in batches])) // tokens)
+    return torch.cat(group.merge_rows([batch[::stride].to(device) for batch in batches]))[:tokens]
 
 
 def _as_fp32(value: Any) -> Any:

@@ -1,8 +1,10 @@
-"""Several processes that share one search: each evaluates its part, and all of them know every result.
+"""Several processes that share one search: each does its part, and all of them know every result.
 
-Every process runs the same program and makes the same decisions; only evaluations are divided, and only the first
-process prepares weights and writes files. What travels is small (numbers per genome, and once the prepared codes), so
-gloo carries it whatever the device. ``torchrun`` starts the processes and says who is who in the environment.
+Every process runs the same program and makes the same decisions; only the work is divided, and only the first process
+writes files. W4 codes are prepared together: calibration text and rows of weights are shared, second moments summed.
+ggml types are encoded by the first process, whose files the others get. Objects and files travel through gloo; tensors
+through whatever suits their device (NCCL between GPUs). ``torchrun`` starts the processes and says who is who in the
+environment.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from halfbyte.core.errors import HalfbyteError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=24)  # the others wait while the first prepares; a dead process is noticed at once
+PATIENCE = timedelta(hours=24)  # the others wait while the first encodes; a dead process is noticed at once
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -32,7 +34,7 @@ class Group:
 
     @property
     def first(self) -> bool:
-        """Whether this process prepares and writes."""
+        """Whether this process writes."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
@@ -42,6 +44,18 @@ class Group:
     def merge(self, results: Sequence[T]) -> list[T]:
         """All results in the order of the items, from each process's results for its :meth:`share`."""
         return list(results)
+
+    def merge_rows(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """:meth:`merge` for tensors, which stay on their device; every process has some."""
+        return list(parts)
+
+    def first_rows(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The first process's tensors, of shapes that every process has, on their device."""
+        return list(parts)
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add up the tensors of all processes, in place, to the same bits everywhere."""
+        return tensor
 
     def from_first(self, value: T) -> T:
         """The first process's value, in every process."""
@@ -79,11 +93,34 @@ class _TorchGroup(Group):
         return found
 
     def merge(self, results: Sequence[T]) -> list[T]:
-        parts = self._gather(list(results))
-        merged = []
-        for index in range(sum(len(part) for part in parts)):
-            merged.append(parts[index % self.size][index // self.size])
-        return merged
+        return self._in_order(self._gather(list(results)))
+
+    def _in_order(self, parts: Sequence[Sequence[T]]) -> list[T]:
+        """From what each process has of the items."""
+        return [parts[index % self.size][index // self.size] for index in range(sum(map(len, parts)))]
+
+    def merge_rows(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        shapes = self._gather([part.shape for part in parts])
+        own = torch.cat([part.flatten() for part in parts])
+        sizes = [sum(shape.numel() for shape in shapes_of) for shapes_of in shapes]
+        sent, got = own.new_zeros(max(sizes)), [own.new_empty(max(sizes)) for _ in sizes]
+        sent[: len(own)] = own
+        _talk(lambda: dist.all_gather(got, sent))
+        split = [
+            [part.view(shape) for part, shape in zip(flat[:size].split([s.numel() for s in of]), of, strict=True)]
+            for flat, size, of in zip(got, sizes, shapes, strict=True)
+        ]
+        return self._in_order(split)
+
+    def first_rows(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        own = [part.contiguous() for part in parts]
+        for part in own:
+            _talk(lambda part=part: dist.broadcast(part, src=0))
+        return own
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        _talk(lambda: dist.all_reduce(tensor))
+        return tensor
 
     def from_first(self, value: T) -> T:
         box = [value]
@@ -135,7 +172,7 @@ def joined() -> Iterator[Group]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available():
         yield ALONE
         return
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
     _joined.append(_TorchGroup())
     try:
         yield processes()

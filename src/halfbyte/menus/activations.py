@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from halfbyte.core.distributed import processes
+from halfbyte.core.distributed import ALONE, Group, processes
 from halfbyte.core.files import sha256
 from halfbyte.core.progress import report
 from halfbyte.menus import Menu, Model, Setting, Written
@@ -271,26 +271,38 @@ class ActivationMenu(Menu):
         return Written([(_codes_of(workdir, refined=found.refined), codes_path(output))], {})
 
     def _prepared(self, model: Model) -> Prepared:
-        """The W4 simulation: made by the first process, or read from where an interrupted run left it."""
-        made, source, workdir, device = None, model.source, model.workdir, self.setting.device
-        if processes().first:
-            if workdir.resumed:
-                made = load_prepared_(source, workdir, self.recipe, device=device, packed=self.packed)
-            if made is None:
-                made = prepare_(
-                    source,
-                    model.windows["calib"],
-                    self.recipe,
-                    device=self.setting.exact_device,
-                    packed=self.packed,
-                    checkpoint=model.checkpoint,
-                    seed=self.options.seed,
-                    keep_on=torch.device("cpu") if self.packed else None,
-                )
+        """The W4 simulation: made by all processes, or read from where the first left it.
+
+        That is where a run was interrupted, or the codes are a checkpoint's, which only the first process has.
+        """
+        source, workdir, group = model.source, model.workdir, processes()
+
+        def prepare(group: Group) -> Prepared:
+            return prepare_(
+                source,
+                model.windows["calib"],
+                self.recipe,
+                device=self.setting.exact_device,
+                packed=self.packed,
+                checkpoint=model.checkpoint,
+                seed=self.options.seed,
+                keep_on=torch.device("cpu") if self.packed else None,
+                group=group,
+            )
+
+        def load() -> Prepared | None:
+            return load_prepared_(source, workdir, self.recipe, device=self.setting.device, packed=self.packed)
+
+        made = load() if group.first and workdir.resumed else None
+        together = group.from_first(made is None and model.checkpoint is None)
+        if made is None and (together or group.first):
+            made = prepare(group if together else ALONE)
+            if group.first:
                 save_prepared(workdir, made)
-        for path in (workdir.codes, workdir.folder / PREPARED):
-            processes().send_file(path)
-        made = made or load_prepared_(source, workdir, self.recipe, device=device, packed=self.packed)
+        if not together:
+            for path in (workdir.codes, workdir.folder / PREPARED):
+                group.send_file(path)
+        made = made or load()
         assert made is not None
         return made
 

@@ -353,8 +353,8 @@ class TypeMenu(Menu):
         """Every matrix in every type of its menu, encoded by the first process into the work folder."""
         folder, files = model.workdir.candidates, part_files(model.workdir.candidates, self.menus)
         there = sum(path.stat().st_size for path in files if path.exists())
+        folder.mkdir(parents=True, exist_ok=True)  # of a process on another machine the first thing in its work folder
         check_space(folder, sum(menu.nbytes(kind) for menu in self.menus for kind in menu.types) - there)
-        folder.mkdir(parents=True, exist_ok=True)
         recipe = self._recipe
 
         def encode() -> Candidates:

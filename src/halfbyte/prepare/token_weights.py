@@ -9,13 +9,14 @@ it). Few tokens have most of it, so its root is taken: with all of it, what is f
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from halfbyte.calibration.walk import block_copy, call_block, capture
+from halfbyte.core.distributed import ALONE, Group
 from halfbyte.core.environment import available_memory
 from halfbyte.core.progress import report
 from halfbyte.models.estimate import windows_at_once
@@ -30,7 +31,7 @@ STATES_SHARE = 0.5  # of the device's free memory that hidden states may take
 
 
 def token_weights(
-    source: SourceModel, tokens: torch.Tensor, *, device: torch.device, seed: int = 0
+    source: SourceModel, tokens: torch.Tensor, *, device: torch.device, seed: int = 0, group: Group = ALONE
 ) -> dict[str, torch.Tensor]:
     """First layer of a unit -> weight of every token, fp32 ``[windows, length]``, 1 on average, in main memory.
 
@@ -41,6 +42,7 @@ def token_weights(
         source: the unquantised model; it stays as it is.
         tokens: calibration text, int64 ``[windows, length]``.
         seed: of the words that are drawn.
+        group: processes that each have their share of the batches.
     """
     model, family = source.model, source.family
     inputs = capture(model, family, tokens, device=device, batch=windows_at_once(device, tokens.shape[1]))
@@ -53,9 +55,12 @@ def token_weights(
         states.append([call_block(block, part.to(device), inputs.kwargs).to(home) for part in states[-1]])
         report(STAGE, index, 2 * len(layers), f"block {index}")
     generator = torch.Generator().manual_seed(seed)
+    sizes = group.merge([part.shape[:2].numel() for part in inputs.hidden])
+    chances = group.share([torch.rand(size, 1, generator=generator) for size in sizes])
     norm = copy.deepcopy(model.get_submodule(family.final_norm)).to(device)
     head = linear(model, family.head).weight.detach().to(device)
-    gradients = [_of_answers(norm, head, part.to(device), generator).to(home) for part in states.pop()]
+    ends = zip(states.pop(), chances, strict=True)
+    gradients = [_of_answers(norm, head, part.to(device), chance).to(home) for part, chance in ends]
     del norm, head
     found: dict[str, torch.Tensor] = {}
     for index, layer in reversed(list(enumerate(layers))):
@@ -65,25 +70,31 @@ def token_weights(
             gradients[at] = before.to(home)
             powers.append(power)
         for first in powers[0]:
-            found[f"{family.blocks}.{index}.{first}"] = _weights(torch.cat([power[first] for power in powers]))
+            found[f"{family.blocks}.{index}.{first}"] = _weights([power[first] for power in powers], group)
         report(STAGE, 2 * len(layers) - index, 2 * len(layers), f"block {index}")
     return found
 
 
-def _weights(power: torch.Tensor) -> torch.Tensor:
-    weights = power.pow(POWER)
-    return (weights / weights.mean()).cpu() if float(weights.mean()) > 0 else torch.ones_like(weights).cpu()
+def _weights(powers: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
+    weights = torch.cat(tuple(powers)).pow(POWER)
+    mean = torch.cat(group.merge_rows(powers)).pow(POWER).mean()
+    return (weights / mean).cpu() if float(mean) > 0 else torch.ones_like(weights).cpu()
 
 
-def _of_answers(norm: nn.Module, head: torch.Tensor, hidden: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """The gradient of −log p(y) at the last block's output ``[windows, length, hidden]``, y drawn for each token."""
+def _of_answers(norm: nn.Module, head: torch.Tensor, hidden: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
+    """The gradient of −log p(y) at the last block's output ``[windows, length, hidden]``, y drawn for each token.
+
+    Args:
+        chances: uniform in [0, 1), ``[tokens, 1]``.
+    """
     found = []
-    for part in token_chunks(hidden.flatten(0, 1)):
+    parts = token_chunks(hidden.flatten(0, 1))
+    for part, chance in zip(parts, chances.split(len(parts[0])), strict=True):
         states = part.detach().requires_grad_(True)
         with torch.enable_grad():
             log_p = nn.functional.linear(norm(states), head).float().log_softmax(-1)  # [tokens, vocab]
-            chance = torch.rand(len(part), 1, generator=generator).to(log_p.device)
-            drawn = torch.searchsorted(log_p.detach().exp().cumsum(-1), chance).clamp_max(log_p.shape[-1] - 1)
+            drawn = torch.searchsorted(log_p.detach().exp().cumsum(-1), chance.to(log_p.device))
+            drawn = drawn.clamp_max(log_p.shape[-1] - 1)
             log_p.gather(-1, drawn).sum().neg().backward()
         assert states.grad is not None
         found.append(states.grad)

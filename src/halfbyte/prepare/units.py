@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from halfbyte.calibration.walk import BlockStep, sample
+from halfbyte.core.distributed import Group
 from halfbyte.models.modules import linear
 from halfbyte.prepare.recipe import A4_CLIPS, Recipe
 from halfbyte.quant.int4 import GroupedWeight, fitting_group_size
@@ -57,11 +58,12 @@ def quantise_unit(
     layers = [linear(step.original, part) for part in group]
     plain = torch.cat([layer.weight for layer in layers])
     weight = scheme.stored_weight(plain)  # [out, in]
-    seen = sample(step.seen[group[0]], SAMPLE).to(plain.device)
+    seen = sample(step.seen[group[0]], SAMPLE, plain.device, step.group)
     inputs = scheme.transform(seen)
     scheme = scheme.rule.calibrated(scheme, (batch.to(plain.device) for batch in step.seen[group[0]]))
+    scheme = replace(scheme, scale=min(step.group.merge([scheme.scale])))  # which the largest values decide
     if recipe.clip:
-        scheme = replace(scheme, a4_clip=_best_clip(inputs, weight, scheme))
+        scheme = replace(scheme, a4_clip=step.group.from_first(_best_clip(inputs, weight, scheme)))
     note = ""
     if not codes:
         codes, note = _chosen(step, group, weight, recipe, scheme, where, token_weights)
@@ -76,7 +78,7 @@ def quantise_unit(
         low, high = (float((made[bits] - expected).square().mean()) for bits in widths)
         errors[part] = (low, high, float(expected.square().mean()))
         start = rows.stop
-    return QuantisedUnit(dict(codes), scheme, note, errors)
+    return QuantisedUnit(dict(codes), scheme, note, step.group.from_first(errors))
 
 
 def _chosen(
@@ -95,14 +97,29 @@ def _chosen(
             moments.add(
                 scheme.transform(original), scheme.rounded(scheme.transform(of_copy), recipe.stream_bits), counts
             )
+        moments.merge_(step.group)
     del step.seen[group[0]]
-    group_size = fitting_group_size(weight.shape[1], recipe.group_size)
-    together, note = recipe.quantiser.encode(moments, group_size, where, recipe.scale_rule)
+    codes, scales, own, note = _encoded(moments, recipe, step.group, where)
     outputs = [linear(step.original, part).weight.shape[0] for part in group]
-    rows = zip(together.codes.split(outputs), together.scales.split(outputs), strict=True)
-    return {
-        part: GroupedWeight(*own, together.bits, together.grid) for part, own in zip(group, rows, strict=True)
-    }, note
+    rows = zip(codes.split(outputs), scales.split(outputs), strict=True)
+    return {part: GroupedWeight(*of, own.bits, own.grid) for part, of in zip(group, rows, strict=True)}, note
+
+
+def _encoded(
+    moments: InputMoments, recipe: Recipe, group: Group, where: str
+) -> tuple[torch.Tensor, torch.Tensor, GroupedWeight, str]:
+    """Codes and scales of all rows, those that this process chose, and a note. Processes share rows where they can."""
+    out, inputs = moments.weight.shape
+    shared = recipe.scale_rule.by_row and out >= group.size > 1
+    if shared:
+        ends = [out * rank // group.size for rank in (group.rank, group.rank + 1)]
+        moments.keep_(slice(*ends))
+    own, note = recipe.quantiser.encode(
+        moments, fitting_group_size(inputs, recipe.group_size), where, recipe.scale_rule
+    )
+    both = [own.codes, own.scales]
+    codes, scales = (torch.cat(group.merge_rows([part])) for part in both) if shared else group.first_rows(both)
+    return codes, scales, own, group.from_first(note)
 
 
 def _best_clip(inputs: torch.Tensor, weight: torch.Tensor, scheme: InputScheme) -> float:

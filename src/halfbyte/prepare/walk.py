@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from halfbyte.calibration.walk import BlockStep, walk_blocks
+from halfbyte.core.distributed import ALONE, Group
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.precision import products
 from halfbyte.core.progress import report
 from halfbyte.models.checkpoint import CheckpointCodes
+from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.layers import layers_of
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import linear
@@ -31,7 +33,6 @@ from halfbyte.workdir import Workdir, read_kept, write_kept
 
 PREPARED = "prepared.json"
 STAGE = "transforms and W4 codes"
-BATCH_TOKENS = 4096  # that go through a block at once on an accelerator
 
 
 @dataclass
@@ -62,6 +63,7 @@ def prepare_(
     checkpoint: CheckpointCodes | None = None,
     seed: int = 0,
     keep_on: torch.device | None = None,
+    group: Group = ALONE,
 ) -> Prepared:
     """Transform and quantise ``source.model`` in place; it becomes its W4 simulation, where it was.
 
@@ -76,6 +78,7 @@ def prepare_(
         checkpoint: codes and other parameters that are taken over; the recipe then has no transforms.
         seed: of what :func:`halfbyte.prepare.token_weights.token_weights` draws.
         keep_on: where hidden states and inputs of layers are kept, by default on ``device``.
+        group: processes that share the work; all of them get the whole result. Without a checkpoint.
 
     Raises:
         HalfbyteError: values that are not finite, or codes that cannot be packed, with the layer's name; or a
@@ -86,16 +89,21 @@ def prepare_(
         check_packable(layer.in_features, where=layer.name)
     expected = original_answers(source, tokens, device=device) if checkpoint is not None else None
     weighed = recipe.quantiser.looks_at_inputs and checkpoint is None
-    counts = token_weights(source, tokens, device=device, seed=seed) if weighed else {}
+    batch = windows_at_once(device, tokens.shape[1])
+    batches = tokens.split(batch)
+    if len(batches) < group.size:  # every process does everything
+        group = ALONE
+    tokens = torch.cat(tuple(group.share(batches)))
+    counts = token_weights(source, tokens, device=device, seed=seed, group=group) if weighed else {}
     if checkpoint is None:
         fold_ends_(source, recipe, device)
     else:
         take_ends_(source, checkpoint)
     work = _Preparation(source, recipe, checkpoint, counts)
-    batch = 1 if device.type == "cpu" else max(1, BATCH_TOKENS // tokens.shape[1])
     outputs = tokens
     leave = work.pack_ if packed else None
-    for step in walk_blocks(model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on):
+    walk = walk_blocks(model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on, group=group)
+    for step in walk:
         work.block_(step)
         outputs = step.outputs[0]
         report(STAGE, step.index + 1, source.config.num_hidden_layers, f"block {step.index}")

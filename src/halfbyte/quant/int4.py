@@ -25,11 +25,13 @@ class ScaleRule:
         bf16: exactly representable in bf16 too, for engines that keep scales in the model's dtype.
         signed: it may be negative, which turns the grid around.
         grid: what 4-bit codes may be.
+        by_row: what the scales of a row may be depends on that row alone.
     """
 
     bf16: bool = False
     signed: bool = True
     grid: Grid = INT4
+    by_row: bool = True
 
     def rounded(self, scales: torch.Tensor) -> torch.Tensor:
         """The nearest such fp16 numbers. What fp16 makes of a bf16 number is one: it has 11 bits, and 8 are used; below

@@ -48,7 +48,8 @@ def learn_low_rank(unit: UnitStep) -> LowRank:
     for batch in unit.step.seen[unit.group[0]]:
         rows = batch.to(weight.device)
         x_moment.addmm_(rows.T, rows)
-    return low_rank_balance(x_moment, weight.T @ weight, rank_for(inputs))
+    made = low_rank_balance(unit.step.group.sum_(x_moment), weight.T @ weight, rank_for(inputs))
+    return LowRank(*unit.step.group.first_rows([made.basis, made.gain]))
 
 
 def balance_heads_(unit: UnitStep) -> None:
@@ -65,12 +66,14 @@ def balance_heads_(unit: UnitStep) -> None:
         return rows.to(out.device).view(len(rows), heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
 
     x_moment = sum((by_head(batch).mT @ by_head(batch) for batch in seen), out.new_zeros(heads, head_dim, head_dim))
+    step.group.sum_(x_moment)
     w_moment = by_head(out).mT @ by_head(out)
     used = (x_moment.diagonal(dim1=1, dim2=2).sum(1) > 0) & (w_moment.diagonal(dim1=1, dim2=2).sum(1) > 0)
     eye = torch.eye(head_dim, device=out.device)
     forward, backward = (
         torch.where(used[:, None, None], matrix, eye) for matrix in balancing_matrices(x_moment, w_moment)
     )
+    forward, backward = step.group.first_rows([forward, backward])
     transform_heads_(step.original, family, forward, backward, head_dim)
     step.seen[family.attention_out] = [
         torch.einsum("thgd,hed->thge", batch.to(out.device).view(len(batch), heads, -1, head_dim), forward)

@@ -59,8 +59,10 @@ def scale_unit_(unit: UnitStep) -> None:
         unit.scales, scales = candidates[0]
     else:
         stride = max(1, len(weight) // OUTPUTS)
-        error = _output_error(unit, sample(seen, SAMPLE).to(device), weight[::stride], where)
-        unit.scales, scales = min(candidates, key=lambda candidate: error(candidate[1]))
+        error = _output_error(unit, sample(seen, SAMPLE, device, step.group), weight[::stride], where)
+        best = min(range(len(candidates)), key=lambda at: error(candidates[at][1]))
+        unit.scales, scales = candidates[step.group.from_first(best)]
+        (scales,) = step.group.first_rows([scales])
     fold_scales_(block, family, group, scales, head_dim=unit.head_dim)
     unit.channel_scales = scales
     step.seen[group[0]] = [(batch.to(device) / scales).to(batch.device) for batch in seen]
@@ -69,13 +71,15 @@ def scale_unit_(unit: UnitStep) -> None:
 def _statistics(unit: UnitStep, weight: torch.Tensor, where: str) -> dict[str, torch.Tensor]:
     """Mean squares and largest values of inputs and weights per channel, ``[in]`` each."""
     seen, device = unit.step.seen[unit.group[0]], weight.device
-    powers, largest = zip(*((x.square().sum(0), x.abs().amax(0)) for x in (x.to(device) for x in seen)), strict=True)
-    x_power = torch.stack(powers).sum(0) / sum(len(batch) for batch in seen)
+    group = unit.step.group
+    of_batches = [torch.stack((x.square().sum(0), x.abs().amax(0))) for x in (x.to(device) for x in seen)]  # [2, in]
+    powers, largest = torch.stack(group.merge_rows(of_batches)).unbind(1)  # [batches, in]
+    x_power = powers.sum(0) / sum(group.merge([len(batch) for batch in seen]))
     check_finite(x_power, where, "activations are")
     statistics = {
         "x_power": x_power,
         "w_power": weight.square().mean(0),
-        "x_absmax": torch.stack(largest).amax(0),
+        "x_absmax": largest.amax(0),
         "w_absmax": weight.abs().amax(0),
     }
     if unit.reads_heads:

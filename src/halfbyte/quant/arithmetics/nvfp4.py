@@ -78,6 +78,7 @@ class Nvfp4Scales(ScaleRule):
 
     signed: bool = False
     grid: Grid = E2M1
+    by_row: bool = False
 
     def rounded(self, scales: torch.Tensor) -> torch.Tensor:
         """The nearest numbers of four significant bits, as e4m3 has where it is not subnormal."""

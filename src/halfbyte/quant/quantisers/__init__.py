@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from halfbyte.core.distributed import Group
 from halfbyte.core.registry import Registry
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class InputMoments:
     tokens: int = 0
 
     def __post_init__(self) -> None:
+        self._narrow = self.weight.shape[0] < self.weight.shape[1]
         self.hessian = self.weight.new_zeros(self.weight.shape[1], self.weight.shape[1])
         self.away = self.weight.new_zeros(min(self.weight.shape), self.weight.shape[1])
 
@@ -68,9 +70,18 @@ class InputMoments:
         """Mean of W (x − x̂) x̂ᵀ, ``[out, in]``."""
         return self.away if self._narrow else self.weight @ self.away
 
-    @property
-    def _narrow(self) -> bool:
-        return self.weight.shape[0] < self.weight.shape[1]
+    def merge_(self, group: Group) -> None:
+        """Make these the moments of what all processes have seen."""
+        own, self.tokens = self.tokens, sum(group.merge([self.tokens]))
+        if group.size > 1:
+            for mean in (self.hessian, self.away):
+                group.sum_(mean.mul_(own / self.tokens))
+
+    def keep_(self, rows: slice) -> None:
+        """Keep some rows of the weight, and forget the others."""
+        self.weight = self.weight[rows]
+        if self._narrow:
+            self.away = self.away[rows]
 
     def take_hessian(self) -> torch.Tensor:
         """Hand the Hessian over and forget it, to make room."""

@@ -82,6 +82,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="also tune; 96 is what results.md has")
     parser.add_argument("--tune_columns", nargs="+", choices=COLUMNS[1:], default=COLUMNS[1:], metavar="COLUMN")
     parser.add_argument("--power", type=float, default=token_weights.POWER, help="of token weights; 0: all alike")
+    parser.add_argument("--seed", type=int, default=0, help="of the words that token weights are drawn from")
     parser.add_argument("--calib_tokens", type=int, default=32768)
     parser.add_argument("--search_tokens", type=int, default=2048)
     parser.add_argument("--ctx", type=int, default=512)
@@ -113,6 +114,7 @@ class Bench:
             "calib_tokens": self.calib.numel(),
             "search_tokens": self.search.numel(),
             "power": options.power,
+            "seed": options.seed,
             "scored_tokens": self.original.tokens,
             "ppl": self.original.ppl,
             "device": device_name(self.device),
@@ -135,7 +137,7 @@ class Bench:
         source = load_model(self.options.model, self.options.text).source
         norm = source.model.get_parameter(f"{source.family.final_norm}.weight").to(self.device).clone()
         started = time.perf_counter()
-        made = prepare_(source, self.calib, recipe, device=self.device)
+        made = prepare_(source, self.calib, recipe, device=self.device, seed=self.options.seed)
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started

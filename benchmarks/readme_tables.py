@@ -61,6 +61,7 @@ QWEN_SHAPES = {
     "Qwen2.5-7B": (3584, 18944, 28, 28, 4, 152064, False),
     "Qwen2.5-14B": (5120, 13824, 48, 40, 8, 152064, False),
     "Qwen2.5-32B": (5120, 27648, 64, 40, 8, 152064, False),
+    "Qwen2.5-72B": (8192, 29568, 80, 64, 8, 152064, False),
 }
 CALIB_TOKENS = 32_768  # the defaults on an accelerator
 SEARCH_TOKENS = 4_096
@@ -177,8 +178,8 @@ def speed(rows: Rows) -> str:
 
 def memory() -> str:
     """Estimated bytes by size of the model, for the defaults on a GPU with bf16."""
-    headers = ["model", "GPU, A4/A8", "with `--codes packed`", "main memory", "GPU, types"]
-    headers += ["with `--codes packed`", "main memory"]
+    kinds = ("A4/A8", "A4/A8, packed", "types", "types, packed")
+    headers = ["model", *(f"{kind}: {where}" for kind in kinds for where in ("GPU", "main"))]
     cuda = torch.device("cuda")
     table: list[list[Cell]] = []
     for name, (hidden, mlp, blocks, heads, kv_heads, vocabulary, tied) in QWEN_SHAPES.items():
@@ -190,6 +191,7 @@ def memory() -> str:
             num_key_value_heads=kv_heads,
             vocab_size=vocabulary,
             tie_word_embeddings=tied,
+            dtype=torch.bfloat16,
         )
         tokens = (CALIB_TOKENS, 2 * SEARCH_TOKENS)
         found = [
@@ -201,11 +203,8 @@ def memory() -> str:
             estimate_types(config, FAMILY, torch.bfloat16, tokens, CTX, nbytes=size, packed=packed)
             for packed in (False, True)
         ]
-        for_bits = [format_bytes(one.on(cuda)) for one in found[:2]]
-        for_types = [format_bytes(one.on(cuda)) for one in found[2:]]
-        hosts = [format_bytes(max(one.host for one in part)) for part in (found[:2], found[2:])]
-        table.append([name, *for_bits, hosts[0], *for_types, hosts[1]])
-    return markdown_table(headers, table, "lrrrrrr")
+        table.append([name, *(format_bytes(size) for one in found for size in (one.on(cuda), one.host))])
+    return markdown_table(headers, table, "l" + "r" * (len(headers) - 1))
 
 
 def made_by(found: MadeBy) -> str:

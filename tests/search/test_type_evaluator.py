@@ -124,3 +124,17 @@ def test_packed_scores_are_those_of_decoded_weights_to_the_last_bit(mixed, monke
     found = [list(one.each_alone([0] * len(known.matrices))) for one, known in alone]
     assert found[0] == found[1]
     assert (evaluator.losses([types.original]) == other.losses([types.original])).all()
+
+
+def test_rows_that_stay_on_the_device_are_read_once(mixed, monkeypatch):
+    """Where there is room, as on a large GPU."""
+    _, _, _, types, evaluator, made = mixed("qwen2")
+    genomes = [some_genome(types, seed) for seed in range(3)]
+    expected = evaluator.losses(genomes)
+    monkeypatch.setattr(types, "_keeps", True)
+    evaluator.forget()
+    assert (evaluator.losses(genomes) == expected).all()
+    monkeypatch.setattr(made.encoded, "rows", None)  # would fail
+    types.load(types.original)
+    evaluator.forget()
+    assert (evaluator.losses(genomes) == expected).all()

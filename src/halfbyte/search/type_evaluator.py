@@ -15,6 +15,7 @@ from torch import nn
 
 from halfbyte.calibration.walk import call_block, capture
 from halfbyte.core.distributed import processes
+from halfbyte.core.environment import available_memory
 from halfbyte.models.estimate import SIDE_BY_SIDE
 from halfbyte.models.families import Family
 from halfbyte.models.modules import blocks, is_tied, linear
@@ -82,6 +83,25 @@ class MixedTypes:
         for at in range(len(self.matrices)):
             self._load(at, ORIGINAL)
         model.to(device)  # of a packed one: norms and biases
+        self._keeps, self._kept = not packed and self._has_room(), dict[tuple[str, str], torch.Tensor]()
+
+    def _has_room(self) -> bool:
+        """Whether a GPU has room for all candidates as they are encoded, and as much again."""
+        if self.device.type != "cuda":
+            return False
+        sizes = (self.encoded.rows(one.name, kind).nbytes for one in self.matrices for kind in one.types)
+        return 2 * sum(sizes) < available_memory(self.device)
+
+    def _rows(self, name: str, kind: str) -> torch.Tensor:
+        """Encoded rows, on the device unless the model is packed; where there is room they stay there."""
+        found = self._kept.get((name, kind))
+        if found is None:
+            found = self.encoded.rows(name, kind)
+            if not self.packed:
+                found = found.to(self.device)
+            if self._keeps:
+                self._kept[name, kind] = found
+        return found
 
     def load(self, genome: Genome) -> None:
         """Give the model the weights of ``genome``."""
@@ -123,7 +143,7 @@ class MixedTypes:
         if at in self._rounding:
             self._rounding[at].block = self.input_block(at, gene)
         original, kind = self._weights[matrix.name], "" if gene == ORIGINAL else matrix.types[gene]
-        rows = self.encoded.rows(matrix.name, kind) if kind else None
+        rows = self._rows(matrix.name, kind) if kind else None
         if self.packed:
             looked_up = at == self.embedding and not self._tied  # a few rows for every window
             self._stored[at].encode_as_(rows if looked_up or rows is None else rows.to(self.device), kind)
@@ -131,7 +151,7 @@ class MixedTypes:
         if rows is None:
             value = self._held.get(at, original)
         else:
-            value = decode_tensor(rows.to(self.device), kind, original.dtype)
+            value = decode_tensor(rows, kind, original.dtype)
         weight = nn.Parameter(value.to(self.device), requires_grad=False)
         linear(self.model, matrix.name).weight = weight
         if self._tied and at == self.embedding:

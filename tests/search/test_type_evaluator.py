@@ -132,9 +132,8 @@ def test_rows_that_stay_on_the_device_are_read_once(mixed, monkeypatch):
     genomes = [some_genome(types, seed) for seed in range(3)]
     expected = evaluator.losses(genomes)
     monkeypatch.setattr(types, "_keeps", True)
-    evaluator.forget()
-    assert (evaluator.losses(genomes) == expected).all()
-    monkeypatch.setattr(made.encoded, "rows", None)  # would fail
-    types.load(types.original)
-    evaluator.forget()
-    assert (evaluator.losses(genomes) == expected).all()
+    for _ in range(2):
+        types.load(types.original)
+        evaluator.forget()
+        assert (evaluator.losses(genomes) == expected).all()
+        monkeypatch.setattr(made.encoded, "rows", None)  # would fail

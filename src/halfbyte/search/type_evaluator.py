@@ -148,10 +148,7 @@ class MixedTypes:
             looked_up = at == self.embedding and not self._tied  # a few rows for every window
             self._stored[at].encode_as_(rows if looked_up or rows is None else rows.to(self.device), kind)
             return
-        if rows is None:
-            value = self._held.get(at, original)
-        else:
-            value = decode_tensor(rows, kind, original.dtype)
+        value = self._held.get(at, original) if rows is None else decode_tensor(rows, kind, original.dtype)
         weight = nn.Parameter(value.to(self.device), requires_grad=False)
         linear(self.model, matrix.name).weight = weight
         if self._tied and at == self.embedding:

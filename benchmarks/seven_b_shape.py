@@ -6,7 +6,8 @@
     python benchmarks/seven_b_shape.py --folder seven_b --export [--json OUT]
 
 Writes the model once (15 GB in bf16), runs the real command on it and prints what each stage took. Random weights say
-nothing about quality; time and memory are those of the real model.
+nothing about quality; time and memory are those of the real model. Beside stages of ``--target sim`` that consist of
+products stands what these would take alone, at the rate that this machine multiplies at (``stage_limits.py``).
 
 ``--encode`` writes one GGUF file instead: every matrix is encoded by llama.cpp's own quantiser in the type that the
 file type gives it, and written before the next one is read. Its main memory is what the process
@@ -32,13 +33,14 @@ from types import SimpleNamespace
 import psutil
 import torch
 from common import Row, Rows, arguments, machine, parse, run
+from stage_limits import limits, rates, work_of_stages
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from halfbyte.core.environment import peak_memory
 from halfbyte.core.files import sha256
 from halfbyte.models.families import family_of
-from halfbyte.models.layers import layers_of
+from halfbyte.models.layers import layers_of, units_of
 from halfbyte.models.loading import find, load
 from halfbyte.plan import Codes, LayerPlan, Plan, codes_path, save_codes, save_plan
 from halfbyte.prepare.candidates import menus_of
@@ -228,8 +230,26 @@ def search(options: argparse.Namespace, further: list[str]) -> Row:
     command = [sys.executable, str(ROOT / "mixed_precision_ptq.py"), *arguments, "--json", str(result), *further]
     if code := subprocess.call(command):
         raise SystemExit(code)
-    measured = json.loads(result.read_text(encoding="utf-8"))["measured"]
-    return {"flags": further, "wall": time.monotonic() - started, **measured}
+    wall, record = time.monotonic() - started, json.loads(result.read_text(encoding="utf-8"))
+    return {"flags": further, "wall": wall, "limits": limits_of(options.folder, record["plan"]), **record["measured"]}
+
+
+def limits_of(folder: Path, plan: Row) -> dict[str, float]:
+    """Stage -> the least seconds that its products take here; of a plan for ``sim``, whose transforms are counted."""
+    tokens = {name: plan["search"].get(f"{name}_tokens") for name in ("calib", "search")}
+    if plan["target"] != "sim" or None in tokens.values():
+        return {}
+    origin = find(str(folder))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(origin.config)
+    units = units_of(layers_of(model, origin.family), origin.family, "fused")
+    work = work_of_stages(
+        units,
+        vocabulary=origin.config.vocab_size,
+        calib_tokens=tokens["calib"],
+        search_tokens=tokens["search"],
+    )
+    return limits(work, rates(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
 
 
 def describe(row: Row) -> str:
@@ -249,7 +269,8 @@ def describe(row: Row) -> str:
     lines = [f"{row['wall']:.0f} s in all, of these"]
     for name, stage in row["stages"].items():
         device = "" if stage["device"] is None else f", device {stage['device'] / 1e9:.1f} GB"
-        lines.append(f"  {name}: {stage['seconds']:.1f} s, main memory {stage['host'] / 1e9:.1f} GB{device}")
+        limit = f", its products alone {row['limits'][name]:.1f} s" if name in row["limits"] else ""
+        lines.append(f"  {name}: {stage['seconds']:.1f} s, main memory {stage['host'] / 1e9:.1f} GB{device}{limit}")
     lines.append(f"peak memory: device {row['peak_memory'] / 1e9:.1f} GB, host {row['peak_host'] / 1e9:.1f} GB")
     return "\n".join([*lines, "(host: with pages of mapped files, which the system drops where others need room)"])
 

@@ -158,6 +158,12 @@ def test_same_seed_same_plan_and_symmetric(tiny_folder, here):
     assert all(entry.a_symmetric for entry in load_plan("a.json").layers.values())
 
 
+def test_a_limit_of_device_memory_is_for_a_gpu(tiny_folder, here, capsys):
+    limited = search(tiny_folder("llama"), "--device", "cpu", "--device_memory", "8GB")
+    fails(capsys, limited, match="--device_memory: only for a GPU with CUDA, got cpu")
+    fails(capsys, search(tiny_folder("llama"), "--device_memory", "much"), match="--device_memory")
+
+
 def test_text_the_model_writes_itself(tiny_folder, here, capsys):
     folder = tiny_folder("llama")
     assert cli.run("search", ["--model_id", str(folder), *QUICK, *GA, "--calib", "self"]) == 0

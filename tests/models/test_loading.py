@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFWriter
 
 from halfbyte.core import environment as hub
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import sha256
 from halfbyte.models import families
+from halfbyte.models.gguf_file import open_source
 from halfbyte.models.layers import layers_of, units_of
 from halfbyte.models.loading import find, fingerprint, load
 from halfbyte.prepare.recipe import Recipe
@@ -109,6 +111,23 @@ def test_corrupt_gguf(tmp_path):
     path.write_bytes(b"not a model at all")
     with pytest.raises(HalfbyteError, match="not a GGUF file"):
         find(str(path))
+
+
+def test_the_header_of_a_source_is_read_again_when_the_file_changes(tmp_path):
+    path = tmp_path / "model.gguf"
+    for size in (1, 2):
+        writer = GGUFWriter(path, "llama")
+        writer.add_array("some.list", [7] * size)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        reader = open_source(path)
+        assert reader is open_source(path)
+        assert reader.fields["some.list"].contents() == [7] * size
+    path.unlink()
+    with pytest.raises(HalfbyteError, match="no such file"):
+        open_source(path)
 
 
 def logits(model):

@@ -50,6 +50,15 @@ def test_processes_that_share_no_folder(folder, alone, tmp_path):
     assert list((tmp_path / "1").iterdir()) == []
 
 
+def test_processes_that_share_a_folder(folder, alone, tmp_path):
+    """Each encodes its share of the blocks."""
+    places = [tmp_path / "both"] * 2
+    first, second = group([*flags(folder, "gguf", **MORE), "--output", "plan.json"], places)
+    assert (first.wait(), second.wait()) == (0, 0), first.err + second.err
+    assert same(load_plan(tmp_path / "both" / "plan.json"), alone)
+    assert not list((tmp_path / "both").glob(".*"))
+
+
 @pytest.mark.parametrize(("target", "hardware"), [("sim", "auto"), ("vllm", "blackwell")])
 def test_codes_are_chosen_together(folder, tmp_path, target, hardware):
     """Calibration text and rows of weights are shared; sums in another order may turn codes, the same ones always.

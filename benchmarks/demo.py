@@ -1,7 +1,7 @@
 """The demo: sensitivity, A4/A8 search, types, export, simulation and comparison on the real SmolLM2-135M-Instruct.
 
 Runs the four commands as a user would and prints each one before it starts. Everything is written to the current
-folder. Texts, generations and menus are smaller than by default, so that it ends within about six minutes on two CPU cores.
+folder. Texts, generations and menus are smaller than by default, so that it ends in about six minutes on two CPU cores.
 The model's channels are rescaled when it is loaded (``rescale_`` in ``halfbyte/models/modules.py``): its weights were
 Q4_1 once, and would flatter that format.
 """

@@ -204,11 +204,12 @@ COMMANDS: dict[str, tuple[type[CommandOptions], Callable[[Any, Drawing], Answer]
     "report": (ReportOptions, report, "halfbyte.report.page"),
     "doctor": (DoctorOptions, doctor, "halfbyte.report.doctor"),
 }
-atexit.register(gc.freeze)  # what is left is not searched for cycles once more, which takes a second
 
 
 def run(command: str, arguments: Sequence[str] | None = None, *, prog: str | None = None) -> int:
     """Run one command; returns the exit code. This is what the four scripts call."""
+    atexit.unregister(gc.freeze)  # once, also where commands follow each other
+    atexit.register(gc.freeze)  # then what is left is not searched for cycles again, which takes a second
     with _ends_by_signal():
         return _run(command, sys.argv[1:] if arguments is None else arguments, prog)
 

@@ -24,7 +24,7 @@ from halfbyte.core.errors import HalfbyteError
 
 T = TypeVar("T")
 
-PATIENCE = timedelta(hours=24)  # the others wait while the first encodes; a dead process is noticed at once
+PATIENCE = timedelta(hours=24)  # the others wait while the first refines; gloo notices a dead process at once
 CHUNK_BYTES = 64 * 2**20
 
 
@@ -173,7 +173,8 @@ def joined() -> Iterator[Group]:
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not dist.is_available():
         yield ALONE
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=PATIENCE)
     _joined.append(_TorchGroup())
     try:
         yield processes()

@@ -1,8 +1,8 @@
 """How exactly CUDA multiplies fp32 matrices: in fp32, or in TF32, which is several times as fast.
 
 TF32 rounds both factors to 10 bits of mantissa (3 more than bf16 has) and adds up in fp32. For sums over thousands of
-tokens, and for weights that will be rounded to 4 bits, that is enough (docs/results.md); for logits and for systems of
-equations it is not.
+tokens, and for blocks that run to see their inputs, that is enough (docs/results.md). For logits, for systems of
+equations, and for transforms that are folded into weights it is not.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from halfbyte.core.errors import HalfbyteError
 from halfbyte.core.files import home_expanded
 from halfbyte.core.registry import Registry
 from halfbyte.models.checkpoint import CheckpointCodes
-from halfbyte.models.estimate import estimate_load
+from halfbyte.models.estimate import estimate_load, estimate_search
 from halfbyte.models.layers import Outcome
 from halfbyte.models.loading import Origin, SourceModel, load
 from halfbyte.options import SearchOptions
@@ -70,7 +70,9 @@ class Setting:
         cpu = torch.device("cpu")
         if self.device.type != "cuda" or self.options.codes == "packed":
             return cpu
-        need = HOME_ROOM * estimate_load(self.origin.config, self.origin.family, self.dtype).device
+        model, tokens = (self.origin.config, self.origin.family, self.dtype), self.options.calib_tokens
+        size = estimate_load(*model).device
+        need = max(HOME_ROOM * size, size + estimate_search(*model, tokens, self.options.ctx).preparation)
         return self.device if need < available_memory(self.device) else cpu
 
     @property

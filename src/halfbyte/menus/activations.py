@@ -22,7 +22,7 @@ from halfbyte.prepare.simulation import become_simulation_
 from halfbyte.prepare.token_weights import STAGE as WEIGH_STAGE
 from halfbyte.prepare.tune import BATCH_TOKENS, Judged, tuned_codes
 from halfbyte.prepare.tune import STAGE as TUNE_STAGE
-from halfbyte.prepare.walk import PREPARED, Prepared, load_prepared_, prepare_, save_prepared
+from halfbyte.prepare.walk import PREPARED, Prepared, batches_of, load_prepared_, prepare_, save_prepared
 from halfbyte.prepare.walk import STAGE as PREPARE_STAGE
 from halfbyte.quant.quant_linear import Bits
 from halfbyte.report.search_reports import ACTIVATION_REPORTS, FRONT_REPORTS, beside, write_activation_reports
@@ -273,16 +273,17 @@ class ActivationMenu(Menu):
     def _prepared(self, model: Model) -> Prepared:
         """The W4 simulation: made by all processes, or read from where the first left it.
 
-        That is where a run was interrupted, or the codes are a checkpoint's, which only the first process has.
+        That is where a run was interrupted, where the codes are a checkpoint's, which only the first process has, or
+        where there is less text than processes.
         """
-        source, workdir, group = model.source, model.workdir, processes()
+        source, workdir, group, device = model.source, model.workdir, processes(), self.setting.exact_device
 
         def prepare(group: Group) -> Prepared:
             return prepare_(
                 source,
                 model.windows["calib"],
                 self.recipe,
-                device=self.setting.exact_device,
+                device=device,
                 packed=self.packed,
                 checkpoint=model.checkpoint,
                 seed=self.options.seed,
@@ -294,7 +295,8 @@ class ActivationMenu(Menu):
             return load_prepared_(source, workdir, self.recipe, device=self.setting.device, packed=self.packed)
 
         made = load() if group.first and workdir.resumed else None
-        together = group.from_first(made is None and model.checkpoint is None)
+        enough = len(batches_of(model.windows["calib"], device)) >= group.size
+        together = group.from_first(made is None and model.checkpoint is None and enough)
         if made is None and (together or group.first):
             made = prepare(group if together else ALONE)
             if group.first:

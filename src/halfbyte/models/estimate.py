@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from halfbyte.core.environment import available_memory
 from halfbyte.core.errors import HalfbyteError
 from halfbyte.models.families import Family
-from halfbyte.models.layers import Layer, layers_of, units_of
+from halfbyte.models.layers import Layer, Unit, layers_of, units_of
 from halfbyte.models.modules import head_dim, is_tied
 from halfbyte.options import SearchOptions
 
@@ -76,8 +77,8 @@ def estimate_search(
         tokens: the larger of calibration and search tokens.
         ctx: tokens per window.
         gradients: the loss is differentiated (``--fitness fisher``), so every block's activations are kept.
-        packed: the simulation keeps its codes packed, and the host keeps calibration activations, and an embedding of
-            its own where there are no gradients.
+        packed: codes stay packed, and calibration activations in main memory; so does an embedding that is not the
+            head, unless there are gradients.
         weighs_tokens: all hidden states of the calibration text are kept first, to see what each token counts.
     """
     sizes = _sizes(config, family, dtype)
@@ -92,7 +93,8 @@ def estimate_search(
     running += sizes.unit if packed else 0
     simulation = sizes.codes + sizes.outside if packed else sizes.codes + sizes.decoded
     states = dtype.itemsize * tokens * config.hidden_size * (config.num_hidden_layers + 1) if weighs_tokens else 0
-    preparation, kept = _preparation(config, sizes.layers, tokens, packed=packed)
+    units = [unit for unit in units_of(sizes.layers, family, "fused") if unit.block == 0]
+    preparation, kept = _preparation(config, units, tokens, packed=packed)
     return MemoryEstimate(
         device=weights + running,
         running=running,
@@ -218,26 +220,33 @@ def _batch(config: PretrainedConfig, width: int, tokens: int) -> int:
     return max(block, head)
 
 
-def _preparation(config: PretrainedConfig, layers: list[Layer], tokens: int, *, packed: bool) -> tuple[int, int]:
-    """Bytes on the device to prepare one block, and those that are kept in main memory instead, all in fp32.
+def _preparation(config: PretrainedConfig, units: Sequence[Unit], tokens: int, *, packed: bool) -> tuple[int, int]:
+    """Bytes on the device to prepare a block of these units, and those kept in main memory instead, all in fp32.
 
-    The largest of three moments: when transforms are folded (a block, what was seen of all inputs, the widest of these
-    once more, and two of its second moments), when the widest layer's Hessian is summed (a block and what is left of
-    the original, a batch in eight forms), and when codes are chosen (the Hessian, its factor, and eight matrices like
-    the weight).
+    The largest of three moments. When transforms are folded: the block, hidden states, what was seen of all inputs, the
+    widest of these once more, two of its second moments, two matrices like its weights. When a unit's Hessian is
+    summed: the copy and what is left of the original, hidden states and inputs that are still needed, the Hessian,
+    three matrices, a batch in eight forms. When its codes are chosen: the same blocks, states and inputs of the units
+    that follow, the Hessian and its factor, eight matrices. Packed, only single batches of states and inputs are there.
     """
-    block = [layer for layer in layers if layer.block == 0]
-    whole, widest = sum(layer.macs for layer in block), max(layer.in_features for layer in block)
-    square, matrix = widest**2, max(layer.macs for layer in block)
-    states, inputs = 4 * tokens * config.hidden_size, tokens * widest  # before and after the block, in both versions
-    seen = 3 * tokens * config.hidden_size + inputs
-    batch = min(tokens, BATCH_TOKENS) * widest
-    on_device = 0 if packed else 1
-    fold = whole + on_device * (states + seen + inputs) + 2 * square + 2 * matrix + (1 - on_device) * 4 * batch
-    add = whole + on_device * (states + inputs) + square + 4 * matrix + 8 * batch
-    choose = whole + on_device * states + 2 * square + 9 * matrix
-    kept = 0 if on_device else states + seen + inputs
-    return 4 * max(fold, add, choose), 4 * kept
+    here = 0 if packed else 1
+    whole, states = sum(unit.macs for unit in units), 4 * tokens * config.hidden_size
+    widths = [unit.layers[0].in_features for unit in units]
+    widest = max(range(len(units)), key=widths.__getitem__)
+    seen, batch = tokens * sum(widths), min(tokens, BATCH_TOKENS)
+    square, once_more = widths[widest] ** 2, tokens * widths[widest]
+    moments = [
+        whole
+        + here * (states + seen + once_more)
+        + (1 - here) * 4 * batch * widths[widest]
+        + 2 * (square + units[widest].macs)
+    ]
+    for at, unit in enumerate(units):
+        blocks = whole + sum(other.macs for other in units[at:])
+        needed = blocks + here * (states + tokens * sum(widths[at + 1 :]))
+        moments.append(needed + here * tokens * widths[at] + widths[at] ** 2 + 3 * unit.macs + 8 * batch * widths[at])
+        moments.append(needed + 2 * widths[at] ** 2 + 8 * unit.macs)
+    return 4 * max(moments), 4 * (1 - here) * (states + seen + once_more)
 
 
 def estimate_load(

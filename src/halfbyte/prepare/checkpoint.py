@@ -10,6 +10,7 @@ import torch
 
 from halfbyte.calibration.walk import BlockStep, block_copy, call_block, run_blocks
 from halfbyte.core.errors import HalfbyteError
+from halfbyte.core.precision import products
 from halfbyte.models.checkpoint import CheckpointCodes
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import linear
@@ -72,6 +73,7 @@ def check_same_model(
         )
 
 
+@products(exact=True)
 def _answers(source: SourceModel, hidden: torch.Tensor, device: torch.device) -> torch.Tensor:
     norm, head = (block_copy(source.model.get_submodule(part), device) for part in _ends(source))
     final = call_block(norm, hidden.to(device, source.dtype), {})

@@ -18,6 +18,7 @@ from torch import nn
 from halfbyte.calibration.walk import block_copy, call_block, capture
 from halfbyte.core.distributed import ALONE, Group
 from halfbyte.core.environment import available_memory
+from halfbyte.core.precision import products
 from halfbyte.core.progress import report
 from halfbyte.models.estimate import windows_at_once
 from halfbyte.models.families import Family
@@ -81,6 +82,7 @@ def _weights(powers: Sequence[torch.Tensor], group: Group) -> torch.Tensor:
     return (weights / mean).cpu() if float(mean) > 0 else torch.ones_like(weights).cpu()
 
 
+@products(exact=True)
 def _of_answers(norm: nn.Module, head: torch.Tensor, hidden: torch.Tensor, chances: torch.Tensor) -> torch.Tensor:
     """The gradient of −log p(y) at the last block's output ``[windows, length, hidden]``, y drawn for each token.
 

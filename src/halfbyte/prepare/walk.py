@@ -78,7 +78,8 @@ def prepare_(
         checkpoint: codes and other parameters that are taken over; the recipe then has no transforms.
         seed: of what :func:`halfbyte.prepare.token_weights.token_weights` draws.
         keep_on: where hidden states and inputs of layers are kept, by default on ``device``.
-        group: processes that share the work; all of them get the whole result. Without a checkpoint.
+        group: processes that share the work, at most as many as there are batches (:func:`batches_of`); all of them get
+            the whole result. Without a checkpoint.
 
     Raises:
         HalfbyteError: values that are not finite, or codes that cannot be packed, with the layer's name; or a
@@ -89,11 +90,7 @@ def prepare_(
         check_packable(layer.in_features, where=layer.name)
     expected = original_answers(source, tokens, device=device) if checkpoint is not None else None
     weighed = recipe.quantiser.looks_at_inputs and checkpoint is None
-    batch = windows_at_once(device, tokens.shape[1])
-    batches = tokens.split(batch)
-    if len(batches) < group.size:  # every process does everything
-        group = ALONE
-    tokens = torch.cat(tuple(group.share(batches)))
+    tokens = torch.cat(tuple(group.share(batches_of(tokens, device))))
     counts = token_weights(source, tokens, device=device, seed=seed, group=group) if weighed else {}
     if checkpoint is None:
         fold_ends_(source, recipe, device)
@@ -102,6 +99,7 @@ def prepare_(
     work = _Preparation(source, recipe, checkpoint, counts)
     outputs = tokens
     leave = work.pack_ if packed else None
+    batch = windows_at_once(device, tokens.shape[1])
     walk = walk_blocks(model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on, group=group)
     for step in walk:
         work.block_(step)
@@ -117,6 +115,11 @@ def prepare_(
     for name, entry in made.layers.items():
         made.layers[name] = replace(entry, note=checkpoint.note(name, recipe.group_size))
     return made
+
+
+def batches_of(tokens: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Calibration text ``[windows, length]`` as it goes through a block."""
+    return tokens.split(windows_at_once(device, tokens.shape[1]))
 
 
 class _Preparation:

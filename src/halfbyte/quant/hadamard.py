@@ -15,6 +15,8 @@ from functools import cache, reduce
 import numpy as np
 import torch
 
+from halfbyte.core.precision import products
+
 LARGEST_FACTOR = 64  # of the powers of two: larger ones are split further
 LARGEST_PALEY = 1024
 
@@ -103,6 +105,7 @@ def _on(width: int, device: torch.device) -> tuple[torch.Tensor, tuple[torch.Ten
     return signs(width).to(device), tuple(factor.to(device) for factor in factors(width))
 
 
+@products(exact=True)  # rounding 1/√n would scale everything
 def rotate(x: torch.Tensor) -> torch.Tensor:
     """``x`` ``[..., width]`` times the rotation of that width: ``Q x`` for every row, fp32."""
     width = x.shape[-1]
@@ -126,6 +129,7 @@ def _sylvester(block: int, device: torch.device) -> tuple[torch.Tensor, torch.Te
     return matrix.float().to(device), torch.tensor(math.sqrt(block), device=device)
 
 
+@products(exact=True)
 def rotate_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     """Every ``block`` channels of ``x`` ``[..., width]`` times Sylvester's matrix over √block, fp32; its own inverse.
 
@@ -136,6 +140,7 @@ def rotate_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     return (x.float().unflatten(-1, (-1, block)) @ matrix).flatten(-2) / root
 
 
+@products(exact=True)
 def rotate_back(x: torch.Tensor) -> torch.Tensor:
     """What :func:`rotate` made ``x`` of: ``Qᵀ x`` for every row, fp32."""
     width = x.shape[-1]

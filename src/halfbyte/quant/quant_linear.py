@@ -67,6 +67,7 @@ class InputScheme:
             x = self.low_rank.forward(x.float())
         return self._turned(x) if self.rotated else x
 
+    @products(exact=True)
     def stored_weight(self, weight: torch.Tensor) -> torch.Tensor:  # [out, in] -> [out, in]
         """``weight`` for the transformed input, fp32: the product stays the same."""
         weight = weight.float()

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from halfbyte.core.precision import products
 from halfbyte.models.families import Family
 from halfbyte.models.modules import linear
 from halfbyte.quant.hadamard import largest_block, rotate
@@ -54,6 +55,7 @@ def rotate_ends_(model: nn.Module, family: Family, device: torch.device, turn: R
     _set_(norm, torch.ones_like(norm))
 
 
+@products(exact=True)
 def transform_heads_(
     block: nn.Module, family: Family, forward: torch.Tensor, backward: torch.Tensor, head_dim: int
 ) -> None:

@@ -62,7 +62,7 @@ def scale_unit_(unit: UnitStep) -> None:
         error = _output_error(unit, sample(seen, SAMPLE, device, step.group), weight[::stride], where)
         best = min(range(len(candidates)), key=lambda at: error(candidates[at][1]))
         unit.scales, scales = candidates[step.group.from_first(best)]
-        (scales,) = step.group.first_rows([scales])
+    (scales,) = step.group.first_rows([scales])
     fold_scales_(block, family, group, scales, head_dim=unit.head_dim)
     unit.channel_scales = scales
     step.seen[group[0]] = [(batch.to(device) / scales).to(batch.device) for batch in seen]

@@ -78,7 +78,7 @@ class InputMoments:
                 group.sum_(mean.mul_(own / self.tokens))
 
     def keep_(self, rows: slice) -> None:
-        """Keep some rows of the weight, and forget the others."""
+        """From here on only some rows of the weight."""
         self.weight = self.weight[rows]
         if self._narrow:
             self.away = self.away[rows]

@@ -24,6 +24,7 @@ import torch
 from common import Row, Rows, arguments, load_model, parse, run
 
 from halfbyte.calibration.text import scored_tokens
+from halfbyte.core import precision
 from halfbyte.core.environment import device_name, resolve_device
 from halfbyte.evaluate.quality import LogitsFile, Quality, live, measure, model_logits, windows_for
 from halfbyte.models.layers import layers_of, units_of
@@ -82,6 +83,7 @@ def options_of() -> argparse.Namespace:
     parser.add_argument("--tune", type=int, default=0, metavar="STEPS", help="also tune; 96 is what results.md has")
     parser.add_argument("--tune_columns", nargs="+", choices=COLUMNS[1:], default=COLUMNS[1:], metavar="COLUMN")
     parser.add_argument("--power", type=float, default=token_weights.POWER, help="of token weights; 0: all alike")
+    parser.add_argument("--no_tf32", action="store_true", help="products in fp32 everywhere")
     parser.add_argument("--seed", type=int, default=0, help="of the words that token weights are drawn from")
     parser.add_argument("--calib_tokens", type=int, default=32768)
     parser.add_argument("--search_tokens", type=int, default=2048)
@@ -95,7 +97,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace, scratch: Path) -> None:
         self.options, self.device = options, resolve_device(options.device)
-        token_weights.POWER = options.power
+        token_weights.POWER, precision.TF32 = options.power, not options.no_tf32
         loaded, ctx = load_model(options.model, options.text), options.ctx
         source = loaded.source
         self.calib = loaded.windows("calib", ctx, max(1, options.calib_tokens // ctx))
@@ -115,6 +117,7 @@ class Bench:
             "search_tokens": self.search.numel(),
             "power": options.power,
             "seed": options.seed,
+            "tf32": not options.no_tf32,
             "scored_tokens": self.original.tokens,
             "ppl": self.original.ppl,
             "device": device_name(self.device),

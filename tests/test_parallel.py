@@ -61,7 +61,7 @@ def test_processes_that_share_a_folder(folder, alone, tmp_path):
 
 @pytest.mark.parametrize(("target", "hardware"), [("sim", "auto"), ("vllm", "blackwell")])
 def test_codes_are_chosen_together(folder, tmp_path, target, hardware):
-    """Calibration text and rows of weights are shared; sums in another order may turn codes, the same ones always.
+    """Calibration text and rows of weights are shared; sums in another order may change codes, always in the same way.
 
     On Blackwell the scales of a unit depend on each other, so its rows are not shared.
     """

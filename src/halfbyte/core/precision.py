@@ -12,12 +12,14 @@ from contextlib import contextmanager
 
 import torch
 
+TF32 = True  # whether it is used at all
+
 
 @contextmanager
 def products(*, exact: bool) -> Iterator[None]:
     """Inside, products of fp32 matrices on CUDA are computed in fp32 (``exact``) or in TF32; also as a decorator."""
     before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = not exact
+    torch.backends.cuda.matmul.allow_tf32 = TF32 and not exact
     try:
         yield
     finally:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,14 +26,15 @@ from halfbyte.models.families import Family
 from halfbyte.models.loading import SourceModel
 from halfbyte.models.modules import is_tied, linear
 from halfbyte.prepare.folding import fold_block_, fold_ends_, mixed_inputs
+from halfbyte.prepare.parts import Errors, PartWriter, Rows, write_part
 from halfbyte.prepare.recipe import Recipe
-from halfbyte.quant.ggml.encoded import Encoded, save_encoded, save_tensors
+from halfbyte.quant.ggml.encoded import Encoded, save_tensors
 from halfbyte.quant.ggml.gptq import Job, encode_
 from halfbyte.quant.ggml.inputs import error_of_rounding, rounding_powers
 from halfbyte.quant.ggml.types import bits_per_weight, fits, row_bytes
 from halfbyte.quant.int4 import check_finite
 from halfbyte.quant.quantisers.gptq import Ordered, factorised
-from halfbyte.workdir import read_kept, write_kept
+from halfbyte.workdir import read_kept
 
 TOP_ROWS = 8192  # of embedding and head, encoded at once
 STAGE = "encode candidates"
@@ -177,7 +177,7 @@ def encode_candidates_(
     imatrix = imatrix or {}
     if imatrix and mixed:
         report("importance matrix", 1, 1, f"measured for {', '.join(mixed)}: their inputs are rotated")
-    with _Writer(folder) as writer:
+    with PartWriter(folder) as writer:
         for step in walk_blocks(source.model, family, tokens, device=device, batch=batch, leave=leave, keep_on=keep_on):
             input_power = fold_block_(step, source, recipe).input_power
             stem = part_name(step.index)
@@ -221,48 +221,6 @@ def part_files(folder: Path, menus: Sequence[TensorMenu]) -> list[Path]:
     """Everything that is written for these matrices; the JSON of a part comes last."""
     stems = dict.fromkeys(menu.name if menu.block == OUTSIDE else part_name(menu.block) for menu in menus)
     return [folder / f"{stem}{suffix}" for stem in stems for suffix in (".safetensors", ".json")]
-
-
-Rows = dict[tuple[str, str], torch.Tensor]  # (matrix, type) -> encoded rows, in main memory
-Errors = dict[str, dict[str, float]]  # matrix -> type -> squared output error per token
-
-
-class _Writer:
-    """Writes a part of the model while the next one is encoded; leaving the ``with`` block waits for the last.
-
-    Args:
-        folder: for the files of the parts.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder, self._pool = folder, ThreadPoolExecutor(1)
-        self._last: Future[None] | None = None
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        self._pool.shutdown()
-        if kind is None:  # otherwise that is what is told
-            self._wait()
-
-    def write(self, stem: str, rows: Rows, parameters: Mapping[str, torch.Tensor], errors: Errors) -> None:
-        """Begin to write, when the part before is written.
-
-        Raises:
-            HalfbyteError: that one could not be.
-        """
-        self._wait()
-        self._last = self._pool.submit(self._write, stem, rows, parameters, errors)
-
-    def _write(self, stem: str, rows: Rows, parameters: Mapping[str, torch.Tensor], errors: Errors) -> None:
-        save_encoded(self._folder / f"{stem}.safetensors", rows, parameters)
-        write_kept(self._folder / f"{stem}.json", json.dumps(errors))  # last: it says that the part is there
-
-    def _wait(self) -> None:
-        last, self._last = self._last, None
-        if last is not None:
-            last.result()
 
 
 def _encoded_block(
@@ -336,9 +294,8 @@ def _encode_top(
         made = encode_rows(weight, menu.types, columns, known if is_read else None, where=menu.name, plain=plain)
         added = {kind: error_of_rounding(weight, kind, changed) if is_read else 0.0 for kind in menu.types}
         rows = {(menu.name, kind): rows for kind, (rows, _) in made.items()}
-        save_encoded(folder / f"{menu.name}.safetensors", rows, parameters if is_read else {})
         totals = {kind: error + float(added[kind]) for kind, (_, error) in made.items()}
-        write_kept(folder / f"{menu.name}.json", json.dumps({menu.name: totals}))
+        write_part(folder, menu.name, rows, parameters if is_read else {}, {menu.name: totals})
 
 
 def encode_rows(
